@@ -1,0 +1,467 @@
+//! Reading and writing below one directory handle.
+//!
+//! Everything that dualroot writes to a disk goes through [`Below::apply`] (rsync's copying of trees, which works below the same
+//! kind of handle, aside). Paths are resolved by the kernel with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV`
+//! (openat2(2)), so that nothing that is swapped, linked or mounted underneath can lead a write elsewhere.
+
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
+use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
+
+/// What the names of files that a write leaves behind when it is cut begin with. The boot loader skips names that begin with a dot.
+pub const TEMPORARY: &str = ".dualroot-";
+
+/// One change to a file system, by a path relative to the handle.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A directory, with its parents.
+    MakeDir(String),
+    /// A new file under a name that nothing needs yet; what stands there is removed first.
+    Create {
+        /// Where.
+        path: String,
+        /// What it is to hold.
+        content: Content,
+    },
+    /// The first bytes of a file, in place, with its size kept. Within one sector that is atomic.
+    Overwrite {
+        /// Where.
+        path: String,
+        /// Not more than the file holds.
+        bytes: Vec<u8>,
+    },
+    /// A whole new content for a file that may be there: written beside it, flushed, renamed over it, flushed. Owner, mode and
+    /// extended attributes stay as they are, or become those of the file `like`.
+    Replace {
+        /// Where.
+        path: String,
+        /// What it is to hold.
+        content: Content,
+        /// Whose attributes a file that is not there yet gets.
+        like: Option<PathBuf>,
+    },
+    /// A file or an empty directory goes; one that isn't there is no error.
+    Remove(String),
+    /// All that was written reaches the medium before anything that follows: syncfs(2), then fsync(2), because on vfat the former
+    /// doesn't flush the disk's own cache.
+    Barrier,
+}
+
+/// What a file is to hold.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Content {
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// The bytes of a file of the booted disk, which must have this BLAKE3 hash once copied.
+    File {
+        /// Its path.
+        source: PathBuf,
+        /// Its hash, as it was when the change was planned.
+        hash: blake3::Hash,
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+impl Content {
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File { size, .. } => *size,
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    /// One line for people, as `--dry-run` prints it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MakeDir(path) => write!(f, "make directory {path}"),
+            Self::Create { path, content } => write!(f, "write {path} ({} bytes)", content.size()),
+            Self::Overwrite { path, bytes } => write!(f, "overwrite {path} in place ({} bytes)", bytes.len()),
+            Self::Replace { path, content, .. } => write!(f, "replace {path} ({} bytes)", content.size()),
+            Self::Remove(path) => write!(f, "remove {path}"),
+            Self::Barrier => f.write_str("flush"),
+        }
+    }
+}
+
+impl fmt::Debug for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What a name in a directory is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A regular file of this size in bytes.
+    File(u64),
+    /// A directory.
+    Dir,
+    /// Anything else.
+    Other,
+}
+
+/// A directory that is held open.
+pub struct Below {
+    dir: OwnedFd,
+    shown: PathBuf,
+}
+
+impl Below {
+    /// Takes hold of a directory. `path` is only followed now, and named in errors later.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open(path: &Path) -> Result<Self> {
+        let dir = nix::fcntl::open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+            .with_context(|| format!("{} can't be opened as a directory", path.display()))?;
+        Ok(Self { dir, shown: path.into() })
+    }
+
+    /// A path to the handle itself, for programs that are started here and for statistics.
+    pub fn proc_path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.dir.as_raw_fd()).into()
+    }
+
+    /// The handle.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// The number of the device that the directory lies on.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn device(&self) -> Result<u64> {
+        Ok(nix::sys::stat::fstat(&self.dir).with_context(|| format!("{}", self.shown.display()))?.st_dev)
+    }
+
+    /// Bytes that are free for writing, and the size of an allocation unit.
+    ///
+    /// # Errors
+    /// Those of fstatvfs(3).
+    pub fn free(&self) -> Result<(u64, u64)> {
+        let s = nix::sys::statvfs::fstatvfs(&self.dir).with_context(|| format!("{}", self.shown.display()))?;
+        Ok((s.blocks_available() * s.fragment_size(), s.fragment_size()))
+    }
+
+    fn how(flags: OFlag) -> OpenHow {
+        OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV)
+    }
+
+    /// Opens a file for reading, or says that there is none.
+    ///
+    /// # Errors
+    /// Everything but the absence of the file, symbolic links on the way among them.
+    pub fn file(&self, path: &str) -> Result<Option<File>> {
+        match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
+            Ok(fd) => Ok(Some(fd.into())),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
+        }
+    }
+
+    /// The contents of a file of at most 4 MiB, or None where there is none.
+    ///
+    /// # Errors
+    /// As [`Below::file`]; a larger file.
+    pub fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        const LARGEST: u64 = 4 << 20;
+        let Some(file) = self.file(path)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        file.take(LARGEST + 1).read_to_end(&mut bytes).with_context(|| format!("{} can't be read", self.show(path)))?;
+        if bytes.len() as u64 > LARGEST {
+            bail!("{} is larger than 4 MiB", self.show(path));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// The names in a directory (`"."` for the handle itself) with what they are, sorted; none where it doesn't exist.
+    /// Names that are not UTF-8 are an error: FAT is mounted with `utf8`.
+    ///
+    /// # Errors
+    /// Those of reading a directory.
+    pub fn list(&self, path: &str) -> Result<Vec<(String, Kind)>> {
+        let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY)) {
+            Ok(fd) => fd,
+            Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
+            Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
+        };
+        let mut found = Vec::new();
+        let mut dir = Dir::from_fd(fd).with_context(|| self.show(path))?;
+        let mut names = Vec::new();
+        for entry in dir.iter() {
+            names.push(entry.with_context(|| format!("{} can't be read", self.show(path)))?.file_name().to_owned());
+        }
+        for name in names {
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            let stat = nix::sys::stat::fstatat(&dir, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+                .with_context(|| format!("{}/{}", self.show(path), name.to_string_lossy().escape_debug()))?;
+            let kind = match stat.st_mode & nix::libc::S_IFMT {
+                nix::libc::S_IFREG => Kind::File(u64::try_from(stat.st_size).unwrap_or_default()),
+                nix::libc::S_IFDIR => Kind::Dir,
+                _ => Kind::Other,
+            };
+            let name = name.into_string().ok().with_context(|| format!("{} holds a name that isn't UTF-8", self.show(path)))?;
+            found.push((name, kind));
+        }
+        found.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(found)
+    }
+
+    /// The BLAKE3 hash of a file, or None where there is none.
+    ///
+    /// # Errors
+    /// Those of reading it.
+    pub fn hash(&self, path: &str) -> Result<Option<blake3::Hash>> {
+        let Some(file) = self.file(path)? else { return Ok(None) };
+        let mut hasher = blake3::Hasher::new();
+        io::copy(&mut io::BufReader::with_capacity(1 << 17, file), &mut hasher)
+            .with_context(|| format!("{} can't be read", self.show(path)))?;
+        Ok(Some(hasher.finalize()))
+    }
+
+    /// Makes one change. Whatever is interrupted in a [`Change::Create`] or [`Change::Replace`], no name ends up with half a
+    /// content that something relies on.
+    ///
+    /// # Errors
+    /// Those of the system calls; a source file that has changed since the plan was made.
+    pub fn apply(&self, change: &Change) -> Result<()> {
+        match change {
+            Change::MakeDir(path) => self.make_dir(path),
+            Change::Create { path, content } => self.create(path, content),
+            Change::Overwrite { path, bytes } => self.overwrite(path, bytes),
+            Change::Replace { path, content, like } => self.replace(path, content, like.as_deref()),
+            Change::Remove(path) => self.remove(path),
+            Change::Barrier => self.barrier(),
+        }
+        .with_context(|| format!("{}: {change}", self.shown.display()))
+    }
+
+    fn show(&self, path: &str) -> String {
+        format!("{}/{path}", self.shown.display())
+    }
+
+    /// The directory that holds `path`, and the last component.
+    fn parent<'p>(&self, path: &'p str) -> Result<(OwnedFd, &'p str)> {
+        let (dir, name) = path.rsplit_once('/').unwrap_or((".", path));
+        if name.is_empty() || name == "." || name == ".." {
+            bail!("'{path}' names no file");
+        }
+        Ok((openat2(&self.dir, dir, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY))?, name))
+    }
+
+    fn make_dir(&self, path: &str) -> Result<()> {
+        let mut upto = String::new();
+        for part in path.split('/') {
+            if !upto.is_empty() {
+                upto.push('/');
+            }
+            upto.push_str(part);
+            let (dir, name) = self.parent(&upto)?;
+            match mkdirat(&dir, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_new(&self, dir: &OwnedFd, name: &str, content: &Content) -> Result<File> {
+        match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let how = Self::how(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL).mode(Mode::from_bits_truncate(0o600));
+        let mut file = File::from(openat2(dir, name, how)?);
+        match content {
+            Content::Bytes(bytes) => file.write_all(bytes)?,
+            Content::File { source, hash, .. } => {
+                let mut from = File::open(source).with_context(|| format!("{} can't be opened", source.display()))?;
+                let mut hasher = blake3::Hasher::new();
+                let mut buffer = vec![0; 1 << 17];
+                loop {
+                    let n = from.read(&mut buffer).with_context(|| format!("{} can't be read", source.display()))?;
+                    let Some(part) = buffer.get(..n).filter(|p| !p.is_empty()) else { break };
+                    hasher.update(part);
+                    file.write_all(part)?;
+                }
+                if hasher.finalize() != *hash {
+                    bail!("{} changed while it was copied", source.display());
+                }
+            }
+        }
+        Ok(file)
+    }
+
+    fn create(&self, path: &str, content: &Content) -> Result<()> {
+        let (dir, name) = self.parent(path)?;
+        self.write_new(&dir, name, content)?;
+        Ok(())
+    }
+
+    fn overwrite(&self, path: &str, bytes: &[u8]) -> Result<()> {
+        let mut file = File::from(openat2(&self.dir, path, Self::how(OFlag::O_RDWR))?);
+        if bytes.len() as u64 > file.seek(SeekFrom::End(0))? {
+            bail!("the file is smaller than what is to be written in place");
+        }
+        file.write_all_at(bytes, 0)?;
+        file.sync_all()?;
+        Ok(())
+    }
+
+    fn replace(&self, path: &str, content: &Content, like: Option<&Path>) -> Result<()> {
+        let (dir, name) = self.parent(path)?;
+        let temporary = format!("{TEMPORARY}{name}");
+        let fresh = self.write_new(&dir, &temporary, content)?;
+        // Kept open until the rename has reached the medium: vfat then leaves its clusters alone.
+        let old = self.file(path)?;
+        let model = match (&old, like) {
+            (Some(old), _) => Some(old.try_clone()?),
+            (None, Some(like)) => Some(File::open(like).with_context(|| format!("{} can't be opened", like.display()))?),
+            (None, None) => None,
+        };
+        if let Some(model) = model {
+            copy_attributes(&model, &fresh)?;
+        }
+        fresh.sync_all()?;
+        self.barrier()?;
+        renameat(&dir, temporary.as_str(), &dir, name)?;
+        fresh.sync_all()?;
+        self.barrier()?;
+        drop(old);
+        Ok(())
+    }
+
+    fn remove(&self, path: &str) -> Result<()> {
+        let (dir, name) = match self.parent(path) {
+            Ok(found) => found,
+            Err(e) if e.downcast_ref::<Errno>() == Some(&Errno::ENOENT) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        match unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir) {
+            Err(Errno::EISDIR | Errno::EPERM) => match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
+                Ok(()) | Err(Errno::ENOENT | Errno::ENOTEMPTY) => Ok(()),
+                Err(e) => Err(e.into()),
+            },
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn barrier(&self) -> Result<()> {
+        syncfs(&self.dir)?;
+        match nix::unistd::fsync(&self.dir) {
+            // A directory that was opened before a read-only remount may not be synced; there is nothing to flush then.
+            Ok(()) | Err(Errno::EROFS) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// Owner, mode and extended attributes (ACLs and security labels are among them) of `from`, put on `to`. A file system that has
+/// no such thing (FAT) is no error.
+fn copy_attributes(from: &File, to: &File) -> Result<()> {
+    let tolerated = |result: nix::Result<()>| match result {
+        Ok(()) | Err(Errno::EPERM | Errno::EOPNOTSUPP) => Ok(()),
+        Err(e) => Err(e),
+    };
+    let meta: Metadata = from.metadata()?;
+    tolerated(fchown(to, Some(Uid::from_raw(meta.uid())), Some(Gid::from_raw(meta.gid()))))?;
+    tolerated(fchmod(to, Mode::from_bits_truncate(meta.mode() & 0o7777)))?;
+    use xattr::FileExt as _;
+    for name in from.list_xattr().into_iter().flatten() {
+        if let Some(value) = from.get_xattr(&name)? {
+            to.set_xattr(&name, &value).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn bytes(text: &str) -> Content {
+        Content::Bytes(text.into())
+    }
+
+    #[test]
+    fn writes_reads_lists_and_removes() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        below.apply(&Change::MakeDir("a/b".into())).unwrap();
+        below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("one") }).unwrap();
+        below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("two!") }).unwrap();
+        assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"two!");
+        assert_eq!(below.list("a/b").unwrap(), [("c".to_owned(), Kind::File(4))]);
+        below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"six".into() }).unwrap();
+        assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"six!");
+        assert!(below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"longer".into() }).is_err());
+        below.apply(&Change::Remove("a/b".into())).unwrap();
+        assert!(below.read("a/b/c").unwrap().is_some(), "a directory that isn't empty stays");
+        below.apply(&Change::Remove("a/b/c".into())).unwrap();
+        below.apply(&Change::Remove("a/b/c".into())).unwrap();
+        below.apply(&Change::Remove("a/b".into())).unwrap();
+        below.apply(&Change::Remove("a/b/c".into())).unwrap();
+        assert!(below.list("a").unwrap().is_empty());
+        below.apply(&Change::Barrier).unwrap();
+    }
+
+    #[test]
+    fn replace_keeps_mode_and_leaves_nothing_behind() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::write(tmp.path().join("fstab"), "old").unwrap();
+        std::fs::set_permissions(tmp.path().join("fstab"), std::fs::Permissions::from_mode(0o640)).unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        below.apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None }).unwrap();
+        assert_eq!(std::fs::metadata(tmp.path().join("fstab")).unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(below.list(".").unwrap(), [("fstab".to_owned(), Kind::File(3))]);
+    }
+
+    #[test]
+    fn f26_no_path_leads_out() {
+        let tmp = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("file"), "kept").unwrap();
+        std::os::unix::fs::symlink(outside.path(), tmp.path().join("link")).unwrap();
+        std::os::unix::fs::symlink(outside.path().join("file"), tmp.path().join("filelink")).unwrap();
+        std::fs::create_dir(tmp.path().join("a")).unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        for path in ["../x", "/etc/x", "link/file", "a/../../x", "..", "."] {
+            assert!(below.apply(&Change::Create { path: path.into(), content: bytes("bad") }).is_err(), "{path}");
+            assert!(below.apply(&Change::Remove(path.into())).is_err(), "{path}");
+        }
+        assert!(below.apply(&Change::Overwrite { path: "filelink".into(), bytes: b"bad".into() }).is_err());
+        assert!(below.read("filelink").is_err());
+        assert_eq!(std::fs::read(outside.path().join("file")).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn a_source_that_changes_is_noticed() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::write(tmp.path().join("source"), "now this").unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        let content = Content::File { source: tmp.path().join("source"), hash: blake3::hash(b"planned"), size: 7 };
+        let error = below.apply(&Change::Create { path: "copy".into(), content }).unwrap_err();
+        assert!(format!("{error:#}").contains("changed while it was copied"), "{error:#}");
+    }
+}

@@ -1,0 +1,167 @@
+//! What lies on a boot partition (ESP or XBOOTLDR), and what each file is for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Result, bail};
+
+use crate::below::{Below, Kind, TEMPORARY};
+
+/// What a file on a boot partition is for; its class decides when in a sync it is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Class {
+    /// A boot loader entry of type 1 (UAPI.1), `loader/entries/*.conf`.
+    Entry,
+    /// A unified kernel image in `EFI/Linux`: entry and payload in one (an entry of type 2).
+    Uki,
+    /// `loader/loader.conf`.
+    LoaderConf,
+    /// A boot loader, or any other EFI program.
+    Loader,
+    /// Whatever entries refer to, and everything else.
+    Payload,
+    /// What never travels: the random seed, which the boot loader rewrites at every boot and which no two disks may share.
+    Local,
+}
+
+/// The class of a file by its path below the partition. FAT ignores case, and so does this.
+pub fn classify(path: &str) -> Class {
+    let path = fold(path);
+    let efi = path.ends_with(".efi");
+    match path.as_str() {
+        "loader/random-seed" => Class::Local,
+        "loader/loader.conf" => Class::LoaderConf,
+        p if p.strip_prefix("loader/entries/").is_some_and(|f| f.ends_with(".conf") && !f.contains('/')) => Class::Entry,
+        p if efi && p.strip_prefix("efi/linux/").is_some_and(|f| !f.contains('/')) => Class::Uki,
+        p if efi && p.starts_with("efi/") => Class::Loader,
+        _ => Class::Payload,
+    }
+}
+
+/// The form in which FAT compares names; used on every file system, as a boot partition may be FAT on one disk only.
+pub fn fold(path: &str) -> String {
+    path.to_lowercase()
+}
+
+/// A file on a boot partition.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BootFile {
+    /// Its path below the partition, as written there.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// The BLAKE3 hash of its content: sizes and times don't tell a changed initrd (failure mode 11).
+    pub hash: blake3::Hash,
+    /// The content itself, of entries and loader.conf.
+    pub text: Option<Vec<u8>>,
+}
+
+/// All of a boot partition but what is left from interrupted syncs.
+#[derive(Clone, Default, Debug)]
+pub struct BootFiles {
+    /// By [`fold`]ed path.
+    pub files: BTreeMap<String, BootFile>,
+    /// Directories, as written.
+    pub dirs: BTreeSet<String>,
+    /// Temporary files of ours, with their sizes and hashes: an interrupted sync may have left an entry pointing at one.
+    pub temporary: BTreeMap<String, BootFile>,
+}
+
+impl BootFiles {
+    /// Reads a whole boot partition, contents and all.
+    ///
+    /// # Errors
+    /// Those of reading; a name with a control character, or two names that differ only in case; directories nested too deeply.
+    pub fn scan(below: &Below) -> Result<Self> {
+        let mut found = Self::default();
+        found.scan_dir(below, "", 0)?;
+        Ok(found)
+    }
+
+    fn scan_dir(&mut self, below: &Below, dir: &str, depth: u8) -> Result<()> {
+        if depth > 16 {
+            bail!("{dir}: directories are nested more than 16 deep; is the file system damaged?");
+        }
+        for (name, kind) in below.list(if dir.is_empty() { "." } else { dir })? {
+            if name.chars().any(char::is_control) || name.contains('\\') {
+                bail!("'{dir}/{}' is no name for a boot file; is the file system damaged?", name.escape_debug());
+            }
+            let path = if dir.is_empty() { name.clone() } else { format!("{dir}/{name}") };
+            match kind {
+                Kind::Dir if dir.is_empty() && matches!(name.as_str(), "lost+found" | "System Volume Information") => {}
+                Kind::Dir => {
+                    self.dirs.insert(path.clone());
+                    self.scan_dir(below, &path, depth + 1)?;
+                }
+                Kind::File(size) => {
+                    let class = classify(&path);
+                    let text = if matches!(class, Class::Entry | Class::LoaderConf) { below.read(&path)? } else { None };
+                    // A file that is gone again by now was never there.
+                    let Some(hash) = below.hash(&path)? else { continue };
+                    let file = BootFile { path: path.clone(), size, hash, text };
+                    if name.starts_with(TEMPORARY) {
+                        self.temporary.insert(fold(&path), file);
+                    } else if let Some(twin) = self.files.insert(fold(&path), file) {
+                        bail!("{} and {path} differ only in case, which FAT can't hold; rename one", twin.path);
+                    }
+                }
+                Kind::Other => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The files of one class.
+    pub fn of(&self, class: Class) -> impl Iterator<Item = &BootFile> {
+        self.files.values().filter(move |f| classify(&f.path) == class)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn classes() {
+        for (path, class) in [
+            ("loader/entries/a.conf", Class::Entry),
+            ("LOADER/ENTRIES/A.CONF", Class::Entry),
+            ("loader/entries/a.conf.bak", Class::Payload),
+            ("loader/random-seed", Class::Local),
+            ("loader/loader.conf", Class::LoaderConf),
+            ("EFI/Linux/arch.efi", Class::Uki),
+            ("EFI/systemd/systemd-bootx64.efi", Class::Loader),
+            ("EFI/BOOT/BOOTX64.EFI", Class::Loader),
+            ("vmlinuz-linux", Class::Payload),
+        ] {
+            assert_eq!(classify(path), class, "{path}");
+        }
+    }
+
+    #[test]
+    fn scan_finds_files_directories_and_leftovers() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("loader/entries/a.conf"), "title a\n").unwrap();
+        fs::write(tmp.path().join("linux"), "kernel").unwrap();
+        fs::write(tmp.path().join(".dualroot-linux"), "ker").unwrap();
+        let found = BootFiles::scan(&Below::open(tmp.path()).unwrap()).unwrap();
+        assert_eq!(found.files.keys().collect::<Vec<_>>(), ["linux", "loader/entries/a.conf"]);
+        assert_eq!(found.files["loader/entries/a.conf"].text.as_deref(), Some(&b"title a\n"[..]));
+        assert_eq!(found.files["linux"].hash, blake3::hash(b"kernel"));
+        assert_eq!(found.temporary.len(), 1);
+        assert_eq!(found.dirs.len(), 2);
+    }
+
+    #[test]
+    fn f26_names_that_fat_cannot_hold_are_refused() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::write(tmp.path().join("Linux"), "1").unwrap();
+        fs::write(tmp.path().join("linux"), "2").unwrap();
+        let error = BootFiles::scan(&Below::open(tmp.path()).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("differ only in case"), "{error}");
+        fs::remove_file(tmp.path().join("Linux")).unwrap();
+        fs::write(tmp.path().join("a\nb"), "3").unwrap();
+        assert!(BootFiles::scan(&Below::open(tmp.path()).unwrap()).is_err());
+    }
+}

@@ -1,0 +1,875 @@
+//! The configuration: dualroot.conf(5), `/etc/dualroot.conf` and its drop-ins, by systemd's rules.
+//!
+//! The syntax is systemd.syntax(7)'s. A small line layer (comments, continuation lines, byte order mark, line ends) stands in front
+//! of serde_ini's parser, which knows none of these and no line numbers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_ini::Item;
+use serde_ini::parse::{OkIter, SyntaxError};
+
+use crate::root::Root;
+use crate::types::{DirPath, DiskName, PartUuid, Role};
+
+/// Where configuration lies, the most important directory first.
+const DIRS: [&str; 4] = ["/etc", "/run", "/usr/local/lib", "/usr/lib"];
+
+/// The main file in each of [`DIRS`]; drop-ins lie in this name with `.d` added.
+const MAIN: &str = "dualroot.conf";
+
+/// When spares are mounted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SpareMount {
+    /// Read-only, at every boot.
+    Boot,
+    /// Only while a sync runs.
+    Sync,
+}
+
+/// The section `[dualroot]`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// `spare-mount=`: when spares are mounted.
+    pub spare_mount: SpareMount,
+    /// `settle=`: how long nothing must have changed on the booted disk before a sync starts.
+    pub settle: Duration,
+    /// `exclude=`: rsync(1) filter rules, one per assignment, in order.
+    pub exclude: Vec<String>,
+    /// `efi-entries=`: whether each disk gets a boot entry of its own in the firmware.
+    pub efi_entries: bool,
+    /// `device-timeout=`: how long systemd waits for a partition to appear. Never zero, which would mean for ever.
+    pub device_timeout: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            spare_mount: SpareMount::Boot,
+            settle: Duration::from_secs(5),
+            exclude: Vec::new(),
+            efi_entries: true,
+            device_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// One section `[diskN]`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Disk {
+    /// The section's name.
+    pub name: DiskName,
+    /// Its partitions, the ESP among them.
+    pub parts: BTreeMap<Role, PartUuid>,
+    /// `title=`: what stands before this disk's boot menu titles.
+    pub title: Option<String>,
+    /// `esp-mountpoint=`: where fstab mounts this disk's ESP already.
+    pub esp_mountpoint: Option<DirPath>,
+    esp: PartUuid,
+}
+
+impl Disk {
+    /// The EFI system partition, which every disk has.
+    pub fn esp(&self) -> PartUuid {
+        self.esp
+    }
+
+    /// Where its boot partitions are mounted when it is booted: the ESP on /boot, or with an XBOOTLDR the ESP on /efi and the
+    /// XBOOTLDR on /boot (Boot Loader Specification, UAPI.1). On a spare the same places are below its own directory.
+    pub fn boot_places(&self) -> Vec<(Role, PartUuid, DirPath)> {
+        let places = match self.parts.get(&Role::Xbootldr) {
+            Some(xbootldr) => vec![(Role::Esp, self.esp, "/efi"), (Role::Xbootldr, *xbootldr, "/boot")],
+            None => vec![(Role::Esp, self.esp, "/boot")],
+        };
+        places.into_iter().filter_map(|(role, part, path)| Some((role, part, DirPath::parse(path).ok()?))).collect()
+    }
+}
+
+/// Which of the two approaches the disks follow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// One root file system across the disks; no section has `root=`.
+    SharedRoot,
+    /// Each disk has a root of its own; all sections have `root=`.
+    OwnRoots,
+}
+
+/// A valid configuration.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// The section `[dualroot]`.
+    pub settings: Settings,
+    /// The disks, sorted by number: two or more, with the same roles, and no partition twice.
+    pub disks: Vec<Disk>,
+    /// What was not understood and is ignored: one sentence each, with file and line.
+    pub warnings: Vec<String>,
+}
+
+impl Config {
+    /// Reads the main file and the drop-ins as systemd does: the main file of the most important directory, then the drop-ins of
+    /// all directories sorted by name, where of several with one name the most important directory's counts. An empty drop-in,
+    /// or a link to /dev/null, masks the others of its name. None where nothing is configured.
+    ///
+    /// # Errors
+    /// Files that can't be read, and everything that [`Config::parse`] finds.
+    pub fn load(root: &Root) -> Result<Option<Self>> {
+        Self::parse(&sources(root)?)
+    }
+
+    /// Makes a configuration of the named texts, of which the later win. None where they configure nothing: no disk's section,
+    /// and nothing that was not understood.
+    ///
+    /// # Errors
+    /// All that is wrong, in one line, each fault with its file, its line and what was expected there.
+    pub fn parse(sources: &[(String, Vec<u8>)]) -> Result<Option<Self>> {
+        let mut raw = Raw::default();
+        for (file, text) in sources {
+            raw.add(file, text);
+        }
+        let settings = raw.settings();
+        let disks = raw.disks();
+        if disks.is_empty() && raw.sections.is_empty() && raw.faults.is_empty() && raw.warnings.is_empty() {
+            return Ok(None);
+        }
+        if raw.sections.len() < 2 && raw.faults.is_empty() {
+            let file = sources.first().map_or(MAIN, |(file, _)| file);
+            raw.faults.push(format!("{file}: expected two or more disks, as [disk0] and [disk1], found {}", raw.sections.len()));
+        }
+        if !raw.faults.is_empty() {
+            raw.faults.append(&mut raw.warnings);
+            bail!("{}", raw.faults.join("; "));
+        }
+        Ok(Some(Self { settings, disks, warnings: raw.warnings }))
+    }
+
+    /// Whether the disks share one root file system.
+    pub fn layout(&self) -> Layout {
+        match self.disks.first() {
+            Some(disk) if disk.parts.contains_key(&Role::Root) => Layout::OwnRoots,
+            _ => Layout::SharedRoot,
+        }
+    }
+
+    /// The disk with this ESP.
+    pub fn booted(&self, esp: &PartUuid) -> Option<&Disk> {
+        self.disks.iter().find(|disk| disk.esp == *esp)
+    }
+
+    /// Every other disk, with the directory that it is mounted on: /mnt/root1, /mnt/root2, and so on, by the order of the
+    /// sections.
+    pub fn spares(&self, booted: &Disk) -> Vec<(DirPath, &Disk)> {
+        let spares = self.disks.iter().filter(|disk| disk.name != booted.name);
+        (1..).zip(spares).filter_map(|(n, disk)| Some((DirPath::parse(&format!("/mnt/root{n}")).ok()?, disk))).collect()
+    }
+}
+
+/// The files that make up the configuration, the main file first, each with its path.
+fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for dir in DIRS {
+        let path = format!("{dir}/{MAIN}");
+        if let Some(text) = read(root, &path)? {
+            found.push((path, text));
+            break;
+        }
+    }
+    let mut dropins: BTreeMap<OsString, (String, Vec<u8>)> = BTreeMap::new();
+    for dir in DIRS.map(|dir| format!("{dir}/{MAIN}.d")) {
+        for name in root.names(&dir).with_context(|| format!("can't list {dir}"))? {
+            let Some(text) = name.to_str().filter(|n| n.ends_with(".conf") && !n.starts_with('.')) else { continue };
+            if dropins.contains_key(&name) {
+                continue;
+            }
+            let path = format!("{dir}/{text}");
+            if let Some(text) = read(root, &path)? {
+                dropins.insert(name, (path, text));
+            }
+        }
+    }
+    found.extend(dropins.into_values());
+    Ok(found)
+}
+
+/// A regular file's contents, nothing for /dev/null, and None where there is no file or a link that leads nowhere. Anything else
+/// is refused before it is opened: a named pipe would hold up the boot.
+fn read(root: &Root, path: &str) -> Result<Option<Vec<u8>>> {
+    match fs::metadata(root.path(path)) {
+        Ok(meta) if meta.is_file() => root.read_opt(path).with_context(|| format!("can't read {path}")),
+        Ok(meta) if meta.file_type().is_char_device() && meta.rdev() == nix::sys::stat::makedev(1, 3) => Ok(Some(Vec::new())),
+        Ok(_) => bail!("{path} is not a regular file"),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("can't read {path}")),
+    }
+}
+
+/// A file and a line.
+#[derive(Clone, Debug)]
+struct Place {
+    file: String,
+    line: usize,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// What was assigned, and where.
+#[derive(Clone, Debug)]
+struct Value {
+    text: String,
+    place: Place,
+}
+
+/// The section that a line stands in.
+enum Section {
+    None,
+    Settings,
+    Disk(DiskName),
+    Ignored,
+}
+
+/// The assignments of all files, merged, and what was wrong with them.
+#[derive(Default)]
+struct Raw {
+    settings: BTreeMap<String, Value>,
+    exclude: Vec<Value>,
+    sections: BTreeMap<DiskName, (Place, BTreeMap<String, Value>)>,
+    faults: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Raw {
+    /// Adds the assignments of one file to those of earlier ones.
+    fn add(&mut self, file: &str, text: &[u8]) {
+        let mut section = Section::None;
+        for (line, bytes) in logical_lines(text) {
+            let place = Place { file: file.to_owned(), line };
+            let Ok(text) = std::str::from_utf8(&bytes) else {
+                self.faults.push(format!("{place}: expected UTF-8 text, found '{}'", bytes.escape_ascii()));
+                continue;
+            };
+            match serde_ini::Parser::new(OkIter([text.trim()].into_iter())).next() {
+                Some(Ok(Item::Section { name })) => section = self.section(place, &name),
+                Some(Ok(Item::Value { key, value })) => self.assign(&section, &key, Value { text: value, place }),
+                Some(Ok(Item::Empty | Item::Comment { .. })) | None => {}
+                Some(Err(serde_ini::parse::Error::Syntax(SyntaxError::MissingEquals))) if matches!(section, Section::Ignored) => {}
+                Some(Err(serde_ini::parse::Error::Syntax(SyntaxError::MissingEquals))) => {
+                    self.faults.push(format!("{place}: expected key=value, found '{}'", text.trim().escape_debug()));
+                }
+                Some(Err(_)) => {
+                    self.faults.push(format!("{place}: expected a section as [disk0], found '{}'", text.trim().escape_debug()));
+                }
+            }
+        }
+    }
+
+    /// Begins a section.
+    fn section(&mut self, place: Place, name: &str) -> Section {
+        if name == "dualroot" {
+            return Section::Settings;
+        }
+        match DiskName::parse(name) {
+            Ok(disk) => {
+                self.sections.entry(disk).or_insert_with(|| (place, BTreeMap::new()));
+                return Section::Disk(disk);
+            }
+            Err(e) if name.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("disk")) => {
+                self.faults.push(format!("{place}: {e:#}"));
+            }
+            Err(_) if name.starts_with("X-") => {}
+            Err(_) => {
+                let name = name.escape_debug();
+                self.warnings.push(format!("{place}: expected [dualroot] or [disk0], [disk1], …, found [{name}], ignoring"));
+            }
+        }
+        Section::Ignored
+    }
+
+    /// Takes an assignment; an empty value takes an earlier one back.
+    fn assign(&mut self, section: &Section, key: &str, value: Value) {
+        match section {
+            Section::Ignored => {}
+            _ if key.is_empty() => self.faults.push(format!("{}: expected a key before the '='", value.place)),
+            Section::None => {
+                let (place, key) = (value.place, key.escape_debug());
+                self.warnings.push(format!("{place}: '{key}=' stands before the first section, ignoring"));
+            }
+            Section::Settings => match key {
+                "exclude" if value.text.is_empty() => self.exclude.clear(),
+                "exclude" => self.exclude.push(value),
+                "spare-mount" | "settle" | "efi-entries" | "device-timeout" => set(&mut self.settings, key, value),
+                _ => self.unknown("dualroot", key, &value.place),
+            },
+            Section::Disk(disk) => {
+                let known = match key {
+                    "title" | "esp-mountpoint" => Ok(Some(key.to_owned())),
+                    _ => disk_role(key).map(|role| role.map(|role| role.key().to_owned())),
+                };
+                match (known, self.sections.get_mut(disk)) {
+                    (Ok(Some(key)), Some((_, values))) => set(values, &key, value),
+                    (Ok(_), _) => self.unknown(&disk.to_string(), key, &value.place),
+                    (Err(e), _) => self.faults.push(format!("{}: {e:#}", value.place)),
+                }
+            }
+        }
+    }
+
+    /// Notes a key that means nothing here; like sections, keys that begin with X- are for other programs.
+    fn unknown(&mut self, section: &str, key: &str, place: &Place) {
+        if !key.starts_with("X-") {
+            self.warnings.push(format!("{place}: unknown key '{}=' in section [{section}], ignoring", key.escape_debug()));
+        }
+    }
+
+    /// Notes what is wrong with a value.
+    fn check<T>(&mut self, key: &str, value: &Value, result: Result<T>) -> Option<T> {
+        result.map_err(|e| self.faults.push(format!("{}: {key}=: {e:#}", value.place))).ok()
+    }
+
+    /// The typed section `[dualroot]`.
+    fn settings(&mut self) -> Settings {
+        let mut settings = Settings::default();
+        for (key, value) in self.settings.clone() {
+            let text = value.text.as_str();
+            let result = match key.as_str() {
+                "spare-mount" => match text {
+                    "boot" => Ok(settings.spare_mount = SpareMount::Boot),
+                    "sync" => Ok(settings.spare_mount = SpareMount::Sync),
+                    _ => Err(anyhow::anyhow!("expected boot or sync, found '{}'", text.escape_debug())),
+                },
+                "settle" => time_span(text).map(|span| settings.settle = span),
+                "efi-entries" => boolean(text).map(|yes| settings.efi_entries = yes),
+                _ => match time_span(text) {
+                    Ok(span) if span.is_zero() => Err(anyhow::anyhow!("expected a time longer than 0, found '{text}'")),
+                    span => span.map(|span| settings.device_timeout = span),
+                },
+            };
+            self.check(&key, &value, result);
+        }
+        for value in self.exclude.clone() {
+            settings.exclude.extend(self.check("exclude", &value, plain(&value.text)));
+        }
+        settings
+    }
+
+    /// The typed sections `[diskN]`; what is wrong with them is noted.
+    fn disks(&mut self) -> Vec<Disk> {
+        let sections = self.sections.clone();
+        let roles: BTreeMap<&str, (DiskName, &Place)> = (sections.iter().rev())
+            .flat_map(|(name, (_, values))| values.iter().map(|(key, value)| (key.as_str(), (*name, &value.place))))
+            .filter(|(key, _)| !matches!(*key, "title" | "esp-mountpoint"))
+            .collect();
+        let mut parts_seen: BTreeMap<PartUuid, (DiskName, String, &Place)> = BTreeMap::new();
+        let mut mountpoints_seen = BTreeSet::new();
+        let mut disks = Vec::new();
+        for (name, (place, values)) in &sections {
+            if !values.contains_key("esp") {
+                self.faults.push(format!("{place}: expected esp= in section [{name}]"));
+            }
+            for (key, (other, its_place)) in &roles {
+                if *key == "esp" || values.contains_key(*key) {
+                    continue;
+                }
+                let why = match *key {
+                    "root" => "either all disks have a root= (own roots) or none (shared root)",
+                    _ => "all disks have the same partitions",
+                };
+                self.faults.push(format!("{place}: expected {key}= in section [{name}], as [{other}] has at {its_place}: {why}"));
+            }
+            let mut disk = Disk {
+                name: *name,
+                parts: BTreeMap::new(),
+                title: None,
+                esp_mountpoint: None,
+                esp: PartUuid::from(uuid::Uuid::nil()),
+            };
+            for (key, value) in values {
+                match key.as_str() {
+                    "title" => disk.title = self.check(key, value, plain(&value.text)),
+                    "esp-mountpoint" => {
+                        disk.esp_mountpoint = self.check(key, value, esp_mountpoint(&value.text));
+                        if disk.esp_mountpoint.as_ref().is_some_and(|path| !mountpoints_seen.insert(path.clone())) {
+                            self.faults.push(format!("{}: esp-mountpoint={} is another disk's already", value.place, value.text));
+                        }
+                    }
+                    _ => {
+                        let Some(part) = self.check(key, value, PartUuid::parse(&value.text)) else { continue };
+                        if let Some((other, its_key, its_place)) = parts_seen.get(&part) {
+                            self.faults.push(format!(
+                                "{}: {key}= of [{name}] names the partition {part}, which is {its_key}= of [{other}] at {its_place}: \
+                                 expected a partition of its own for each, see 'lsblk -o NAME,PARTUUID'",
+                                value.place
+                            ));
+                        } else {
+                            parts_seen.insert(part, (*name, key.clone(), &value.place));
+                        }
+                        match disk_role(key) {
+                            Ok(Some(role)) => {
+                                if role == Role::Esp {
+                                    disk.esp = part;
+                                }
+                                disk.parts.insert(role, part);
+                            }
+                            other => self.faults.extend(other.err().map(|e| format!("{}: {e:#}", value.place))),
+                        }
+                    }
+                }
+            }
+            disks.push(disk);
+        }
+        disks
+    }
+}
+
+/// Assigns, or takes back what was assigned before.
+fn set(values: &mut BTreeMap<String, Value>, key: &str, value: Value) {
+    if value.text.is_empty() {
+        values.remove(key);
+    } else {
+        values.insert(key.to_owned(), value);
+    }
+}
+
+/// The role that a key names, where a path may be the mount point of a partition of its own.
+fn disk_role(key: &str) -> Result<Option<Role>> {
+    let role = Role::parse_key(key)?;
+    if let Some(Role::Dir(path)) = &role {
+        let first = path.relative().split('/').next().unwrap_or_default();
+        match first {
+            "boot" | "efi" => {
+                bail!("{path}= can't be a partition of its own: expected esp= and xbootldr= for what is on /boot and /efi")
+            }
+            "dev" | "proc" | "run" | "sys" | "tmp" => {
+                bail!("{path}= is in a file system of the kernel's or a volatile one: expected another directory")
+            }
+            "etc" => bail!("{path}= is read before it can be mounted: expected a directory outside /etc"),
+            "mnt"
+                if path
+                    .relative()
+                    .strip_prefix("mnt/root")
+                    .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) =>
+            {
+                bail!("{path}= is where spares are mounted: expected another directory")
+            }
+            _ => {}
+        }
+    }
+    Ok(role)
+}
+
+/// A mount point to bind an ESP from. What is on or below the places that it is bound to would be hidden by it.
+fn esp_mountpoint(text: &str) -> Result<DirPath> {
+    let path = DirPath::parse(text)?;
+    for place in ["/boot", "/efi"] {
+        if path.is_within(&DirPath::parse(place)?) {
+            bail!("expected a directory outside /boot and /efi, as /efi0, found '{path}'");
+        }
+    }
+    Ok(path)
+}
+
+/// Text without control characters.
+fn plain(text: &str) -> Result<String> {
+    if text.chars().any(char::is_control) {
+        bail!("expected text without control characters, found '{}'", text.escape_debug());
+    }
+    Ok(text.to_owned())
+}
+
+/// A boolean, in systemd's spellings.
+fn boolean(text: &str) -> Result<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "yes" | "y" | "true" | "t" | "on" => Ok(true),
+        "0" | "no" | "n" | "false" | "f" | "off" => Ok(false),
+        _ => bail!("expected yes or no, found '{}'", text.escape_debug()),
+    }
+}
+
+/// A time span as in systemd.time(7): numbers with units, added up; without a unit, seconds.
+fn time_span(text: &str) -> Result<Duration> {
+    let expected = || format!("expected a time span as 5s, 500ms or 2min 30s, found '{}'", text.escape_debug());
+    let mut rest = text.trim();
+    let mut sum = Duration::ZERO;
+    loop {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let (number, tail) = rest.split_at_checked(digits).with_context(expected)?;
+        let tail = tail.trim_start();
+        let letters = tail.find(|c: char| !c.is_alphabetic()).unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at_checked(letters).with_context(expected)?;
+        let micros: u64 = match unit {
+            "us" | "usec" | "µs" | "μs" => 1,
+            "ms" | "msec" => 1_000,
+            "" | "s" | "sec" | "second" | "seconds" => 1_000_000,
+            "m" | "min" | "minute" | "minutes" => 60_000_000,
+            "h" | "hr" | "hour" | "hours" => 3_600_000_000,
+            "d" | "day" | "days" => 86_400_000_000,
+            "w" | "week" | "weeks" => 604_800_000_000,
+            _ => bail!(expected()),
+        };
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+        // More than six decimals are beyond what systemd counts in.
+        let fraction = fraction.get(..6).unwrap_or(fraction);
+        let scale = u32::try_from(fraction.len()).ok().and_then(|n| 10_u64.checked_pow(n)).with_context(expected)?;
+        let whole: u64 = whole.parse().ok().with_context(expected)?;
+        let fraction: u64 = fraction.parse().ok().with_context(expected)?;
+        let micros = (whole.checked_mul(micros))
+            .and_then(|w| w.checked_add(fraction.checked_mul(micros)? / scale))
+            .with_context(expected)?;
+        sum = sum.checked_add(Duration::from_micros(micros)).with_context(expected)?;
+        rest = tail.trim_start();
+        if rest.is_empty() {
+            return Ok(sum);
+        }
+    }
+}
+
+/// The lines of a file as systemd.syntax(7) joins them: without comments and blank lines, a backslash at the end continued by the
+/// next line that is no comment. Each with the number of its first line.
+fn logical_lines(text: &[u8]) -> Vec<(usize, Vec<u8>)> {
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    let mut lines = Vec::new();
+    let mut open: Option<(usize, Vec<u8>)> = None;
+    for (number, line) in (1..).zip(text.split(|b| *b == b'\n')) {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if let Some(b'#' | b';') = line.trim_ascii_start().first() {
+            continue;
+        }
+        let (number, mut joined) = open.take().unwrap_or((number, Vec::new()));
+        joined.extend_from_slice(line);
+        // Two backslashes are not one at the end.
+        if joined.iter().rev().take_while(|b| **b == b'\\').count() % 2 == 1 {
+            joined.pop();
+            joined.push(b' ');
+            open = Some((number, joined));
+        } else {
+            lines.push((number, joined));
+        }
+    }
+    lines.extend(open);
+    lines.retain(|(_, line)| !line.trim_ascii().is_empty());
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const A: &str = "6ffd4e1c-0000-4000-8000-00000000000";
+    const PAIR: &str = "[disk0]\nesp=6FFD4E1C-0000-4000-8000-000000000000\nroot=PARTUUID=6ffd4e1c-0000-4000-8000-000000000001\n\
+                        [disk1]\nesp=6ffd4e1c-0000-4000-8000-000000000010\nroot=partuuid=6ffd4e1c-0000-4000-8000-000000000011\n";
+
+    fn parse(texts: &[&str]) -> Result<Option<Config>> {
+        let name = |n| if n == 0 { "/etc/dualroot.conf".to_owned() } else { format!("/etc/dualroot.conf.d/{n}.conf") };
+        Config::parse(&texts.iter().enumerate().map(|(n, text)| (name(n), text.as_bytes().to_vec())).collect::<Vec<_>>())
+    }
+
+    fn good(texts: &[&str]) -> Config {
+        parse(texts).unwrap().unwrap()
+    }
+
+    fn bad(text: &str) -> String {
+        let error = format!("{:#}", parse(&[text]).unwrap_err());
+        assert!(!error.contains('\n'), "one line: {error}");
+        error
+    }
+
+    fn shared(extra0: &str, extra1: &str) -> String {
+        format!("[disk0]\nesp={A}0\n{extra0}\n[disk1]\nesp={A}1\n{extra1}\n")
+    }
+
+    #[test]
+    fn a_pair() {
+        let config = good(&[PAIR]);
+        assert_eq!(config.layout(), Layout::OwnRoots);
+        assert_eq!(config.settings, Settings::default());
+        let [a, b] = &config.disks[..] else { panic!() };
+        assert_eq!(a.esp().to_string(), format!("{A}0"));
+        assert_eq!(a.parts.len(), 2);
+        assert_eq!(config.booted(&b.esp()), Some(b));
+        assert_eq!(config.booted(&b.parts[&Role::Root]), None);
+        let spares: Vec<_> = config.spares(b).into_iter().map(|(dir, disk)| (dir.to_string(), disk.name.to_string())).collect();
+        assert_eq!(spares, [("/mnt/root1".to_owned(), "disk0".to_owned())]);
+        assert!(config.warnings.is_empty());
+    }
+
+    #[test]
+    fn spares_are_numbered_by_section_whatever_their_order_in_the_file() {
+        let config = good(&[&format!("[disk10]\nesp={A}9\n[disk2]\nesp={A}2\n[disk0]\nesp={A}0\n[disk1]\nesp={A}1\n")]);
+        let spares = config.spares(&config.disks[1]);
+        let spares: Vec<_> = spares.iter().map(|(dir, disk)| format!("{dir} {}", disk.name)).collect();
+        assert_eq!(spares, ["/mnt/root1 disk0", "/mnt/root2 disk2", "/mnt/root3 disk10"]);
+        assert_eq!(config.layout(), Layout::SharedRoot);
+    }
+
+    #[test]
+    fn boot_places() {
+        let place = |text: &str| {
+            let config = good(&[text]);
+            config.disks[0].boot_places().iter().map(|(role, _, path)| format!("{role} {path}")).collect::<Vec<_>>()
+        };
+        assert_eq!(place(PAIR), ["esp /boot"]);
+        assert_eq!(place(&shared(&format!("xbootldr={A}2"), &format!("xbootldr={A}3"))), ["esp /efi", "xbootldr /boot"]);
+    }
+
+    #[test]
+    fn settings() {
+        let text = "[dualroot]\nspare-mount=sync\nsettle=2min 30s\nexclude=- /var/cache/\nexclude=*.o\nefi-entries=No\ndevice-timeout=500ms\n";
+        let config = good(&[text, PAIR]);
+        assert_eq!(config.settings.spare_mount, SpareMount::Sync);
+        assert_eq!(config.settings.settle, Duration::from_secs(150));
+        assert_eq!(config.settings.exclude, ["- /var/cache/", "*.o"]);
+        assert!(!config.settings.efi_entries);
+        assert_eq!(config.settings.device_timeout, Duration::from_millis(500));
+        // Later wins; empty resets; a list accumulates.
+        let later = "[dualroot]\nspare-mount=\nsettle=1\nexclude=\nexclude=third\n[disk1]\ntitle=B\n[dualroot]\nexclude=fourth\n";
+        let config = good(&[text, PAIR, later]);
+        assert_eq!(config.settings.spare_mount, SpareMount::Boot);
+        assert_eq!(config.settings.settle, Duration::from_secs(1));
+        assert_eq!(config.settings.exclude, ["third", "fourth"]);
+        assert_eq!(config.disks[1].title.as_deref(), Some("B"));
+    }
+
+    #[test]
+    fn time_spans() {
+        for (text, micros) in [
+            ("5", 5_000_000),
+            ("5s", 5_000_000),
+            ("0", 0),
+            ("1.5s", 1_500_000),
+            ("1.000001", 1_000_001),
+            ("500ms", 500_000),
+            ("1min", 60_000_000),
+            ("2min 30s", 150_000_000),
+            ("2min30", 150_000_000),
+            ("1 h", 3_600_000_000),
+            ("1d 1us", 86_400_000_001),
+            ("3 µs", 3),
+            ("1w", 604_800_000_000),
+        ] {
+            assert_eq!(time_span(text).unwrap(), Duration::from_micros(micros), "{text}");
+        }
+        for text in [
+            "",
+            "s",
+            "-5",
+            "5x",
+            "infinity",
+            "5 5 s s",
+            "1.2.3",
+            ".",
+            "1.",
+            "99999999999999999999",
+            "18446744073709551615w",
+            "5é",
+        ] {
+            assert!(time_span(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn lines() {
+        let text = b"\xef\xbb\xbfa=1\r\n  \t\n # note\nb=2 \\\r\n ; not this\n   3\\\\\n\n;x\nc=\\\n";
+        let lines: Vec<_> = logical_lines(text).into_iter().map(|(n, l)| (n, String::from_utf8(l).unwrap())).collect();
+        assert_eq!(lines, [(1, "a=1".to_owned()), (4, "b=2     3\\\\".to_owned()), (9, "c= ".to_owned())]);
+        assert_eq!(logical_lines(b"x\\"), [(1, b"x ".to_vec())]);
+        assert_eq!(logical_lines(b""), []);
+    }
+
+    #[test]
+    fn nothing_configured() {
+        for texts in [&[][..], &[""], &["# only notes\n"], &["[dualroot]\nsettle=1\n"], &["[X-other]\nfoo=1\n"]] {
+            assert_eq!(parse(texts).unwrap(), None, "{texts:?}");
+        }
+        // What may be a misspelt section is not nothing.
+        assert!(
+            bad("[dsk0]\nesp=1\n")
+                .contains("/etc/dualroot.conf:1: expected [dualroot] or [disk0], [disk1], …, found [dsk0], ignoring")
+        );
+    }
+
+    #[test]
+    fn faults_name_file_and_line() {
+        for (text, expected) in [
+            ("[disk0]\nesp\n", "/etc/dualroot.conf:2: expected key=value, found 'esp'"),
+            ("[disk0\n", "/etc/dualroot.conf:1: expected a section as [disk0], found '[disk0'"),
+            ("[a]b]\n", "/etc/dualroot.conf:1: expected a section"),
+            ("[disk0]\n=5\n", "/etc/dualroot.conf:2: expected a key before the '='"),
+            ("[disk00]\n", "/etc/dualroot.conf:1: 'disk00' is not a disk's section"),
+            ("[Disk0]\n", "/etc/dualroot.conf:1: 'Disk0' is not a disk's section"),
+            (
+                "[dualroot]\n\nsettle=soon\n",
+                "/etc/dualroot.conf:3: settle=: expected a time span as 5s, 500ms or 2min 30s, found 'soon'",
+            ),
+            ("[dualroot]\ndevice-timeout=0\n", "/etc/dualroot.conf:2: device-timeout=: expected a time longer than 0, found '0'"),
+            ("[dualroot]\nspare-mount=always\n", "/etc/dualroot.conf:2: spare-mount=: expected boot or sync, found 'always'"),
+            ("[dualroot]\nefi-entries=2\n", "/etc/dualroot.conf:2: efi-entries=: expected yes or no, found '2'"),
+            (
+                "[dualroot]\nexclude=a\tb\n",
+                "/etc/dualroot.conf:2: exclude=: expected text without control characters, found 'a\\tb'",
+            ),
+            ("[disk0]\nesp=1234abcd-01\n", "/etc/dualroot.conf:2: esp=: '1234abcd-01' is not a PARTUUID"),
+            ("[disk0]\nesp=00000000-0000-0000-0000-000000000000\n", "/etc/dualroot.conf:2: esp=: the PARTUUID is all zeros"),
+            ("[disk0]\n/home=x\n", "/etc/dualroot.conf:2: write home= instead of /home="),
+            ("[disk0]\n/boot/efi=x\n", "/etc/dualroot.conf:2: /boot/efi= can't be a partition of its own"),
+            ("[disk0]\n/mnt/root1/x=x\n", "/etc/dualroot.conf:2: /mnt/root1/x= is where spares are mounted"),
+            ("[disk0]\n/a/../b=x\n", "/etc/dualroot.conf:2: the path '/a/../b' has a '..' in it"),
+            (
+                "[disk0]\ntitle=a\x07b\n",
+                "/etc/dualroot.conf:2: title=: expected text without control characters, found 'a\\u{7}b'",
+            ),
+            ("[disk0]\nesp-mountpoint=efi0\n", "/etc/dualroot.conf:2: esp-mountpoint=: 'efi0' is not an absolute path"),
+            (
+                "[disk0]\nesp-mountpoint=/boot/efi\n",
+                "/etc/dualroot.conf:2: esp-mountpoint=: expected a directory outside /boot and /efi",
+            ),
+            ("[disk0]\ntitle=x\n", "/etc/dualroot.conf:1: expected esp= in section [disk0]"),
+        ] {
+            let error = bad(text);
+            assert!(error.contains(expected), "{text:?} gave {error}");
+        }
+        let error = format!("{:#}", Config::parse(&[("f".into(), b"[disk0]\nesp=\xff\n".to_vec())]).unwrap_err());
+        assert!(error.contains("f:2: expected UTF-8 text, found 'esp=\\xff'"), "{error}");
+        // All of it at once.
+        assert_eq!(bad("[dualroot]\nsettle=x\nspare-mount=y\nfoo=1\n").split("; ").count(), 3);
+    }
+
+    #[test]
+    fn disks_must_match() {
+        let one = format!("[disk0]\nesp={A}0\n");
+        assert_eq!(bad(&one), "/etc/dualroot.conf: expected two or more disks, as [disk0] and [disk1], found 1");
+        let error = bad(&shared(&format!("root={A}2"), ""));
+        let why = "either all disks have a root= (own roots) or none (shared root)";
+        assert_eq!(
+            error,
+            format!("/etc/dualroot.conf:4: expected root= in section [disk1], as [disk0] has at /etc/dualroot.conf:3: {why}")
+        );
+        let error = bad(&shared("", &format!("/data={A}2")));
+        let why = "all disks have the same partitions";
+        assert_eq!(
+            error,
+            format!("/etc/dualroot.conf:1: expected /data= in section [disk0], as [disk1] has at /etc/dualroot.conf:6: {why}")
+        );
+        let error = bad(&shared("esp-mountpoint=/efi0", "esp-mountpoint=/efi0/"));
+        assert_eq!(error, "/etc/dualroot.conf:6: esp-mountpoint=/efi0/ is another disk's already");
+    }
+
+    #[test]
+    fn f02_f03_one_partition_twice() {
+        let error = bad(&format!("[disk0]\nesp={A}0\n[disk1]\nesp={}\n", format!("{A}0").to_uppercase()));
+        assert_eq!(
+            error,
+            format!(
+                "/etc/dualroot.conf:4: esp= of [disk1] names the partition {A}0, which is esp= of [disk0] at /etc/dualroot.conf:2: \
+                 expected a partition of its own for each, see 'lsblk -o NAME,PARTUUID'"
+            )
+        );
+        let error = bad(&shared(&format!("home={A}2\nsrv={A}2"), &format!("home={A}3\nsrv={A}4")));
+        assert!(error.contains("srv= of [disk0] names the partition"), "{error}");
+    }
+
+    #[test]
+    fn unknown_keys_are_warned_of() {
+        let config =
+            good(&["esp=1\n[other]\nx=1\nnothing\n[X-y]\nz=1\n[dualroot]\nX-k=1\ncolour=red\n", PAIR, "[disk1]\nboot=1\n"]);
+        assert_eq!(
+            config.warnings,
+            [
+                "/etc/dualroot.conf:1: 'esp=' stands before the first section, ignoring",
+                "/etc/dualroot.conf:2: expected [dualroot] or [disk0], [disk1], …, found [other], ignoring",
+                "/etc/dualroot.conf:9: unknown key 'colour=' in section [dualroot], ignoring",
+                "/etc/dualroot.conf.d/2.conf:2: unknown key 'boot=' in section [disk1], ignoring",
+            ]
+        );
+    }
+
+    #[test]
+    fn duplicate_sections_merge_and_paths_are_normalised() {
+        let config = good(&[&format!(
+            "[disk0]\nesp={A}0\n/data/={A}2\n[disk1]\nesp={A}1\n//data={A}3\n[disk0]\n/data={A}4\ntitle=x\ntitle=\n"
+        )]);
+        assert_eq!(config.disks[0].parts[&Role::parse_key("/data").unwrap().unwrap()].to_string(), format!("{A}4"));
+        assert_eq!(config.disks[0].title, None);
+    }
+
+    #[test]
+    fn files_as_systemd_finds_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path());
+        let write = |path: &str, text: &str| {
+            let path = root.path(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let paths = || sources(&root).unwrap().into_iter().map(|(path, _)| path).collect::<Vec<_>>();
+        assert_eq!(Config::load(&root).unwrap(), None);
+        write("/usr/lib/dualroot.conf", PAIR);
+        write("/usr/local/lib/dualroot.conf", PAIR);
+        write("/usr/lib/dualroot.conf.d/50-b.conf", "[dualroot]\nsettle=1\n");
+        write("/usr/lib/dualroot.conf.d/40-c.conf", "[dualroot]\nsettle=2\n");
+        write("/usr/lib/dualroot.conf.d/note.txt", "[[[");
+        write("/usr/lib/dualroot.conf.d/.hidden.conf", "[[[");
+        let expected =
+            ["/usr/local/lib/dualroot.conf", "/usr/lib/dualroot.conf.d/40-c.conf", "/usr/lib/dualroot.conf.d/50-b.conf"];
+        assert_eq!(paths(), expected);
+        assert_eq!(Config::load(&root).unwrap().unwrap().settings.settle, Duration::from_secs(1));
+        // The more important directory wins, masks, and is sorted by name all the same.
+        write("/run/dualroot.conf.d/50-b.conf", "");
+        write("/etc/dualroot.conf.d/30-a.conf", "[dualroot]\nsettle=3\n");
+        std::os::unix::fs::symlink("/dev/null", root.path("/etc/dualroot.conf.d/40-c.conf")).unwrap();
+        let config = Config::load(&root).unwrap().unwrap();
+        assert_eq!(config.settings.settle, Duration::from_secs(3));
+        // The main file can be masked as well, and a link to nowhere is none.
+        std::os::unix::fs::symlink("/nowhere", root.path("/etc/dualroot.conf")).unwrap();
+        assert_eq!(Config::load(&root).unwrap().unwrap(), config);
+        std::os::unix::fs::symlink("/dev/null", root.path("/run/dualroot.conf")).unwrap();
+        assert_eq!(Config::load(&root).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_unopened() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path());
+        fs::create_dir(root.path("/etc")).unwrap();
+        nix::unistd::mkfifo(&root.path("/etc/dualroot.conf"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert_eq!(format!("{:#}", Config::load(&root).unwrap_err()), "/etc/dualroot.conf is not a regular file");
+        fs::remove_file(root.path("/etc/dualroot.conf")).unwrap();
+        fs::create_dir(root.path("/etc/dualroot.conf")).unwrap();
+        assert!(Config::load(&root).is_err());
+    }
+
+    proptest! {
+        /// f26: any bytes give a configuration, none, or an error of one line.
+        #[test]
+        fn f26_any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            if let Err(e) = Config::parse(&[("f".into(), bytes)]) {
+                let text = format!("{e:#}");
+                prop_assert!(!text.contains('\n'));
+            }
+        }
+
+        /// f26: the same for what looks like a configuration.
+        #[test]
+        fn f26_any_words(words in proptest::collection::vec(proptest::sample::select(vec![
+            "[disk0]", "[disk1]", "[dualroot]", "[", "]", "\n", "\n", "\n", "=", "esp", "root", "/data", "title", "esp-mountpoint", "\\",
+            "settle", "exclude", "device-timeout", "5s", " ", "#", "6ffd4e1c-0000-4000-8000-000000000000", "PARTUUID=", "/x", "é", "\u{0}", "\r",
+        ]), 0..60)) {
+            if let Ok(Some(config)) = Config::parse(&[("f".into(), words.concat().into_bytes())]) {
+                prop_assert!(config.disks.len() >= 2);
+                prop_assert!(config.disks.iter().all(|d| d.parts.get(&Role::Esp) == Some(&d.esp())));
+            }
+        }
+
+        #[test]
+        fn f26_any_time_span(text in "[0-9.]{0,30}[a-zµ ]{0,5}[0-9.]{0,30}") {
+            let _ = time_span(&text);
+        }
+    }
+}

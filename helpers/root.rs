@@ -1,0 +1,83 @@
+//! The one handle in front of every read of the system's files, so that tests and packagers can put a tree of their own there.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// No file that dualroot parses is larger: a bigger one is an error, not an allocation.
+const LARGEST: u64 = 4 << 20;
+
+/// The directory that stands for `/`.
+#[derive(Clone, Debug)]
+pub struct Root(PathBuf);
+
+impl Root {
+    /// `/`, or the directory that the environment variable DUALROOT_ROOT names.
+    pub fn from_env() -> Self {
+        match std::env::var_os("DUALROOT_ROOT") {
+            Some(dir) if !dir.is_empty() => Self(dir.into()),
+            _ => Self("/".into()),
+        }
+    }
+
+    /// The tree below `dir`.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self(dir.into())
+    }
+
+    /// Whether this is the running system's own root.
+    pub fn is_host(&self) -> bool {
+        self.0 == Path::new("/")
+    }
+
+    /// Where the absolute path `path` of the system lies.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        let path = path.as_ref();
+        self.0.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// The contents of a file, up to 4 MiB.
+    ///
+    /// # Errors
+    /// Those of opening and reading; `FileTooLarge` above the limit.
+    pub fn read(&self, path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        fs::File::open(self.path(path))?.take(LARGEST + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > LARGEST {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 4 MiB"));
+        }
+        Ok(bytes)
+    }
+
+    /// The contents of a file, or None where there is no such file.
+    ///
+    /// # Errors
+    /// As [`Root::read`], but for a file or directory that does not exist.
+    pub fn read_opt(&self, path: impl AsRef<Path>) -> io::Result<Option<Vec<u8>>> {
+        match self.read(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The names in a directory, sorted; none where it does not exist.
+    ///
+    /// # Errors
+    /// Those of reading a directory that exists.
+    pub fn names(&self, path: impl AsRef<Path>) -> io::Result<Vec<OsString>> {
+        let mut names = match fs::read_dir(self.path(path)) {
+            Ok(dir) => dir.map(|e| Ok(e?.file_name())).collect::<io::Result<Vec<_>>>()?,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Vec::new(),
+            Err(e) => return Err(e),
+        };
+        names.sort();
+        Ok(names)
+    }
+
+    /// Whether the path exists; a dangling symbolic link does.
+    pub fn exists(&self, path: impl AsRef<Path>) -> bool {
+        fs::symlink_metadata(self.path(path)).is_ok()
+    }
+}
