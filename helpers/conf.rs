@@ -102,6 +102,8 @@ pub enum Layout {
 /// A valid configuration.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
+    /// The main file, or the first drop-in where there is none.
+    pub source: String,
     /// The section `[dualroot]`.
     pub settings: Settings,
     /// The disks, sorted by number: two or more, with the same roles, and no partition twice.
@@ -137,14 +139,15 @@ impl Config {
             return Ok(None);
         }
         if raw.sections.len() < 2 && raw.faults.is_empty() {
-            let file = sources.first().map_or(MAIN, |(file, _)| file);
+            let file = sources.first().map_or(MAIN, |(file, _)| file.as_str());
             raw.faults.push(format!("{file}: expected two or more disks, as [disk0] and [disk1], found {}", raw.sections.len()));
         }
         if !raw.faults.is_empty() {
             raw.faults.append(&mut raw.warnings);
             bail!("{}", raw.faults.join("; "));
         }
-        Ok(Some(Self { settings, disks, warnings: raw.warnings }))
+        let source = sources.first().map_or(MAIN, |(file, _)| file).to_owned();
+        Ok(Some(Self { source, settings, disks, warnings: raw.warnings }))
     }
 
     /// Whether the disks share one root file system.
@@ -259,7 +262,8 @@ impl Raw {
                 Some(Ok(Item::Section { name })) => section = self.section(place, &name),
                 Some(Ok(Item::Value { key, value })) => self.assign(&section, &key, Value { text: value, place }),
                 Some(Ok(Item::Empty | Item::Comment { .. })) | None => {}
-                Some(Err(serde_ini::parse::Error::Syntax(SyntaxError::MissingEquals))) if matches!(section, Section::Ignored) => {}
+                // What other programs write in a section of theirs is theirs.
+                Some(Err(_)) if matches!(section, Section::Ignored) && !text.trim_start().starts_with('[') => {}
                 Some(Err(serde_ini::parse::Error::Syntax(SyntaxError::MissingEquals))) => {
                     self.faults.push(format!("{place}: expected key=value, found '{}'", text.trim().escape_debug()));
                 }
@@ -340,10 +344,11 @@ impl Raw {
             let text = value.text.as_str();
             let result = match key.as_str() {
                 "spare-mount" => match text {
-                    "boot" => Ok(settings.spare_mount = SpareMount::Boot),
-                    "sync" => Ok(settings.spare_mount = SpareMount::Sync),
+                    "boot" => Ok(SpareMount::Boot),
+                    "sync" => Ok(SpareMount::Sync),
                     _ => Err(anyhow::anyhow!("expected boot or sync, found '{}'", text.escape_debug())),
-                },
+                }
+                .map(|when| settings.spare_mount = when),
                 "settle" => time_span(text).map(|span| settings.settle = span),
                 "efi-entries" => boolean(text).map(|yes| settings.efi_entries = yes),
                 _ => match time_span(text) {

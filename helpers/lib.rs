@@ -6,8 +6,27 @@
 
 pub mod below;
 pub mod bootfiles;
+pub mod bootplan;
 pub mod conf;
+pub mod efi;
+pub mod entries;
+pub mod entry;
+pub mod fat;
+pub mod fstab;
+pub mod heal;
+pub mod ident;
+pub mod idstore;
+pub mod inventory;
+pub mod known;
+pub mod log;
+pub mod machine;
+pub mod mounts;
+pub mod nvram;
+pub mod opaque;
 pub mod program;
+pub mod prove;
 pub mod root;
 pub mod settle;
+pub mod sync;
+pub mod tree;
 pub mod types;

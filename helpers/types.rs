@@ -266,3 +266,25 @@ impl fmt::Display for UnitName {
         f.write_str(&self.0)
     }
 }
+
+/// Types that are stored as their text.
+macro_rules! stored_as_text {
+    ($type:ty, $parse:expr) => {
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                $parse(&text).map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+stored_as_text!(PartUuid, PartUuid::parse);
+stored_as_text!(DiskName, DiskName::parse);
+stored_as_text!(Role, |text: &str| Role::parse_key(text).and_then(|role| role.context("not a role")));

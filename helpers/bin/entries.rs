@@ -1,2 +1,60 @@
-//! Stub.
-fn main() {}
+//! dualroot-entries(8): rewrites what on the booted disk names another disk of the pair.
+
+use std::fs::{self, File};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use dualroot::entries;
+use dualroot::log::Log;
+use dualroot::machine::{Machine, Refused};
+
+/// The mark that a path unit starts the sync for.
+const MARK: &str = "/run/dualroot/dirty";
+
+/// Rewrite boot entries, fstab and their kin on the booted disk where they name another disk.
+///
+/// Exit status: 0 all is right; 1 failed; 2 usage; 3 refused, nothing was written.
+#[derive(Parser)]
+#[command(name = "dualroot-entries", version)]
+struct Arguments {
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Have the spares synced, too: mark the booted disk as changed, which starts dualroot-sync.service
+    #[arg(long)]
+    mark: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let log = Log::new();
+    match run(&arguments, &log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            log.error(&format!("{e:#}"));
+            ExitCode::from(if e.is::<Refused>() { 3 } else { 1 })
+        }
+    }
+}
+
+fn run(arguments: &Arguments, log: &Log) -> Result<()> {
+    // First: whatever happens after the mark was made is seen by the sync, which looks at the state itself.
+    if arguments.mark && !arguments.dry_run {
+        fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made (this has to run as root)")?;
+        File::create(MARK).with_context(|| format!("{MARK} can't be made"))?;
+    }
+    let Some(machine) = Machine::look()? else {
+        log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
+        return Ok(());
+    };
+    let rewrites = entries::plan(&machine)?;
+    for rewrite in &rewrites {
+        let line = format!("{}: {}", rewrite.dir.display(), rewrite.change);
+        match arguments.dry_run {
+            true => println!("{line}"),
+            false => log.info(&line),
+        }
+    }
+    if arguments.dry_run { Ok(()) } else { entries::apply(&rewrites) }
+}

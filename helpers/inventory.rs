@@ -1,0 +1,189 @@
+//! Which partitions the machine has, by lsblk(8), and by what names each can be called.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::conf::{Config, Disk};
+use crate::ident::{DiskIds, PartIds};
+use crate::program;
+use crate::types::{PartUuid, Role};
+
+/// The GPT type of an EFI system partition (UEFI specification, 5.3.3).
+const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
+
+/// A partition, or another block device, as lsblk shows it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Partition {
+    /// The kernel's name, as `sda2`.
+    pub kname: String,
+    /// The device node.
+    pub path: String,
+    #[serde(rename = "maj:min")]
+    number: String,
+    /// The type of the file system on it, as `ext4` or `vfat`.
+    pub fstype: Option<String>,
+    /// The UUID of that file system.
+    pub uuid: Option<String>,
+    /// Its label.
+    pub label: Option<String>,
+    partuuid: Option<String>,
+    /// The name of the partition in the GPT.
+    pub partlabel: Option<String>,
+    parttype: Option<String>,
+    /// The size of a logical sector in bytes.
+    #[serde(rename = "log-sec")]
+    pub sector: u64,
+}
+
+impl Partition {
+    /// The device number.
+    ///
+    /// # Errors
+    /// A number that lsblk didn't print as MAJOR:MINOR.
+    pub fn device(&self) -> Result<u64> {
+        self.number
+            .split_once(':')
+            .and_then(|(major, minor)| Some(nix::sys::stat::makedev(major.trim().parse().ok()?, minor.trim().parse().ok()?)))
+            .with_context(|| format!("lsblk gives {} the number '{}'", self.path, self.number))
+    }
+
+    fn has_partuuid(&self, wanted: &PartUuid) -> bool {
+        self.partuuid.as_deref().is_some_and(|p| PartUuid::parse(p).is_ok_and(|p| p == *wanted))
+    }
+}
+
+/// All partitions of the machine.
+#[derive(Clone, Debug, Default)]
+pub struct Inventory {
+    parts: Vec<Partition>,
+    /// Kernel name → the links below /dev/disk that lead to it.
+    links: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl Inventory {
+    /// Asks lsblk, and reads udev's links.
+    ///
+    /// # Errors
+    /// lsblk that fails or prints something else than expected.
+    pub fn read() -> Result<Self> {
+        let columns = "KNAME,PATH,MAJ:MIN,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
+        let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
+        Self::parse(&printed, links(Path::new("/dev/disk")))
+    }
+
+    /// What `lsblk --json --list` printed, and the links to each device by its kernel name.
+    ///
+    /// # Errors
+    /// Text that isn't what lsblk prints.
+    pub fn parse(json: &[u8], links: BTreeMap<String, BTreeSet<String>>) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Printed {
+            blockdevices: Vec<Partition>,
+        }
+        let printed: Printed = serde_json::from_slice(json).context("what lsblk printed can't be read")?;
+        Ok(Self { parts: printed.blockdevices, links })
+    }
+
+    /// The partition of this PARTUUID, or None when it isn't there.
+    ///
+    /// # Errors
+    /// Two partitions of one PARTUUID, as after a copy with dd(1) (failure mode 3).
+    pub fn find(&self, wanted: &PartUuid) -> Result<Option<&Partition>> {
+        let mut found = self.parts.iter().filter(|p| p.has_partuuid(wanted));
+        let first = found.next();
+        if let (Some(a), Some(b)) = (first, found.next()) {
+            bail!(
+                "{} and {} both have the PARTUUID {wanted}; give one a new one ('sgdisk --partition-guid=N:R' on the copy)",
+                a.path,
+                b.path
+            );
+        }
+        Ok(first)
+    }
+
+    /// Every partition of a disk of the pair that is there, by role.
+    ///
+    /// # Errors
+    /// As [`Inventory::find`]; an `esp=` that isn't an ESP by its partition type and file system.
+    pub fn disk(&self, disk: &Disk) -> Result<BTreeMap<Role, &Partition>> {
+        let mut found = BTreeMap::new();
+        for (role, partuuid) in &disk.parts {
+            let Some(part) = self.find(partuuid)? else { continue };
+            if *role == Role::Esp {
+                let kind = part.parttype.as_deref().unwrap_or("nothing").to_lowercase();
+                if kind != ESP_TYPE {
+                    bail!("{}, esp= of {}, is no EFI system partition: its type is {kind}", part.path, disk.name);
+                }
+                let fs = part.fstype.as_deref().unwrap_or("nothing");
+                if fs != "vfat" {
+                    bail!("{}, esp= of {}, holds {fs} and not FAT; make one with 'mkfs.vfat -F32'", part.path, disk.name);
+                }
+            }
+            found.insert(role.clone(), part);
+        }
+        Ok(found)
+    }
+
+    /// The identifiers of a disk: of a partition that isn't there only what the configuration says, and no paths.
+    ///
+    /// # Errors
+    /// As [`Inventory::find`].
+    pub fn ids(&self, disk: &Disk) -> Result<DiskIds> {
+        let mut parts = BTreeMap::new();
+        for (role, &partuuid) in &disk.parts {
+            let mut ids = PartIds { partuuid, uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+            if let Some(part) = self.find(&partuuid)? {
+                ids.uuid = part.uuid.clone();
+                ids.label = part.label.clone();
+                ids.partlabel = part.partlabel.clone();
+                ids.paths = self.links.get(&part.kname).cloned().unwrap_or_default();
+                ids.paths.insert(part.path.clone());
+            }
+            parts.insert(role.clone(), ids);
+        }
+        Ok(DiskIds { name: disk.name, parts })
+    }
+
+    /// No two partitions of the pair, and no other partition of the machine, may share a file system UUID with a different role or
+    /// disk: whatever is mounted by it would be a matter of chance (failure mode 3). Roots of a shared root aren't named, and may.
+    ///
+    /// # Errors
+    /// The first such pair.
+    pub fn check_unique(&self, config: &Config) -> Result<()> {
+        for disk in &config.disks {
+            for partuuid in disk.parts.values() {
+                let Some(part) = self.find(partuuid)? else { continue };
+                let Some(uuid) = part.uuid.as_deref() else { continue };
+                let same = |p: &&Partition| p.path != part.path && p.partuuid.is_some() && p.uuid.as_deref() == Some(uuid);
+                if let Some(twin) = self.parts.iter().find(same) {
+                    bail!(
+                        "{} and {} both hold a file system with the UUID {uuid}; give the copy a new one (tune2fs -U random, \
+                         btrfstune -u, xfs_admin -U generate, mlabel -n)",
+                        part.path,
+                        twin.path
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// udev's links below a directory, by the kernel name of the device that they lead to.
+fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
+    let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for kind in fs::read_dir(dir).into_iter().flatten().flatten() {
+        for link in fs::read_dir(kind.path()).into_iter().flatten().flatten() {
+            let leads = fs::read_link(link.path()).ok();
+            let kname = leads.as_deref().and_then(Path::file_name).and_then(|n| n.to_str());
+            if let (Some(kname), Some(path)) = (kname, link.path().to_str()) {
+                found.entry(kname.to_owned()).or_default().insert(path.to_owned());
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,57 @@
+//! What the oneshots say: to people on a terminal, to the journal with priorities in front, and to systemd as the unit's status.
+
+use std::io::IsTerminal;
+
+use libsystemd::daemon::{NotifyState, notify};
+
+/// Where messages go.
+pub struct Log {
+    journal: bool,
+}
+
+impl Log {
+    /// Messages bear the priorities of sd-daemon(3) unless standard error is a terminal.
+    pub fn new() -> Self {
+        Self { journal: !std::io::stderr().is_terminal() }
+    }
+
+    fn line(&self, priority: u8, text: &str) {
+        // One message is one line, whatever it quotes.
+        let text = text.replace('\n', "; ");
+        if self.journal {
+            eprintln!("<{priority}>{text}");
+        } else {
+            eprintln!("{text}");
+        }
+    }
+
+    /// Something that makes the run a failure.
+    pub fn error(&self, text: &str) {
+        self.line(3, text);
+    }
+
+    /// Something to look at.
+    pub fn warning(&self, text: &str) {
+        self.line(4, text);
+    }
+
+    /// What was done.
+    pub fn info(&self, text: &str) {
+        self.line(6, text);
+    }
+
+    /// What is being done: the unit's status line, and a line on a terminal.
+    pub fn status(&self, text: &str) {
+        // Nobody who listens is no error.
+        let _ = notify(false, &[NotifyState::Status(text.replace('\n', " "))]);
+        if !self.journal {
+            eprintln!("{text}");
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,239 @@
+//! What is mounted where, and a private, writable view of a spare's file systems.
+//!
+//! A sync never writes through /mnt/root1. It works in a mount namespace of its own, in which it binds the spare's file system (or
+//! mounts it, where nobody has) and makes *that* mount writable. Everybody else keeps the read-only mount that they had. What is
+//! written to is known by its device number, so that a directory on which nothing is mounted (failure mode 1) can't be meant.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::makedev;
+
+use crate::below::{Below, Change};
+use crate::inventory::Partition;
+
+/// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Mount {
+    /// The device number; of btrfs, one that belongs to no device.
+    device: u64,
+    /// The directory of the file system that is mounted.
+    pub root: String,
+    /// Where it is mounted.
+    pub at: PathBuf,
+    /// The type of the file system.
+    pub fstype: String,
+    /// The device, as it was given to mount(2).
+    pub source: String,
+    /// Whether this mount is read-only.
+    pub read_only: bool,
+    /// Whether the file system is, for every mount of it.
+    pub all_read_only: bool,
+}
+
+impl Mount {
+    fn parse(line: &str) -> Option<Self> {
+        let (mount, fs) = line.split_once(" - ")?;
+        let mut mount = mount.split(' ').skip(2);
+        let (major, minor) = mount.next()?.split_once(':')?;
+        let device = makedev(major.parse().ok()?, minor.parse().ok()?);
+        let (root, at, options) = (mount.next()?, mount.next()?, mount.next()?);
+        let mut fs = fs.split(' ');
+        let (fstype, source, all) = (fs.next()?, fs.next()?, fs.next()?);
+        Some(Self {
+            device,
+            root: unescape(root),
+            at: unescape(at).into(),
+            fstype: fstype.to_owned(),
+            source: unescape(source),
+            read_only: options.split(',').any(|o| o == "ro"),
+            all_read_only: all.split(',').any(|o| o == "ro"),
+        })
+    }
+
+    /// Whether the file system lies on this partition.
+    pub fn is_on(&self, part: &Partition) -> bool {
+        let Ok(device) = part.device() else { return false };
+        // btrfs has device numbers of its own; its source is a device node.
+        self.device == device
+            || (self.source.starts_with("/dev/") && fs::metadata(&self.source).is_ok_and(|m| m.rdev() == device))
+    }
+}
+
+/// `\040` and its kin, as the kernel writes them.
+fn unescape(field: &str) -> String {
+    let mut out = Vec::new();
+    let mut rest = field.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let octal = tail.get(..3).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok());
+        match (first, octal) {
+            (b'\\', Some(byte)) => {
+                out.push(byte);
+                rest = tail.get(3..).unwrap_or_default();
+            }
+            _ => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// Every mount of this namespace, in the order in which they were made.
+///
+/// # Errors
+/// /proc that isn't there.
+pub fn table() -> Result<Vec<Mount>> {
+    let text = fs::read("/proc/self/mountinfo").context("/proc/self/mountinfo can't be read")?;
+    Ok(String::from_utf8_lossy(&text).lines().filter_map(Mount::parse).collect())
+}
+
+/// The mount that one sees at a directory: of those that were made there, the last.
+pub fn at<'a>(table: &'a [Mount], dir: &Path) -> Option<&'a Mount> {
+    table.iter().rev().find(|m| m.at == dir)
+}
+
+/// From here on, what this process mounts is its own; what others unmount goes here too.
+///
+/// # Errors
+/// Lack of privilege.
+pub fn enter_private_namespace() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace can't be made (this has to run as root)")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).context("/ can't be made private")
+}
+
+/// A spare's file system, mounted for a sync.
+pub struct Held {
+    below: Option<Below>,
+    place: PathBuf,
+    device: String,
+    flags: MsFlags,
+    /// Whether the file system has to become read-only again.
+    rests_read_only: bool,
+    writable: bool,
+}
+
+impl Held {
+    /// Mounts a partition at `place` (made if need be) read-only, in the private namespace only.
+    ///
+    /// # Errors
+    /// A partition without a file system, or with one that can't be mounted on its own; what is mounted then not being on it.
+    pub fn open(part: &Partition, place: &Path) -> Result<Self> {
+        let fstype = match part.fstype.as_deref() {
+            None => bail!("{} holds no file system; make one there, and start the sync again", part.path),
+            Some(other @ ("crypto_LUKS" | "LVM2_member" | "linux_raid_member")) => {
+                bail!("{} holds {other}, which dualroot doesn't open by itself", part.path)
+            }
+            Some(fs) => fs,
+        };
+        fs::create_dir_all(place).with_context(|| format!("{} can't be made", place.display()))?;
+        let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        if fstype == "vfat" {
+            flags |= MsFlags::MS_NOEXEC;
+        }
+        let existing = table()?.into_iter().rev().find(|m| m.root == "/" && m.is_on(part));
+        match &existing {
+            Some(there) => mount(Some(&there.at), place, None::<&str>, MsFlags::MS_BIND, None::<&str>),
+            None => {
+                let data = (fstype == "vfat").then_some("umask=0077,utf8,tz=UTC,errors=remount-ro");
+                mount(Some(part.path.as_str()), place, Some(fstype), flags | MsFlags::MS_RDONLY, data)
+            }
+        }
+        .with_context(|| format!("{} can't be mounted", part.path))?;
+        if !at(&table()?, place).is_some_and(|m| m.is_on(part)) {
+            bail!("what is mounted at {} is not {}", place.display(), part.path);
+        }
+        Ok(Self {
+            below: Some(Below::open(place)?),
+            place: place.to_owned(),
+            device: part.path.clone(),
+            flags,
+            rests_read_only: existing.is_none_or(|m| m.all_read_only),
+            writable: false,
+        })
+    }
+
+    /// Makes it writable, here and nowhere else.
+    ///
+    /// # Errors
+    /// A medium that can't be written.
+    pub fn make_writable(&mut self) -> Result<()> {
+        self.writable = true;
+        self.remount(MsFlags::empty()).with_context(|| format!("{} can't be made writable", self.device))
+    }
+
+    fn remount(&self, more: MsFlags) -> nix::Result<()> {
+        mount(None::<&str>, &self.place, None::<&str>, MsFlags::MS_REMOUNT | self.flags | more, None::<&str>)
+    }
+
+    /// The handle to work below.
+    ///
+    /// # Errors
+    /// None before [`Held::release`].
+    pub fn below(&self) -> Result<&Below> {
+        self.below.as_ref().context("the file system is not mounted any more")
+    }
+
+    /// Where it is mounted, in the private namespace.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// Flushes it, makes it read-only again if it was, and lets go of it. FAT's dirty bit is cleared by that (failure mode 24).
+    ///
+    /// # Errors
+    /// What is still to be written can't be.
+    pub fn release(mut self) -> Result<()> {
+        self.put_back()
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        let Some(below) = self.below.take() else { return Ok(()) };
+        let mut result = if self.writable { below.apply(&Change::Barrier) } else { Ok(()) };
+        drop(below);
+        if self.writable && self.rests_read_only {
+            let remounted = self.remount(MsFlags::MS_RDONLY);
+            result = result.and(remounted.with_context(|| format!("{} can't be made read-only again", self.device)));
+        }
+        let unmounted = umount2(&self.place, MntFlags::MNT_DETACH);
+        result.and(unmounted.with_context(|| format!("{} can't be unmounted", self.place.display())))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Only reached with something left to do after another error, which is the one to report.
+        let _ = self.put_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_lines() {
+        let m = Mount::parse("36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root ro,errors=continue").unwrap();
+        assert_eq!(
+            (m.device, m.root.as_str(), m.at.as_path(), m.fstype.as_str(), m.read_only, m.all_read_only),
+            (makedev(98, 0), "/mnt1", Path::new("/mnt 2"), "ext3", false, true)
+        );
+        assert_eq!(Mount::parse("36 35 98:0 / /mnt rw - ext3 /dev/root rw").unwrap().root, "/");
+        for bad in ["", "36 35 98 / /mnt rw - ext3 a rw", "36 35 98:0 / /mnt rw", "- - - -"] {
+            assert!(Mount::parse(bad).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_last_mount_of_a_directory_is_seen() {
+        let line = |id: u32, source: &str| Mount::parse(&format!("{id} 1 8:{id} / /boot rw - vfat {source} rw")).unwrap();
+        let table = [line(1, "/dev/a"), line(2, "/dev/b")];
+        assert_eq!(at(&table, Path::new("/boot")).unwrap().source, "/dev/b");
+        assert!(at(&table, Path::new("/efi")).is_none());
+    }
+}

@@ -1,0 +1,188 @@
+//! The firmware's boot entries: one for each disk of the pair that is there, the booted disk's before the spares'.
+//!
+//! The path that firmware falls back to (`EFI/BOOT`) is no guarantee: with entries for other disks in its variables, some firmware
+//! doesn't look for it. Entries are only ever added, and BootOrder is only changed where it has a spare before the booted disk.
+
+use std::fmt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use efivar::boot::{EFIHardDrive, EFIHardDriveType};
+
+use crate::below::Below;
+use crate::conf::Disk;
+use crate::efi::{BootOption, EfiVars};
+use crate::inventory::Partition;
+use crate::machine::Machine;
+use crate::types::{PartUuid, Role};
+
+/// A change to the firmware's variables.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// A new Boot#### variable.
+    Create {
+        /// Its number.
+        number: u16,
+        /// What the firmware's menu is to show.
+        description: String,
+        /// The ESP that it boots.
+        esp: PartUuid,
+        /// The boot loader's path there, with backslashes.
+        file: String,
+    },
+    /// A new value of BootOrder.
+    Order(Vec<u16>),
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Create { number, description, esp, file } => {
+                write!(f, "create Boot{number:04X} '{description}' for {file} on the ESP {esp}")
+            }
+            Self::Order(order) => {
+                let numbers: Vec<String> = order.iter().map(|n| format!("{n:04X}")).collect();
+                write!(f, "set BootOrder to {}", numbers.join(","))
+            }
+        }
+    }
+}
+
+/// What the firmware's variables lack; nothing with `efi-entries=no`.
+///
+/// # Errors
+/// Variables that can't be read; a booted ESP without a boot loader.
+pub fn plan(machine: &Machine) -> Result<Vec<Change>> {
+    if !machine.config.settings.efi_entries {
+        return Ok(Vec::new());
+    }
+    let vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
+    let mut disks = vec![&machine.booted];
+    for (_, spare) in machine.config.spares(&machine.booted) {
+        if machine.inventory.find(&spare.esp())?.is_some() {
+            disks.push(spare);
+        }
+    }
+    Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(machine)?))
+}
+
+/// The path of the boot loader that every disk has.
+fn loader(machine: &Machine) -> Result<String> {
+    let esp = machine.booted.boot_places().into_iter().find(|(role, _, _)| *role == Role::Esp);
+    let (_, _, dir) = esp.context("the booted disk has no ESP")?;
+    let below = Below::open(Path::new(dir.as_str()))?;
+    for (directory, start) in [("EFI/systemd", "systemd-boot"), ("EFI/BOOT", "boot")] {
+        for (name, _) in below.list(directory)? {
+            let folded = name.to_lowercase();
+            if folded.starts_with(start) && folded.ends_with(".efi") {
+                return Ok(format!("\\{}\\{name}", directory.replace('/', "\\")));
+            }
+        }
+    }
+    anyhow::bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'")
+}
+
+/// The decision, from what the variables hold. The first of the disks is the booted one.
+fn decide(options: &[BootOption], order: &[u16], disks: &[&Disk], file: &str) -> Vec<Change> {
+    let mut changes = Vec::new();
+    let mut taken: Vec<u16> = options.iter().map(|o| o.number).collect();
+    let mut of_disks: Vec<Vec<u16>> = Vec::new();
+    for disk in disks {
+        let own = options.iter().filter(|o| o.partition == Some(disk.esp()) && o.file.is_some());
+        let mut numbers: Vec<u16> = own.map(|o| o.number).collect();
+        if numbers.is_empty() {
+            let Some(number) = (0..=u16::MAX).find(|n| !taken.contains(n)) else { continue };
+            taken.push(number);
+            numbers.push(number);
+            let description = format!("Linux Boot Manager ({})", disk.name);
+            changes.push(Change::Create { number, description, esp: disk.esp(), file: file.to_owned() });
+        }
+        of_disks.push(numbers);
+    }
+    let new = reorder(order, &of_disks);
+    if new != order {
+        changes.push(Change::Order(new));
+    }
+    changes
+}
+
+/// BootOrder with the first disk's entries before the others', each disk in it, and everything else where it was.
+fn reorder(order: &[u16], of_disks: &[Vec<u16>]) -> Vec<u16> {
+    let mut new = order.to_vec();
+    let [booted, spares @ ..] = of_disks else { return new };
+    let first_spare = |order: &[u16]| order.iter().position(|n| spares.iter().any(|s| s.contains(n)));
+    if !new.iter().any(|n| booted.contains(n)) {
+        let at = first_spare(&new).unwrap_or(0);
+        new.splice(at..at, booted.first().copied());
+    }
+    if let (Some(spare), Some(own)) = (first_spare(&new), new.iter().position(|n| booted.contains(n)))
+        && spare < own
+    {
+        let number = new.remove(own);
+        new.insert(spare, number);
+    }
+    for spare in spares {
+        if !new.iter().any(|n| spare.contains(n)) {
+            let behind = new.iter().rposition(|n| of_disks.iter().any(|d| d.contains(n))).map_or(0, |at| at + 1);
+            new.splice(behind..behind, spare.first().copied());
+        }
+    }
+    new
+}
+
+/// Makes one change.
+///
+/// # Errors
+/// Variables that the firmware doesn't let be written; a partition that is gone.
+pub fn apply(machine: &Machine, change: &Change) -> Result<()> {
+    let mut vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
+    match change {
+        Change::Create { number, description, esp, file } => {
+            let part = machine.inventory.find(esp)?.with_context(|| format!("the ESP {esp} is gone"))?;
+            vars.set_boot_option(*number, &BootOption::encode(description, &drive(machine, part, esp)?, file)?)
+        }
+        Change::Order(order) => vars.set_boot_order(order),
+    }
+}
+
+/// The device path node of a partition, from sysfs, which counts in 512 bytes whatever the disk does.
+fn drive(machine: &Machine, part: &Partition, esp: &PartUuid) -> Result<EFIHardDrive> {
+    let number = |name: &str| -> Result<u64> {
+        let path = format!("/sys/class/block/{}/{name}", part.kname);
+        let text = machine.root.read(&path).with_context(|| format!("{path} can't be read"))?;
+        std::str::from_utf8(&text).ok().and_then(|t| t.trim().parse().ok()).with_context(|| format!("{path} holds no number"))
+    };
+    let per_sector = (part.sector / 512).max(1);
+    Ok(EFIHardDrive {
+        partition_number: u32::try_from(number("partition")?)?,
+        partition_start: number("start")? / per_sector,
+        partition_size: number("size")? / per_sector,
+        partition_sig: esp.uuid(),
+        format: 2,
+        sig_type: EFIHardDriveType::Gpt,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_booted_disk_comes_first_and_the_rest_stays() {
+        for (order, booted, spare, expected) in [
+            (&[1, 2][..], &[1][..], &[2][..], &[1, 2][..]),
+            (&[2, 1], &[1], &[2], &[1, 2]),
+            (&[9, 2, 8, 1, 7], &[1], &[2], &[9, 1, 2, 8, 7]),
+            (&[9], &[1], &[2], &[1, 2, 9]),
+            (&[9, 1], &[1], &[2], &[9, 1, 2]),
+            (&[9, 2], &[1], &[2], &[9, 1, 2]),
+            (&[], &[1], &[2], &[1, 2]),
+            (&[1, 9, 2], &[1], &[2], &[1, 9, 2]),
+        ] {
+            let of_disks = [booted.to_vec(), spare.to_vec()];
+            let new = reorder(order, &of_disks);
+            assert_eq!(new, expected, "{order:?}");
+            assert_eq!(reorder(&new, &of_disks), new, "once is enough");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! What can't be rewritten for another disk, and so has to be reported by name: unified kernel images with a command line or an initrd
+//! that names the booted disk (failure mode 16), and initrds that do (failure mode 17).
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, Cursor, Read, Write};
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use object::read::pe::PeFile64;
+use object::{Object, ObjectSection};
+
+use crate::bootfiles::{BootFiles, Class};
+use crate::entry;
+use crate::ident::Rewriter;
+use crate::program;
+
+/// A kernel image or initrd is not larger, in bytes.
+const LARGEST: u64 = 4 << 30;
+
+/// Why entries of a boot partition would not boot on the rewriter's target, as far as images tell. `place` is where it is mounted.
+///
+/// # Errors
+/// Those of reading it.
+pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut faults = Vec::new();
+    for image in found.of(Class::Uki) {
+        let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{} can't be read", image.path))?;
+        faults.extend(uki(&bytes, rewriter)?.into_iter().map(|fault| format!("{}: {fault}", image.path)));
+    }
+    let entries = found.of(Class::Entry).filter_map(|f| f.text.as_deref());
+    let mut initrds: Vec<String> = entries.flat_map(|text| initrds(text)).collect();
+    initrds.sort();
+    initrds.dedup();
+    for path in initrds {
+        let Ok(file) = File::open(place.join(&path)) else { continue };
+        let names = initrd(BufReader::new(file), rewriter).with_context(|| path.clone())?;
+        faults.extend(names.into_iter().map(|name| {
+            format!("{path} has {name} built in; configure the initrd's generator not to name disks, and make it anew")
+        }));
+    }
+    Ok(faults)
+}
+
+fn initrds(text: &[u8]) -> Vec<String> {
+    let lines = text.split(|b| *b == b'\n').filter(|line| line.trim_ascii().starts_with(b"initrd"));
+    lines.flat_map(entry::files).collect()
+}
+
+/// What in a unified kernel image (UAPI.5) names another disk; nothing for what is no PE image.
+///
+/// # Errors
+/// A decompressor that fails.
+pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
+    let Ok(pe) = PeFile64::parse(image) else { return Ok(Vec::new()) };
+    let mut faults = Vec::new();
+    for section in pe.sections() {
+        let (Ok(name), Ok(data)) = (section.name(), section.data()) else { continue };
+        match name {
+            ".cmdline" => faults.extend(rewriter.foreign(data).into_iter().map(|id| format!("its embedded command line names {id}"))),
+            ".initrd" => {
+                faults.extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
+            }
+            _ => {}
+        }
+    }
+    Ok(faults)
+}
+
+/// The programs that undo what the kernel can: by the bytes that the compressed data begin with.
+const COMPRESSED: [(&[u8], &str); 6] = [
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ", "xz"),
+    (b"\x5d\x00\x00", "xz"),
+    (b"\x02\x21\x4c\x18", "lz4"),
+    (b"BZh", "bzip2"),
+];
+
+/// What an initrd names of other disks: archives one behind the other, each plain (as that with the microcode) or compressed. The last
+/// compressed one ends the file, as initramfs-tools and dracut make them.
+///
+/// # Errors
+/// Those of reading; a compression that isn't known, or whose program isn't installed.
+pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut stream = BufReader::new(stream.take(LARGEST));
+    let mut found = Vec::new();
+    loop {
+        // Archives are padded with zeros.
+        let mut start = vec![0];
+        while start == [0] {
+            start.clear();
+            if (&mut stream).take(1).read_to_end(&mut start)? == 0 {
+                return Ok(found);
+            }
+        }
+        (&mut stream).take(5).read_to_end(&mut start)?;
+        if start.starts_with(b"07070") {
+            found.extend(plain(start, &mut stream, rewriter)?);
+            continue;
+        }
+        let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) else {
+            bail!("it begins with {}, which is no archive and no compression that is known", start.escape_ascii());
+        };
+        found.extend(compressed(program, Cursor::new(start).chain(stream), rewriter)?);
+        return Ok(found);
+    }
+}
+
+/// One cpio archive of the "newc" form, up to its trailer: every file's data is searched.
+fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    loop {
+        stream.take((110 - header.len()) as u64).read_to_end(&mut header)?;
+        let field = |n: usize| -> Result<u64> {
+            let at = 6 + n * 8;
+            let digits = header.get(at..at + 8).and_then(|d| std::str::from_utf8(d).ok());
+            digits.and_then(|d| u64::from_str_radix(d, 16).ok()).context("an archive in it is damaged")
+        };
+        let (size, name_size) = (field(6)?, field(11)?);
+        let mut name = Vec::new();
+        stream.take(name_size.min(4096)).read_to_end(&mut name)?;
+        io::copy(&mut stream.take((4 - (110 + name_size) % 4) % 4), &mut io::sink())?;
+        let name = name.strip_suffix(b"\0").unwrap_or(&name);
+        if name == b"TRAILER!!!" {
+            return Ok(found);
+        }
+        found.extend(rewriter.foreign(name));
+        found.extend(rewriter.foreign_in_stream(stream.take(size))?);
+        io::copy(&mut stream.take((4 - size % 4) % 4), &mut io::sink())?;
+        header.clear();
+    }
+}
+
+fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut child = program::command(program)
+        .with_context(|| format!("it is compressed by {program} and can't be looked into; install {program}"))?
+        .arg("-dc")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("{program} can't be run"))?;
+    let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else { bail!("{program} has no pipes") };
+    let found = thread::scope(|scope| {
+        // The program may stop reading early, for garbage behind its data: then its exit status tells.
+        scope.spawn(move || io::copy(&mut stream, &mut input).and_then(|_| input.flush()).is_ok());
+        rewriter.foreign_in_stream(output)
+    });
+    let status = child.wait().with_context(|| format!("{program} can't be waited for"))?;
+    let found = found.with_context(|| format!("the output of {program} can't be read"))?;
+    // 2: gzip's "warning", for trailing zeros.
+    if !status.success() && status.code() != Some(2) {
+        bail!("{program} can't decompress it ({status}); make the initrd anew");
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ident::tests::{ROOT_A, ROOT_B, to_b};
+
+    /// Runs a program with input and returns what it printed.
+    fn pipe(name: &str, args: &[&str], input: &[u8], dir: &Path) -> Vec<u8> {
+        let mut command = program::command(name).unwrap_or_else(|e| panic!("{e:#}; the test needs it: apt-get install {name}"));
+        let mut child = command.args(args).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut stdin, input) = (child.stdin.take().unwrap(), input.to_vec());
+        let writer = thread::spawn(move || stdin.write_all(&input));
+        let output = child.wait_with_output().unwrap();
+        writer.join().unwrap().unwrap();
+        assert!(output.status.success(), "{name}");
+        output.stdout
+    }
+
+    fn archive(content: &str) -> Vec<u8> {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::write(tmp.path().join("resume"), content).unwrap();
+        fs::write(tmp.path().join("odd"), "x").unwrap();
+        pipe("cpio", &["-o", "-H", "newc", "--quiet"], b"odd\nresume\n", tmp.path())
+    }
+
+    #[test]
+    fn f17_initrds_that_name_another_disk() {
+        let (bad, good) = (archive(&format!("RESUME=UUID={ROOT_A}\n")), archive(&format!("RESUME=UUID={ROOT_B}\n")));
+        let search = |bytes: &[u8]| initrd(bytes, &to_b()).unwrap();
+        assert_eq!(search(&bad), [format!("{ROOT_A} (root of disk0)")]);
+        assert_eq!(search(&good), [""; 0]);
+        for (program, args) in [
+            ("gzip", &["-c"][..]),
+            ("zstd", &["-q", "-c"]),
+            ("xz", &["-c", "--check=crc32"]),
+            ("xz", &["-c", "--format=lzma"]),
+            ("lz4", &["-q", "-l", "-c"]),
+            ("bzip2", &["-c"]),
+        ] {
+            let pack = |bytes: &[u8]| pipe(program, args, bytes, Path::new("/"));
+            let with_microcode = [good.clone(), vec![0; 508], pack(&bad)].concat();
+            assert_eq!(search(&with_microcode).len(), 1, "{program} {args:?}");
+            assert_eq!(search(&[good.clone(), pack(&good)].concat()), [""; 0], "{program} {args:?}");
+            let name_in_first = [bad.clone(), vec![0; 4], pack(&good)].concat();
+            assert_eq!(search(&name_in_first).len(), 1, "{program} {args:?}");
+        }
+    }
+
+    #[test]
+    fn f26_damaged_initrds_are_errors() {
+        let good = archive("x");
+        assert!(initrd(&good[..100], &to_b()).is_err());
+        assert!(initrd(&b"not an archive"[..], &to_b()).is_err());
+        assert!(initrd(&b"\x1f\x8bnot gzip"[..], &to_b()).is_err());
+        assert_eq!(initrd(&b""[..], &to_b()).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn f16_what_is_no_image_is_no_finding() {
+        assert_eq!(uki(b"MZ", &to_b()).unwrap(), [""; 0]);
+        assert_eq!(uki(ROOT_A.as_bytes(), &to_b()).unwrap(), [""; 0]);
+    }
+}

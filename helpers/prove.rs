@@ -1,0 +1,75 @@
+//! The proof that a spare boots: what lies on it is read again and held against the booted disk, whoever wrote it.
+
+use std::collections::BTreeMap;
+
+use crate::below::Content;
+use crate::bootfiles::{BootFiles, Class, fold};
+use crate::bootplan::Wanted;
+use crate::entry;
+use crate::fstab;
+use crate::ident::Rewriter;
+use crate::types::Role;
+
+/// One boot partition of the spare after the sync, and what was to be there.
+pub struct Part<'a> {
+    /// [`Role::Esp`] or [`Role::Xbootldr`].
+    pub role: Role,
+    /// What was to be there.
+    pub wanted: &'a [Wanted],
+    /// What is.
+    pub found: &'a BootFiles,
+}
+
+/// Why the spare would not boot as the booted disk does, as far as its boot partitions tell; nothing if it would.
+pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<String> {
+    let mut faults = Vec::new();
+    for part in parts {
+        for wanted in part.wanted {
+            match part.found.files.get(&fold(&wanted.path)) {
+                None => faults.push(format!("{}: {} is missing", part.role, wanted.path)),
+                Some(found) if !same(wanted, found) => {
+                    faults.push(format!("{}: {} is not what the booted disk has", part.role, wanted.path));
+                }
+                Some(_) => {}
+            }
+        }
+        for file in part.found.of(Class::Entry).chain(part.found.of(Class::LoaderConf)) {
+            let text = file.text.as_deref().unwrap_or_default();
+            for path in entry::files(text).iter().filter(|p| !part.found.files.contains_key(&fold(p))) {
+                faults.push(format!("{}: {} needs {path}, which is missing", part.role, file.path));
+            }
+            faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{}: {} names {id}", part.role, file.path)));
+        }
+    }
+    let any = |class: Class| parts.iter().any(|p| p.found.of(class).next().is_some());
+    if !any(Class::Entry) && !any(Class::Uki) {
+        faults.push("there is no boot loader entry".to_owned());
+    }
+    let fallback = |p: &Part<'_>| p.role == Role::Esp && p.found.files.keys().any(|k| k.starts_with("efi/boot/boot"));
+    if !parts.iter().any(fallback) {
+        faults.push("esp: EFI/BOOT holds no boot loader".to_owned());
+    }
+    faults
+}
+
+fn same(wanted: &Wanted, found: &crate::bootfiles::BootFile) -> bool {
+    match (&wanted.content, &found.text) {
+        // Texts are padded with newlines.
+        (Content::Bytes(text), Some(there)) => text.trim_ascii_end() == there.trim_ascii_end(),
+        _ => wanted.hash == found.hash,
+    }
+}
+
+/// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system.
+pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (path, text) in files {
+        if path == "/etc/fstab" {
+            let lines = fstab::boot_needs_foreign(text, rewriter);
+            faults.extend(lines.into_iter().map(|line| format!("/etc/fstab would have the boot wait for another disk: {line}")));
+        } else {
+            faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{path} names {id}")));
+        }
+    }
+    faults
+}

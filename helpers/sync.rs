@@ -1,0 +1,317 @@
+//! Making every spare a bootable copy of the booted disk.
+//!
+//! The order is the point: root trees first, staged whole and then renamed; then the boot partitions, in the order of [`bootplan`];
+//! then what nothing needs any more; then the proof, and a second look at the source.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::below::Change;
+use crate::bootfiles::{BootFiles, Class};
+use crate::bootplan::{self, Step, Wanted};
+use crate::conf::Disk;
+use crate::entry;
+use crate::fat;
+use crate::ident::Rewriter;
+use crate::idstore;
+use crate::inventory::Partition;
+use crate::known::Known;
+use crate::log::Log;
+use crate::machine::{Machine, refused};
+use crate::mounts::Held;
+use crate::opaque;
+use crate::prove;
+use crate::settle;
+use crate::tree::{self, Rewritten, Tree};
+use crate::types::Role;
+
+/// Where spares are mounted during a sync, in a namespace of its own.
+const PLACES: &str = "/run/dualroot/spare";
+/// A source that changes during this many syncs in a row is reported.
+const ROUNDS: u32 = 3;
+
+/// What the caller asks for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Print the plan and write nothing.
+    pub dry_run: bool,
+}
+
+/// How it stands after a sync.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Outcome {
+    /// Every spare is there, and boots.
+    Whole,
+    /// A spare isn't there; those that are boot.
+    Absent,
+    /// A spare would not boot.
+    Broken,
+}
+
+/// Syncs every spare that is there. The caller holds the lock and has entered a private mount namespace.
+///
+/// # Errors
+/// [`crate::machine::Refused`] when nothing may be written; anything else is a failure, and names the spare.
+pub fn run(machine: &Machine, options: Options, log: &mut Log) -> Result<Outcome> {
+    let boot_dirs = machine.boot_dirs();
+    let settle_time = machine.config.settings.settle;
+    for _ in 0..ROUNDS {
+        let before = match options.dry_run {
+            true => settle::print(&boot_dirs)?,
+            false => settle::wait(&boot_dirs, settle_time, |what| log.status(what))?,
+        };
+        let outcome = round(machine, options, log)?;
+        if options.dry_run || settle::print(&boot_dirs)? == before {
+            return Ok(outcome);
+        }
+        log.info("the booted disk changed while it was copied; copying again");
+    }
+    bail!("the booted disk changed during {ROUNDS} syncs in a row; the spares boot, but may not be up to date")
+}
+
+fn round(machine: &Machine, options: Options, log: &mut Log) -> Result<Outcome> {
+    if !options.dry_run {
+        idstore::save(&machine.ids)?;
+    }
+    let mut outcome = Outcome::Whole;
+    let mut first_error = None;
+    for (_, spare) in machine.config.spares(&machine.booted) {
+        let parts = machine.inventory.disk(spare).map_err(|e| refused(format!("{e:#}")))?;
+        if parts.is_empty() {
+            log.warning(&format!("{} is not there; it was left out", spare.name));
+            outcome = outcome.max(Outcome::Absent);
+            continue;
+        }
+        // One spare's trouble is not another's.
+        match one(machine, spare, &parts, options, log).with_context(|| spare.name.to_string()) {
+            Ok(faults) if faults.is_empty() => {}
+            Ok(faults) => {
+                for fault in faults {
+                    log.error(&format!("{} would not boot: {fault}", spare.name));
+                }
+                outcome = Outcome::Broken;
+            }
+            Err(e) => {
+                if let Some(earlier) = first_error.replace(e) {
+                    log.error(&format!("{earlier:#}"));
+                }
+            }
+        }
+    }
+    match first_error {
+        Some(e) => Err(e),
+        None => Ok(outcome),
+    }
+}
+
+/// A spare's mounted partitions, and what on them comes from elsewhere.
+struct Spare<'a> {
+    machine: &'a Machine,
+    disk: &'a Disk,
+    rewriter: Rewriter,
+    held: BTreeMap<Role, Held>,
+}
+
+/// Syncs one spare, and returns why it would not boot.
+fn one(
+    machine: &Machine,
+    disk: &Disk,
+    parts: &BTreeMap<Role, &Partition>,
+    options: Options,
+    log: &mut Log,
+) -> Result<Vec<String>> {
+    if let Some((role, partuuid)) = disk.parts.iter().find(|(role, _)| !parts.contains_key(*role)) {
+        bail!("its {role}= partition {partuuid} isn't there, but others of the disk are; nothing was written to it");
+    }
+    let mut spare = Spare { machine, disk, rewriter: machine.rewriter(disk)?, held: BTreeMap::new() };
+    for (role, part) in parts {
+        let fat = matches!(role, Role::Esp | Role::Xbootldr) && part.fstype.as_deref() == Some("vfat");
+        if fat && !options.dry_run && fat::repair(part)? {
+            log.warning(&format!("{}: {} was left dirty and has been repaired by fsck.fat", disk.name, part.path));
+        }
+        if *role != Role::Swap {
+            let place = Path::new(PLACES).join(disk.name.to_string()).join(role.key().replace('/', "-"));
+            spare.held.insert(role.clone(), Held::open(part, &place)?);
+        }
+    }
+    let mut known = Known::load(&machine.root)?;
+    // Whatever doesn't fit is refused before the first byte is written.
+    let source = spare.source()?;
+    spare.boot_plan(&source, &known)?;
+    let apart = spare.rewritten()?;
+    let trees: Vec<Tree> =
+        disk.parts.keys().filter_map(|role| Tree::new(role, &machine.config.settings.exclude, &apart)).collect();
+    spare.check_space(&trees)?;
+    if options.dry_run {
+        spare.print(&trees, &apart, &spare.boot_plan(&source, &known)?.0);
+        return Ok(Vec::new());
+    }
+    for (role, files) in &source {
+        known.add(role, files);
+    }
+    known.save()?;
+
+    for held in spare.held.values_mut() {
+        held.make_writable()?;
+    }
+    for tree in &trees {
+        log.status(&format!("{}: copying {}", disk.name, tree.source().display()));
+        tree.copy(spare.held(&tree.role)?.below()?)?;
+    }
+    if machine.own_roots() {
+        let root = spare.held(&Role::Root)?.below()?;
+        for file in &apart {
+            root.apply(&file.change(&machine.root))?;
+        }
+        root.apply(&Change::Barrier)?;
+    }
+    let source = spare.source()?;
+    let (steps, wanted) = spare.boot_plan(&source, &known)?;
+    let writes = steps.iter().filter(|s| s.change != Change::Barrier).count();
+    log.status(&format!("{}: {writes} changes to its boot partitions", disk.name));
+    for step in &steps {
+        spare.held(&step.role)?.below()?.apply(&step.change).with_context(|| step.role.to_string())?;
+    }
+    for tree in &trees {
+        tree::drop_old_modules(tree, spare.held(&tree.role)?.below()?)?;
+    }
+    log.status(&format!("{}: reading it again", disk.name));
+    let faults = spare.prove(&wanted)?;
+    for held in std::mem::take(&mut spare.held).into_values() {
+        held.release()?;
+    }
+    log.info(&format!("{}: {}, {writes} changes to its boot partitions", disk.name, if faults.is_empty() { "boots" } else { "would not boot" }));
+    Ok(faults)
+}
+
+impl Spare<'_> {
+    fn held(&self, role: &Role) -> Result<&Held> {
+        self.held.get(role).with_context(|| format!("{role}= is not mounted"))
+    }
+
+    /// The booted disk's boot partitions, read whole.
+    fn source(&self) -> Result<BTreeMap<Role, BootFiles>> {
+        let mut all = BTreeMap::new();
+        for (role, _, dir) in self.machine.booted.boot_places() {
+            let below = crate::below::Below::open(Path::new(dir.as_str()))?;
+            all.insert(role, BootFiles::scan(&below).with_context(|| format!("{dir} of the booted disk"))?);
+        }
+        Ok(all)
+    }
+
+    /// The steps for the boot partitions, and what is to be on them in the end.
+    fn boot_plan(&self, source: &BTreeMap<Role, BootFiles>, known: &Known) -> Result<(Vec<Step>, BTreeMap<Role, Vec<Wanted>>)> {
+        let titles = self.machine.titles(self.disk);
+        let rewrite = |class: Class, text: &[u8]| match class {
+            Class::Entry => entry::rewrite(text, &self.rewriter, &titles),
+            _ => self.rewriter.rewrite(text),
+        };
+        let places: BTreeMap<Role, PathBuf> =
+            self.machine.booted.boot_places().into_iter().map(|(role, _, dir)| (role, dir.as_str().into())).collect();
+        let mut there = BTreeMap::new();
+        let mut wanted = BTreeMap::new();
+        for (role, files) in source {
+            let found = BootFiles::scan(self.held(role)?.below()?).with_context(|| format!("{role}= of {}", self.disk.name))?;
+            let mounted = places.get(role).context("a boot partition has no place")?;
+            wanted.insert(role.clone(), bootplan::wanted(files, mounted, &found, rewrite)?);
+            there.insert(role.clone(), found);
+        }
+        let none = BTreeSet::new();
+        let parts: Vec<bootplan::Part<'_>> = there
+            .iter()
+            .map(|(role, spare)| bootplan::Part {
+                role: role.clone(),
+                wanted: wanted.get(role).cloned().unwrap_or_default(),
+                spare,
+                known: known.of(role).unwrap_or(&none),
+            })
+            .collect();
+        let steps = bootplan::plan(&parts)?;
+        for part in &parts {
+            let (free, cluster) = self.held(&part.role)?.below()?.free()?;
+            let short = bootplan::shortfall(&steps, &part.role, part.spare, free, cluster);
+            if short > 0 {
+                return Err(refused(format!(
+                    "{}: its {}= partition is too small to hold old and new side by side, by {short} bytes; remove an old kernel, or make it larger",
+                    self.disk.name, part.role
+                )));
+            }
+        }
+        Ok((steps, wanted))
+    }
+
+    fn rewritten(&self) -> Result<Vec<Rewritten>> {
+        match self.machine.own_roots() {
+            true => tree::rewritten(&self.machine.root, &self.rewriter, |dir| self.machine.is_apart(dir)),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// What is used on the booted disk has to fit on the spare at all.
+    fn check_space(&self, trees: &[Tree]) -> Result<()> {
+        for tree in trees {
+            let size = |path: &Path| -> Result<(u64, u64)> {
+                let s = nix::sys::statvfs::statvfs(path).with_context(|| path.display().to_string())?;
+                Ok((s.fragment_size() * (s.blocks() - s.blocks_free()), s.fragment_size() * s.blocks()))
+            };
+            let (used, _) = size(&tree.source())?;
+            let (_, holds) = size(self.held(&tree.role)?.place())?;
+            if used > holds {
+                return Err(refused(format!(
+                    "{}: its {}= partition holds {holds} bytes, but {} has {used} bytes, {} too many",
+                    self.disk.name,
+                    tree.role,
+                    tree.source().display(),
+                    used - holds
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn print(&self, trees: &[Tree], apart: &[Rewritten], steps: &[Step]) {
+        for tree in trees {
+            let args = tree.arguments();
+            let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
+            println!("{} {}: rsync {}", self.disk.name, tree.role, args.join(" "));
+        }
+        for file in apart {
+            println!("{} root: replace {} ({} bytes)", self.disk.name, file.path, file.bytes.len());
+        }
+        for step in steps {
+            println!("{} {}: {}", self.disk.name, step.role, step.change);
+        }
+    }
+
+    /// Reads the spare again, and says why it would not boot.
+    fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<String>> {
+        let mut found = BTreeMap::new();
+        for role in wanted.keys() {
+            found.insert(role, BootFiles::scan(self.held(role)?.below()?)?);
+        }
+        let parts: Vec<prove::Part<'_>> = found
+            .iter()
+            .filter_map(|(role, found)| Some(prove::Part { role: (*role).clone(), wanted: wanted.get(*role)?, found }))
+            .collect();
+        let mut faults = prove::boot_partitions(&parts, &self.rewriter);
+        for part in &parts {
+            faults.extend(opaque::boot_partition(self.held(&part.role)?.place(), part.found, &self.rewriter)?);
+        }
+        let mut files = BTreeMap::new();
+        let root = match self.machine.own_roots() {
+            true => Some(self.held(&Role::Root)?.place().to_owned()),
+            false => None,
+        };
+        // A shared root has one fstab for every disk: what it says has to hold on each.
+        let root = crate::root::Root::new(root.unwrap_or_else(|| "/".into()));
+        for path in tree::identifying_files(&root)? {
+            if let Some(bytes) = root.read_opt(&path)? {
+                files.insert(path, bytes);
+            }
+        }
+        faults.extend(prove::root_files(&files, &self.rewriter));
+        Ok(faults)
+    }
+}
