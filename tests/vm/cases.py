@@ -1,0 +1,179 @@
+"""The cases: what a user of two disks lives through, on real firmware."""
+
+import re
+import time
+
+import images
+from machine import Failure, Machine, overlay
+
+AWAIT_SYNC = r"""
+cursor=$(journalctl -n1 --show-cursor -q -u init.scope | sed -n 's/^-- cursor: //p')
+%s
+grep -m1 -E 'Finished dualroot-sync|Failed to start dualroot-sync' < <(journalctl -f -n all --after-cursor="$cursor" 2>/dev/null)
+"""
+
+
+class Report:
+    """Prints a line for every assertion, and counts."""
+
+    def __init__(self, name, out=print):
+        self.name, self.out, self.begun = name, out, time.monotonic()
+        self.passed, self.failed, self.figures = 0, 0, []
+
+    def step(self, text):
+        self.out(f"[{self.name} {time.monotonic() - self.begun:5.0f} s] {text}")
+
+    def check(self, text, good, found=""):
+        if good:
+            self.passed += 1
+            self.step(f"ok: {text}")
+        else:
+            self.failed += 1
+            self.step(f"FAILED: {text}; found: {found}")
+
+    def equal(self, text, found, expected):
+        self.check(text, found == expected, f"{found!r} instead of {expected!r}")
+
+
+class Pair:
+    """A machine with two disks of one layout, and what is asked of it again and again."""
+
+    def __init__(self, report, directory, staging, release, initrd, layout):
+        self.report, self.layout = report, layout
+        system = images.system(release, initrd, layout, staging)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.a, self.b = images.pair(layout)
+        self.disks = {"A": overlay(system / "disk0.raw", directory / "a.qcow2"),
+                      "B": overlay(system / "disk1.raw", directory / "b.qcow2")}
+        self.kernels = images.SUITES[release]["kernels"]
+        self.extra = {"kernels": images.kernels(release)}
+        self.machine = Machine(directory)
+        self.own = layout.startswith("own")
+
+    def boot(self, *names):
+        """Boots with these disks, and returns the seconds of user space until nothing was left to do."""
+        self.report.step(f"power on with {' and '.join(names)}")
+        self.machine.start({name: self.disks[name] for name in names} | self.extra)
+        text = self.machine.run("systemd-analyze time")
+        seconds = re.search(r"\+ (?:(\d+)min )?([\d.]+)(m?)s \(userspace\)", text)
+        if not seconds:
+            raise Failure(f"systemd-analyze says: {text}")
+        minutes, number, milli = seconds.groups()
+        return int(minutes or 0) * 60 + float(number) / (1000 if milli else 1)
+
+    def partuuid_at(self, directory):
+        return self.machine.status(f"findmnt -no PARTUUID --mountpoint {directory}")[1].lower()
+
+    def check_booted(self, disk, kernel):
+        report, run = self.report, self.machine.run
+        report.equal("the kernel that runs", run("uname -r"), kernel)
+        boot = "xbootldr" if "xbootldr" in disk.roles else "esp"
+        report.equal("/boot is the booted disk's", self.partuuid_at("/boot"), disk.partuuid[boot])
+        if "xbootldr" in disk.roles:
+            report.equal("/efi is the booted disk's", self.partuuid_at("/efi"), disk.partuuid["esp"])
+        if self.own:
+            report.equal("/ is the booted disk's", self.partuuid_at("/"), disk.partuuid["root"])
+        report.equal("no unit has failed", run("systemctl list-units --failed --no-legend --plain"), "")
+
+    def check_spare(self, disk):
+        report, run = self.report, self.machine.run
+        roles = {"/mnt/root1/boot": "xbootldr" if "xbootldr" in disk.roles else "esp"}
+        if "xbootldr" in disk.roles:
+            roles["/mnt/root1/efi"] = "esp"
+        if self.own:
+            roles["/mnt/root1"] = "root"
+        for directory, role in roles.items():
+            report.equal(f"{directory} is the spare's", self.partuuid_at(directory), disk.partuuid[role])
+            options = run(f"findmnt -no OPTIONS --mountpoint {directory}").split(",")
+            report.check(f"{directory} is read-only", "ro" in options, options)
+
+    def names_only(self, own, other):
+        """No file below /boot and /etc that is read at boot names the other disk."""
+        identifiers = [*other.partuuid.values(), *other.uuid.values()]
+        if not self.own:
+            identifiers = [i for r in ("esp",) for i in (other.partuuid[r], other.uuid[r])]
+        pattern = " ".join(f"-e {i}" for i in identifiers)
+        places = "/boot/loader /efi/loader /etc/fstab /etc/kernel /etc/crypttab"
+        found = self.machine.status(f"grep -rilF {pattern} {places} 2>/dev/null")[1]
+        self.report.equal(f"nothing that boots names disk{other.number}", found, "")
+
+    def install(self, kernel):
+        self.report.step(f"dpkg -i linux-image-{kernel}; nothing else is done")
+        command = ("mkdir -p /run/debs && tar -xf /dev/disk/by-id/virtio-kernels -C /run/debs && "
+                   f"dpkg -i /run/debs/linux-image-{kernel}_*.deb >/run/dpkg.log 2>&1 || {{ tail -5 /run/dpkg.log; exit 1; }}")
+        return command
+
+    def install_and_await_sync(self, kernel):
+        said = self.machine.run(AWAIT_SYNC % self.install(kernel), 900)
+        self.report.check("the path unit has it synced", "Finished" in said, said)
+
+    def manual_sync(self):
+        code, said = self.machine.status("systemctl start dualroot-sync.service", 900)
+        log = self.machine.run("journalctl -u dualroot-sync.service -n 12 --no-pager -o cat")
+        self.report.check("systemctl start dualroot-sync.service", code == 0, said + log)
+
+
+def failover(report, directory, staging, release, initrd, layout):
+    """A boots, B becomes a copy by itself, A goes, B boots and is upgraded, A comes back."""
+    pair = Pair(report, directory, staging, release, initrd, layout)
+    first, second, third = pair.kernels
+    machine = pair.machine
+    try:
+        both = pair.boot("A", "B")
+        pair.check_booted(pair.a, first)
+        pair.manual_sync()
+        pair.check_spare(pair.b)
+        pair.install_and_await_sync(second)
+        report.equal("the spare is clean at rest", machine.status(
+            "for p in /dev/disk/by-partuuid/" + pair.b.partuuid["esp"] + "; do od -An -tx1 -j65 -N1 $p; done")[1], "00")
+        machine.power_off()
+
+        report.step("A is removed")
+        alone = pair.boot("B")
+        pair.check_booted(pair.b, second)
+        pair.names_only(pair.b, pair.a)
+        report.figures.append((f"{layout}: user space with the spare missing / present", alone / both))
+        report.check("a missing spare costs the boot no time", alone < both + 5, f"{alone} s instead of {both} s")
+        code, said = machine.status("dualroot-sync", 300)
+        report.equal("a sync without a spare says so by its exit status", code, 4)
+        machine.run(pair.install(third), 900)
+        pair.names_only(pair.b, pair.a)
+        machine.power_off()
+
+        pair.boot("B")
+        pair.check_booted(pair.b, third)
+        report.step("A is put back, while the machine runs")
+        machine.run("systemctl stop dualroot-sync.timer")
+        said = machine_plug(pair)
+        report.check("the disk that came back is synced by itself", "Finished" in said, said)
+        pair.check_spare(pair.a)
+        machine.power_off()
+
+        pair.boot("A", "B")
+        pair.check_booted(pair.b, third)
+        machine.power_off()
+        pair.boot("A")
+        pair.check_booted(pair.a, third)
+        pair.names_only(pair.a, pair.b)
+        machine.power_off()
+    finally:
+        machine.kill()
+
+
+def machine_plug(pair):
+    """Plugs A in and waits for the sync that this starts."""
+    script = AWAIT_SYNC % "echo ready >/run/plug-ready"
+    pid = pair.machine._ask("guest-exec", 60, path="/bin/bash", arg=["-c", script + " >/run/plug-said"])["pid"]
+    pair.machine.plug("A", pair.disks["A"])
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        if pair.machine._ask("guest-exec-status", 60, pid=pid)["exited"]:
+            return pair.machine.run("cat /run/plug-said")
+        time.sleep(0.5)
+    raise Failure(f"nothing was synced after A was put back{pair.machine.tail()}")
+
+
+CASES = {
+    "own-xbootldr-12": (failover, 12, "initramfs-tools", "own-xbootldr"),
+    "own-esp-12": (failover, 12, "initramfs-tools", "own-esp"),
+}

@@ -1,0 +1,223 @@
+"""Disks with real Debian systems on them, made without mounting anything, and kept by the hash of what went into them."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+MIB = 1 << 20
+TYPES = {"esp": "c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "xbootldr": "bc13c2ff-59e6-4262-a352-b275fd6f7172",
+         "root": "0fc63daf-8483-4772-8e79-3d69d8477de4"}
+SIZES = {"esp": 512, "xbootldr": 512, "root": 2560}
+MACHINE_ID = "d0a1c0de" * 4
+CACHE = Path(os.environ.get("DUALROOT_TEST_CACHE", "/var/cache/dualroot-tests"))
+
+SUITES = {
+    12: {"name": "bookworm", "kernels": ["6.1.0-53-cloud-amd64", "6.1.0-55-cloud-amd64", "6.1.0-56-cloud-amd64"]},
+    13: {"name": "trixie", "kernels": []},
+}
+COMMON = ["systemd", "systemd-sysv", "udev", "dbus", "systemd-boot", "dosfstools", "e2fsprogs", "btrfs-progs", "rsync", "kmod", "zstd",
+          "qemu-guest-agent", "fdisk", "util-linux", "efibootmgr"]
+INITRD = {"initramfs-tools": ["initramfs-tools"], "dracut": ["dracut"]}
+
+
+def sh(*command, **options):
+    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout.decode(errors='replace')[-2000:]}")
+    return done.stdout.decode(errors="replace")
+
+
+def digest(*parts):
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def cached(name, parts, suffix, build):
+    """The path of what `build` makes at the path it is given, made only when nothing with these ingredients is there."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path = CACHE / f"{name}-{digest(parts)}{suffix}"
+    if not path.exists():
+        fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
+        build(fresh)
+        fresh.rename(path)
+    return path
+
+
+def sources(suite):
+    return (f"deb http://deb.debian.org/debian {suite} main\n"
+            f"deb http://deb.debian.org/debian-security {suite}-security main\n")
+
+
+def tree(release, initrd):
+    """A tar archive of a Debian system with its first kernel."""
+    suite = SUITES[release]
+    packages = COMMON + INITRD[initrd] + [f"linux-image-{suite['kernels'][0]}"]
+    without = ["doc", "man", "locale", "info"]
+
+    def build(path):
+        with tempfile.NamedTemporaryFile("w", suffix=".list") as listing:
+            listing.write(sources(suite["name"]))
+            listing.flush()
+            sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
+               *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], suite["name"], path, listing.name)
+    return cached(f"debian{release}-{initrd}", [packages, without, sources(suite["name"])], ".tar", build)
+
+
+def kernels(release):
+    """A tar archive of the packages of the kernels that guests install, to be given to them as a disk."""
+    suite = SUITES[release]
+
+    def build(path):
+        with tempfile.TemporaryDirectory() as tmp:
+            sh("apt-get", "download", *[f"linux-image-{k}" for k in suite["kernels"][1:]], cwd=tmp)
+            sh("tar", "-cf", path, "-C", tmp, ".")
+            with open(path, "r+b") as archive:
+                archive.truncate(-(-path.stat().st_size // MIB) * MIB)
+    return cached(f"kernels{release}", suite["kernels"], ".tar", build)
+
+
+class Disk:
+    """A disk of the pair: its partitions, in order, with the GUIDs and UUIDs that it has in every test."""
+
+    def __init__(self, number, roles):
+        self.number = number
+        self.roles = roles
+        self.partuuid = {r: f"{number}d15c000-0000-4000-8000-00000000000{i}" for i, r in enumerate(roles, 1)}
+        self.uuid = {r: f"{number}f5f5f5f-0000-4000-8000-00000000000{i}" for i, r in enumerate(roles, 1)}
+        for role in ("esp", "xbootldr"):
+            self.uuid[role] = f"{number}F00-{'E' if role == 'esp' else 'B'}000"
+
+    def image(self, path, contents):
+        """Writes the disk: `contents` are the images of its partitions by role."""
+        start, lines, places = 1, ["label: gpt", f"label-id: {self.number}d15c000-0000-4000-8000-000000000000"], {}
+        for role in self.roles:
+            lines.append(f"start={start * 2048}, size={SIZES[role] * 2048}, type={TYPES[role]}, uuid={self.partuuid[role]}")
+            places[role] = start
+            start += SIZES[role]
+        with open(path, "wb") as disk:
+            disk.truncate((start + 1) * MIB)
+        sh("sfdisk", "-q", path, input="\n".join(lines).encode())
+        for role, image in contents.items():
+            sh("dd", f"if={image}", f"of={path}", "bs=1M", f"seek={places[role]}", "conv=notrunc,sparse")
+
+
+def fat(path, role, disk, content=None):
+    with open(path, "wb") as image:
+        image.truncate(SIZES[role] * MIB)
+    sh("mkfs.vfat", "-F32", "-n", f"{role[:4].upper()}{disk.number}", "-i", disk.uuid[role].replace("-", ""), path)
+    if content:
+        names = sorted(os.listdir(content))
+        if names:
+            sh("mcopy", "-s", "-Q", "-i", path, *[Path(content) / n for n in names], "::/")
+
+
+def ext4(path, role, disk, content=None):
+    with open(path, "wb") as image:
+        image.truncate(SIZES[role] * MIB)
+    sh("mke2fs", "-q", "-t", "ext4", "-U", disk.uuid[role], "-L", f"{role}{disk.number}",
+       *(["-d", content] if content else []), path)
+
+
+def btrfs(path, role, disk, content):
+    with open(path, "wb") as image:
+        image.truncate(SIZES[role] * MIB)
+    sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], "-L", "shared", "--rootdir", content, path)
+
+
+LAYOUTS = {"own-esp": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root"), "shared-btrfs": ("esp", "root")}
+
+
+def pair(layout):
+    return Disk(0, LAYOUTS[layout]), Disk(1, LAYOUTS[layout])
+
+
+def configuration(layout, disks):
+    text = "# The pair of this machine.\n"
+    for disk in disks:
+        text += f"[disk{disk.number}]\ntitle=[{disk.number}]\n"
+        for role in disk.roles:
+            if not (role == "root" and layout == "shared-btrfs"):
+                text += f"{role}={disk.partuuid[role]}\n"
+    return text
+
+
+def system(release, initrd, layout, staging):
+    """The disks of a machine: the first with a Debian system and the product on it, the second with empty file systems."""
+    a, b = pair(layout)
+    product = sorted((str(p.relative_to(staging)), hashlib.sha256(p.read_bytes()).hexdigest())
+                     for p in Path(staging).rglob("*") if p.is_file())
+    recipe = Path(__file__).read_bytes()
+
+    def build(path):
+        path.mkdir()
+        with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
+            make(Path(tmp), release, initrd, layout, staging, a, b, path)
+    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(tree(release, initrd))], "", build)
+
+
+def make(tmp, release, initrd, layout, staging, a, b, out):
+    root, boot, esp = tmp / "root", tmp / "boot", tmp / "esp"
+    for path in (root, boot, esp):
+        path.mkdir()
+    version = SUITES[release]["kernels"][0]
+    sh("tar", "-xf", tree(release, initrd), "-C", root, "--xattrs")
+    sh("sh", "-c", f"tar -c -C '{staging}' . | tar -x -C '{root}' --keep-directory-symlink --no-same-owner")
+    (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
+    (root / "etc/hostname").write_text("pair\n")
+    root_type = "btrfs" if layout == "shared-btrfs" else "ext4"
+    (root / "etc/fstab").write_text(f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 1\n")
+    (root / "etc/dualroot.conf").write_text(configuration(layout, (a, b)))
+    options = f"root=UUID={a.uuid['root']} ro console=ttyS0 systemd.show_status=no"
+    (root / "etc/kernel/cmdline").write_text(options + "\n")
+    if initrd == "initramfs-tools":
+        # Under emulation, packing an initrd is what takes long.
+        (root / "etc/initramfs-tools/conf.d/compress").write_text("COMPRESS=lz4\n" if (root / "usr/bin/lz4").exists() else "COMPRESS=gzip\n")
+    sh("systemctl", f"--root={root}", "preset", "dualroot-entries.path", "dualroot-sync.path", "dualroot-sync.timer")
+    sh("chroot", root, "passwd", "-d", "root")
+    sh("chroot", root, "update-initramfs", "-u", "-k", version) if initrd == "initramfs-tools" else sh(
+        "chroot", root, "dracut", "-q", "--force", f"/boot/initrd.img-{version}", version)
+    # What kernel-install(8) and bootctl(1) make of it in a running system.
+    token = boot / MACHINE_ID / version
+    token.mkdir(parents=True)
+    shutil.copy(root / f"boot/vmlinuz-{version}", token / "linux")
+    shutil.copy(root / f"boot/initrd.img-{version}", token / f"initrd.img-{version}")
+    (boot / "loader/entries").mkdir(parents=True)
+    (boot / f"loader/entries/{MACHINE_ID}-{version}.conf").write_text(
+        f"title      Debian GNU/Linux\nversion    {version}\nmachine-id {MACHINE_ID}\nsort-key   debian\n"
+        f"options    {options} systemd.machine_id={MACHINE_ID}\nlinux      /{MACHINE_ID}/{version}/linux\n"
+        f"initrd     /{MACHINE_ID}/{version}/initrd.img-{version}\n")
+    for name in os.listdir(root / "boot"):
+        shutil.copy(root / "boot" / name, boot / name)
+        (root / "boot" / name).unlink()
+    separate = "xbootldr" in a.roles
+    place = esp if separate else boot
+    (place / "loader").mkdir(exist_ok=True)
+    (boot / "loader/entries.srel").write_text("type1\n")
+    (place / "loader/loader.conf").write_text("timeout 0\nconsole-mode keep\n")
+    if separate:
+        (place / "loader/entries.srel").write_text("type1\n")
+    loader = root / "usr/lib/systemd/boot/efi/systemd-bootx64.efi"
+    for target in ("EFI/systemd/systemd-bootx64.efi", "EFI/BOOT/BOOTX64.EFI"):
+        (place / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(loader, place / target)
+    (root / "boot").mkdir(exist_ok=True)
+    (root / "efi").mkdir(exist_ok=True)
+    parts = {0: {}, 1: {}}
+    for disk in (a, b):
+        for role in disk.roles:
+            image = tmp / f"{role}{disk.number}"
+            content = {"esp": place, "xbootldr": boot, "root": root}[role] if disk is a else None
+            if role != "root":
+                fat(image, role, disk, content)
+            elif layout == "shared-btrfs":
+                if disk is a:
+                    btrfs(image, role, disk, content)
+                else:
+                    continue
+            else:
+                ext4(image, role, disk, content)
+            parts[disk.number][role] = image
+    for disk in (a, b):
+        disk.image(out / f"disk{disk.number}.raw", parts[disk.number])

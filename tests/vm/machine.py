@@ -1,0 +1,200 @@
+"""A UEFI machine in QEMU (TCG): disks that can be plugged, firmware variables that last, and a way to run commands in the guest."""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
+SLOTS = 4
+
+
+class Failure(Exception):
+    """Something that a case asserts is not so."""
+
+
+class Channel:
+    """JSON, a line a message, over a UNIX socket."""
+
+    def __init__(self, path, process, limit):
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                self.socket = socket.socket(socket.AF_UNIX)
+                self.socket.connect(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                # QEMU makes the socket while it starts; there is nothing to wait on before that.
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise Failure(f"QEMU did not start: {path}")
+                time.sleep(0.05)
+        self.buffer = b""
+
+    def send(self, message):
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, limit):
+        """The next message, or None after so many seconds."""
+        deadline = time.monotonic() + limit
+        while b"\n" not in self.buffer:
+            self.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                part = self.socket.recv(65536)
+            except TimeoutError:
+                return None
+            if not part:
+                return None
+            self.buffer += part
+        line, self.buffer = self.buffer.split(b"\n", 1)
+        return json.loads(line.lstrip(b"\xff"))
+
+
+class Machine:
+    """One machine. Its firmware variables live in `directory` from one power-on to the next."""
+
+    def __init__(self, directory, memory=1024):
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.memory = memory
+        self.vars = self.directory / "vars.fd"
+        if not self.vars.exists():
+            shutil.copy(VARS, self.vars)
+        self.boots = 0
+        self.process = None
+
+    def start(self, disks, limit=180):
+        """Powers on with these disks ({serial: image}), and waits until the guest has booted. Returns the seconds that took."""
+        self.boots += 1
+        self.serial = self.directory / f"serial-{self.boots}.log"
+        qmp, agent = self.directory / "qmp", self.directory / "agent"
+        for path in (qmp, agent):
+            path.unlink(missing_ok=True)
+        command = [
+            "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
+            "-m", str(self.memory), "-display", "none", "-nodefaults", "-no-reboot",
+            "-drive", f"if=pflash,format=raw,readonly=on,file={CODE}", "-drive", f"if=pflash,format=raw,file={self.vars}",
+            "-serial", f"file:{self.serial}", "-qmp", f"unix:{qmp},server=on,wait=off",
+            "-chardev", f"socket,id=agent,path={agent},server=on,wait=off", "-device", "virtio-serial",
+            "-device", "virtserialport,id=agent0,chardev=agent,name=org.qemu.guest_agent.0", "-object", "rng-random,id=rng",
+            "-device", "virtio-rng-pci,rng=rng",
+        ]
+        for slot in range(SLOTS):
+            command += ["-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1}"]
+        self.slots = {}
+        for slot, (serial, image) in enumerate(disks.items()):
+            command += ["-blockdev", json.dumps(self._node(serial, image)), "-device", self._device(serial, slot)]
+            self.slots[serial] = slot
+        begun = time.monotonic()
+        log = open(self.directory / "qemu.log", "ab")
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.qmp = Channel(qmp, self.process, 30)
+        self.qmp.receive(10)
+        self.events = []
+        self.command("qmp_capabilities")
+        self.await_event("VSERPORT_CHANGE", limit, lambda data: data["open"])
+        self.agent = Channel(agent, self.process, 10)
+        self.run("systemctl is-system-running --wait || true", limit)
+        return time.monotonic() - begun
+
+    @staticmethod
+    def _node(serial, image):
+        kind = "qcow2" if str(image).endswith(".qcow2") else "raw"
+        return {"driver": kind, "node-name": f"disk-{serial}", "file": {"driver": "file", "filename": str(image)}}
+
+    @staticmethod
+    def _device(serial, slot):
+        return f"virtio-blk-pci,id=dev-{serial},drive=disk-{serial},serial={serial},bus=slot{slot}"
+
+    def command(self, name, limit=60, **arguments):
+        self.qmp.send({"execute": name, "arguments": arguments})
+        while True:
+            answer = self.qmp.receive(limit)
+            if answer is None:
+                raise Failure(f"QEMU does not answer {name}{self.tail()}")
+            if "error" in answer:
+                raise Failure(f"{name}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+            self.events.append(answer)
+
+    def await_event(self, name, limit, matches=lambda data: True):
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
+            event = self.events.pop(0) if self.events else self.qmp.receive(max(0.1, deadline - time.monotonic()))
+            if event is None and self.process.poll() is not None:
+                break
+            if event and event.get("event") == name and matches(event.get("data", {})):
+                return
+        raise Failure(f"no {name} within {limit} s{self.tail()}")
+
+    def plug(self, serial, image):
+        slot = next(s for s in range(SLOTS) if s not in self.slots.values())
+        self.command("blockdev-add", **self._node(serial, image))
+        self.command("device_add", driver="virtio-blk-pci", id=f"dev-{serial}", drive=f"disk-{serial}", serial=serial, bus=f"slot{slot}")
+        self.slots[serial] = slot
+
+    def unplug(self, serial):
+        self.command("device_del", id=f"dev-{serial}")
+        self.await_event("DEVICE_DELETED", 60, lambda data: data.get("device") == f"dev-{serial}")
+        self.command("blockdev-del", **{"node-name": f"disk-{serial}"})
+        del self.slots[serial]
+
+    def _ask(self, name, limit, **arguments):
+        self.agent.send({"execute": name, "arguments": arguments})
+        answer = self.agent.receive(limit)
+        if answer is None or "error" in answer:
+            raise Failure(f"guest agent, {name}: {answer}{self.tail()}")
+        return answer["return"]
+
+    def status(self, command, limit=120):
+        """Runs a shell command in the guest; its exit status and what it printed."""
+        pid = self._ask("guest-exec", 60, path="/bin/bash", arg=["-c", command], **{"capture-output": True})["pid"]
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
+            done = self._ask("guest-exec-status", 60, pid=pid)
+            if done["exited"]:
+                text = b"".join(base64.b64decode(done.get(k, "")) for k in ("out-data", "err-data"))
+                return done.get("exitcode", -1), text.decode(errors="replace").strip()
+            # The agent has no event for the end of a command.
+            time.sleep(0.2)
+        raise Failure(f"'{command}' took longer than {limit} s in the guest{self.tail()}")
+
+    def run(self, command, limit=120):
+        """Runs a shell command in the guest that has to end well; what it printed."""
+        code, text = self.status(command, limit)
+        if code != 0:
+            raise Failure(f"'{command}' ended with {code}: {text}")
+        return text
+
+    def power_off(self, limit=120):
+        self.agent.send({"execute": "guest-exec", "arguments": {"path": "/bin/systemctl", "arg": ["poweroff"]}})
+        try:
+            self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise Failure(f"the guest did not power off within {limit} s{self.tail()}")
+
+    def kill(self):
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def tail(self, lines=25):
+        try:
+            text = self.serial.read_bytes().decode(errors="replace").replace("\r", "")
+        except (OSError, AttributeError):
+            return ""
+        return "\n--- the console's last lines:\n" + "\n".join(text.splitlines()[-lines:])
+
+
+def overlay(base, path):
+    """A disk that begins as `base` and keeps its own changes."""
+    path.unlink(missing_ok=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2" if str(base).endswith(".qcow2") else "raw",
+                    "-b", os.path.abspath(base), str(path)], check=True)
+    return path
