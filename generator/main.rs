@@ -1,2 +1,59 @@
-//! Stub.
-fn main() {}
+//! dualroot-generator(8): finds out which disk of the pair was booted, and writes the mount units that follow from it.
+//!
+//! Facts are read ([`facts`]), a plan is made of them without looking at anything else ([`plan`]), the plan becomes the text of
+//! units ([`units`]), and these are written. It reads efivarfs, sysfs and small files, never a disk: all generators share one
+//! time-out, and a dying spare must not hold up the boot.
+
+mod facts;
+mod log;
+mod plan;
+mod units;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use dualroot::root::Root;
+
+use crate::facts::Found;
+use crate::log::{Level, Log};
+
+fn main() -> ExitCode {
+    let root = Root::from_env();
+    let mut log = Log::open(&root);
+    match run(&root, &mut log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            log.line(Level::Error, &format!("{e:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does all of it. Where there is nothing to do, nothing is written and that is no error.
+fn run(root: &Root, log: &mut Log) -> Result<()> {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    // systemd.generator(7): the normal, early and late directories; for tests one that stands for all.
+    let ([normal] | [normal, _, _]) = &args[..] else {
+        bail!("expected one or three directories as arguments, found {}", args.len());
+    };
+    if normal.is_empty() {
+        bail!("expected a directory as the first argument, found nothing in it");
+    }
+    let facts = match facts::read(root, |name| std::env::var_os(name))? {
+        Found::Reason(level, reason) => {
+            log.line(level, &format!("{reason}, no units"));
+            return Ok(());
+        }
+        Found::Facts(facts) => facts,
+    };
+    for warning in &facts.config.warnings {
+        log.line(Level::Warning, warning);
+    }
+    let plan = plan::make(&facts)?;
+    for (level, note) in &plan.notes {
+        log.line(*level, note);
+    }
+    units::write(Path::new(normal), &units::files(&plan)?)
+}

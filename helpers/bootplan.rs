@@ -303,10 +303,7 @@ impl<'a> Work<'a> {
                 }
                 Content::File { .. } if !self.has(file) => {
                     self.make_parents(steps, &file.path);
-                    steps.push(
-                        self.role,
-                        Change::Replace { path: file.path.clone(), content: file.content.clone(), like: None },
-                    );
+                    steps.push(self.role, Change::Replace { path: file.path.clone(), content: file.content.clone(), like: None });
                     self.note(&file.path, &file.content, file.hash);
                 }
                 Content::File { .. } => {}
@@ -363,9 +360,8 @@ impl<'a> Work<'a> {
     }
 
     fn drop_entries(&mut self, steps: &mut Steps) {
-        let gone = |f: &&BootFile| {
-            matches!(classify(&f.path), Class::Entry | Class::Uki) && !self.wanted.contains_key(&fold(&f.path))
-        };
+        let gone =
+            |f: &&BootFile| matches!(classify(&f.path), Class::Entry | Class::Uki) && !self.wanted.contains_key(&fold(&f.path));
         for file in self.files.values().filter(gone).cloned().collect::<Vec<_>>() {
             let key = fold(&file.path);
             // What only this entry referred to goes with it, wherever it came from.

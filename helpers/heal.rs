@@ -29,7 +29,9 @@ pub fn look(machine: &Machine, log: &Log) -> Result<()> {
         root.apply(&Change::Replace { path: KEPT.trim_start_matches('/').into(), content: Content::Bytes(record), like: None })?;
         log.warning("the shared root is mounted degraded, without one of its disks; what is written now is on one disk only");
     } else if machine.root.exists(KEPT) {
-        log.warning("the shared root was mounted degraded and its disk is back: starting dualroot-heal.service (scrub and balance)");
+        log.warning(
+            "the shared root was mounted degraded and its disk is back: starting dualroot-heal.service (scrub and balance)",
+        );
         program::output("systemctl", ["start", "--no-block", "dualroot-heal.service"].map(Into::into))?;
     }
     Ok(())

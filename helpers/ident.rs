@@ -454,11 +454,13 @@ pub(crate) mod tests {
 
     fn piece() -> impl Strategy<Value = Vec<u8>> {
         let (a, b) = (format!("{A}2"), format!("{B}2"));
-        let fixed: Vec<Vec<u8>> = [ROOT_A, ROOT_B, &a, &b, "UUID=", "LABEL=", "root", "my\\040home", "/dev/sda2", "/dev/disk/by-label/", " "]
+        let fixed: Vec<Vec<u8>> =
+            [ROOT_A, ROOT_B, &a, &b, "UUID=", "LABEL=", "root", "my\\040home", "/dev/sda2", "/dev/disk/by-label/", " "]
+                .map(|s| s.as_bytes().to_vec())
+                .into();
+        let more: Vec<Vec<u8>> = ["\"", "\n", ":", ",", "=", "AAAA-0001", "PARTLABEL=", "proot", "-", "x2d", "\\x2d"]
             .map(|s| s.as_bytes().to_vec())
             .into();
-        let more: Vec<Vec<u8>> =
-            ["\"", "\n", ":", ",", "=", "AAAA-0001", "PARTLABEL=", "proot", "-", "x2d", "\\x2d"].map(|s| s.as_bytes().to_vec()).into();
         prop_oneof![
             proptest::sample::select(fixed),
             proptest::sample::select(more),

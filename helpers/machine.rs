@@ -55,10 +55,13 @@ impl Machine {
     pub fn look() -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
-        let vars = EfiVars::open(&root).ok_or_else(|| refused("the machine was not booted by UEFI firmware; nothing was done"))?;
+        let vars =
+            EfiVars::open(&root).ok_or_else(|| refused("the machine was not booted by UEFI firmware; nothing was done"))?;
         let esp = efi::booted_esp(&vars).map_err(|e| refused(format!("the booted disk is unknown: {e:#}")))?;
         let booted = config.booted(&esp).cloned().ok_or_else(|| {
-            refused(format!("the ESP that was booted, PARTUUID {esp}, is in no section of the configuration; add it to dualroot.conf"))
+            refused(format!(
+                "the ESP that was booted, PARTUUID {esp}, is in no section of the configuration; add it to dualroot.conf"
+            ))
         })?;
         let inventory = Inventory::read()?;
         inventory.check_unique(&config).map_err(|e| refused(format!("{e:#}")))?;
@@ -130,8 +133,7 @@ impl Machine {
     /// Whether an fstab line that mounts something at `dir` is about another disk on purpose: a spare's place, or an ESP's.
     pub fn is_apart(&self, dir: &DirPath) -> bool {
         let spares = self.config.spares(&self.booted);
-        spares.iter().any(|(at, _)| dir.is_within(at))
-            || self.config.disks.iter().any(|d| d.esp_mountpoint.as_ref() == Some(dir))
+        spares.iter().any(|(at, _)| dir.is_within(at)) || self.config.disks.iter().any(|d| d.esp_mountpoint.as_ref() == Some(dir))
     }
 
     /// Whether each disk has a root of its own.

@@ -58,9 +58,12 @@ pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
     for section in pe.sections() {
         let (Ok(name), Ok(data)) = (section.name(), section.data()) else { continue };
         match name {
-            ".cmdline" => faults.extend(rewriter.foreign(data).into_iter().map(|id| format!("its embedded command line names {id}"))),
+            ".cmdline" => {
+                faults.extend(rewriter.foreign(data).into_iter().map(|id| format!("its embedded command line names {id}")))
+            }
             ".initrd" => {
-                faults.extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
+                faults
+                    .extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
             }
             _ => {}
         }

@@ -18,8 +18,7 @@ const LOCKED: [&str; 4] =
 /// Files that are there while a package manager works.
 const PRESENT: [&str; 1] = ["/var/lib/pacman/db.lck"];
 /// What else of a root tells that something is being changed.
-const STATE: [&str; 5] =
-    ["/var/lib/dpkg/status", "/etc/fstab", "/etc/crypttab", "/etc/kernel/cmdline", "/usr/lib/modules"];
+const STATE: [&str; 5] = ["/var/lib/dpkg/status", "/etc/fstab", "/etc/crypttab", "/etc/kernel/cmdline", "/usr/lib/modules"];
 /// A source that is busy for longer is reported, so that someone looks at it.
 const PATIENCE: Duration = Duration::from_secs(20 * 60);
 
@@ -75,13 +74,7 @@ pub fn package_manager() -> Option<&'static str> {
 
 fn is_locked(path: &Path) -> bool {
     let Ok(file) = File::open(path) else { return false };
-    let mut lock = libc::flock {
-        l_type: short(libc::F_WRLCK),
-        l_whence: short(libc::SEEK_SET),
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
+    let mut lock = libc::flock { l_type: short(libc::F_WRLCK), l_whence: short(libc::SEEK_SET), l_start: 0, l_len: 0, l_pid: 0 };
     fcntl(&file, FcntlArg::F_GETLK(&mut lock)).is_ok() && lock.l_type != short(libc::F_UNLCK)
 }
 

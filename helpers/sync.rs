@@ -182,7 +182,11 @@ fn one(
     for held in std::mem::take(&mut spare.held).into_values() {
         held.release()?;
     }
-    log.info(&format!("{}: {}, {writes} changes to its boot partitions", disk.name, if faults.is_empty() { "boots" } else { "would not boot" }));
+    log.info(&format!(
+        "{}: {}, {writes} changes to its boot partitions",
+        disk.name,
+        if faults.is_empty() { "boots" } else { "would not boot" }
+    ));
     Ok(faults)
 }
 

@@ -42,16 +42,9 @@ const USUALLY: [&str; 9] = [
 const UNTIL_THE_END: [&str; 2] = ["P /usr/lib/modules/*", "P /lib/modules/*"];
 
 /// Files that name disks. Those of the first list stand alone; of the second, every file in the directory counts.
-const FILES: [&str; 6] = [
-    "/etc/fstab",
-    "/etc/crypttab",
-    "/etc/crypttab.initramfs",
-    "/etc/kernel/cmdline",
-    "/etc/dracut.conf",
-    "/etc/default/grub",
-];
-const DIRECTORIES: [&str; 4] =
-    ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
+const FILES: [&str; 6] =
+    ["/etc/fstab", "/etc/crypttab", "/etc/crypttab.initramfs", "/etc/kernel/cmdline", "/etc/dracut.conf", "/etc/default/grub"];
+const DIRECTORIES: [&str; 4] = ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
 
 /// A file of the booted root that is another one for another disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -186,8 +179,7 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
         let Some(inner) = dir.strip_prefix(tree.at.as_str()).and_then(|d| d.strip_prefix('/')) else { continue };
         let source = PathBuf::from(dir);
         if source.canonicalize().is_ok_and(|real| real == source) {
-            let mut args: Vec<OsString> =
-                ["-aHAX", "--numeric-ids", "--one-file-system", "--delete"].map(Into::into).into();
+            let mut args: Vec<OsString> = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete"].map(Into::into).into();
             args.push(format!("{dir}/").into());
             args.push(format!("./{inner}/").into());
             rsync(args, target).with_context(|| format!("the removal of old kernels' modules from {dir}"))?;

@@ -220,7 +220,9 @@ impl DiskName {
             .filter(|digits| *digits == "0" || !digits.starts_with('0'))
             .and_then(|digits| digits.parse().ok())
             .map(Self)
-            .with_context(|| format!("'{}' is not a disk's section; expected [disk0], [disk1], and so on", section.escape_debug()))
+            .with_context(|| {
+                format!("'{}' is not a disk's section; expected [disk0], [disk1], and so on", section.escape_debug())
+            })
     }
 }
 

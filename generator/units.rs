@@ -1,0 +1,222 @@
+//! The plan as files: systemd's units, drop-ins and links.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use dualroot::types::{DirPath, PartUuid, UnitName};
+
+use crate::plan::{Kind, Mount, Plan};
+
+/// The first line of every file.
+const HEAD: &str = "# Made by dualroot-generator(8) at every boot and daemon-reload.\n\n";
+
+/// FAT knows neither owners nor time zones; what is wrong on it must not spread.
+const FAT: &str = "umask=0077,utf8,tz=UTC,errors=remount-ro";
+
+/// A file or a link.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Content {
+    /// A regular file's text.
+    Text(String),
+    /// What a symbolic link says.
+    Link(String),
+}
+
+/// All files of a plan, by their paths below the generator's directory.
+///
+/// # Errors
+/// Names that systemd doesn't allow.
+pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
+    let mut files = BTreeMap::new();
+    let mut devices = BTreeSet::new();
+    for mount in &plan.mounts {
+        let unit = UnitName::from_path(&mount.place, "mount")?;
+        let device = UnitName::device(&mount.part)?;
+        files.insert(unit.to_string(), Content::Text(mount_unit(mount, &plan.source)?));
+        let mut wants = vec!["local-fs.target".to_owned()];
+        if !mount.booted {
+            // A spare that arrives later.
+            wants.push(device.to_string());
+        }
+        for by in wants {
+            files.insert(format!("{by}.wants/{unit}"), Content::Link(format!("../{unit}")));
+        }
+        if !mount.booted {
+            devices.insert(device);
+        }
+    }
+    if let Some((part, description)) = &plan.swap {
+        let unit = UnitName::from_path(&DirPath::parse(&part.device_path())?, "swap")?;
+        let mut text = head(description, &plan.source);
+        let _ = write!(text, "\n[Swap]\nWhat={}\n", part.device_path());
+        files.insert(unit.to_string(), Content::Text(text));
+        files.insert(format!("swap.target.wants/{unit}"), Content::Link(format!("../{unit}")));
+    }
+    for device in devices {
+        // Spares' only: a boot mustn't end for lack of patience with the disk that it comes from.
+        // Before the drop-in of fstab's x-systemd.device-timeout=, which is called 50-device-timeout.conf and shall win.
+        let timeout = time_span(plan.device_timeout);
+        files.insert(
+            format!("{device}.d/40-dualroot.conf"),
+            Content::Text(format!("{HEAD}[Unit]\nJobRunningTimeoutSec={timeout}\n")),
+        );
+    }
+    for mask in &plan.masks {
+        files.insert(mask.to_string(), Content::Link("/dev/null".to_owned()));
+    }
+    let mut text = format!("{HEAD}[Path]\nPathChanged=\n");
+    for path in &plan.watched {
+        let _ = writeln!(text, "PathChanged={}", path_value(path));
+    }
+    files.insert("dualroot-entries.path.d/50-dualroot.conf".to_owned(), Content::Text(text));
+    Ok(files)
+}
+
+/// The text of a mount unit.
+fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
+    let mut text = head(&mount.description, source);
+    let device = UnitName::device(&mount.part)?;
+    let node = mount.part.device_path();
+    if mount.booted {
+        // Wanted, not required: a boot without it goes on. It is waited for as long as systemd waits for any device: it is there.
+        text.push_str("Before=local-fs.target\n");
+        // The initrd has checked and mounted /usr; here it could only be looked at while it is in use.
+        if mount.bound_from.is_none() && mount.place.as_str() != "/usr" {
+            let fsck = fsck(&mount.part)?;
+            let _ = write!(text, "Wants={fsck}\nAfter={fsck}\n");
+        }
+    } else {
+        // The file system goes when the disk is pulled.
+        let _ = write!(text, "BindsTo={device}\nAfter={device}\n");
+        if mount.needs_mount_point {
+            let _ = writeln!(text, "ConditionPathIsDirectory={}", path_value(&mount.place));
+        }
+    }
+    text.push_str("\n[Mount]\n");
+    let mut options = Vec::new();
+    match &mount.bound_from {
+        Some(dir) => {
+            let _ = writeln!(text, "What={}", path_value(dir));
+            options.push("bind");
+        }
+        None => {
+            let _ = writeln!(text, "What={node}");
+        }
+    }
+    let _ = writeln!(text, "Where={}", path_value(&mount.place));
+    if !mount.booted {
+        // With nofail, systemd doesn't order it before local-fs.target.
+        options.extend(["ro", "nofail", "nosuid", "nodev"]);
+    }
+    if mount.kind != Kind::Tree {
+        options.extend(if mount.booted { &["nosuid", "nodev", "noexec"][..] } else { &["noexec"] });
+    }
+    match (mount.kind, &mount.bound_from) {
+        (_, Some(_)) => text.push_str("Type=none\n"),
+        (Kind::Esp, None) => {
+            text.push_str("Type=vfat\n");
+            options.push(FAT);
+        }
+        _ => {}
+    }
+    if !options.is_empty() {
+        let _ = writeln!(text, "Options={}", options.join(","));
+    }
+    if !mount.booted {
+        // Files that are open on a pulled disk don't keep it.
+        text.push_str("LazyUnmount=yes\n");
+    }
+    Ok(text)
+}
+
+/// What every unit begins with.
+fn head(description: &str, source: &str) -> String {
+    let (description, source) = (percent(description), percent(source));
+    format!("{HEAD}[Unit]\nDescription={description}\nDocumentation=man:dualroot-generator(8)\nSourcePath={source}\n")
+}
+
+/// The service that checks a partition's file system.
+fn fsck(part: &PartUuid) -> Result<String> {
+    let instance = UnitName::from_path(&DirPath::parse(&part.device_path())?, "service")?;
+    Ok(format!("systemd-fsck@{instance}"))
+}
+
+/// Percent signs would begin a specifier.
+fn percent(text: &str) -> String {
+    text.replace('%', "%%")
+}
+
+/// A path as a unit's value, where a blank at the end would be dropped, and a backslash would join the next line.
+fn path_value(path: &DirPath) -> String {
+    let mut text = percent(path.as_str());
+    if text.ends_with([' ', '\\']) {
+        text.push('/');
+    }
+    text
+}
+
+/// A time in systemd's notation.
+fn time_span(micros: u128) -> String {
+    match micros {
+        _ if micros.is_multiple_of(1_000_000) => format!("{}s", micros / 1_000_000),
+        _ if micros.is_multiple_of(1_000) => format!("{}ms", micros / 1_000),
+        _ => format!("{micros}us"),
+    }
+}
+
+/// Writes the files below the generator's directory. One that is there with the same content stays; one with another content is
+/// someone else's, and stays too.
+///
+/// # Errors
+/// The first file that could not be written; all others have been tried.
+pub fn write(dir: &Path, files: &BTreeMap<String, Content>) -> Result<()> {
+    let mut failed = 0;
+    let mut first = None;
+    for (path, content) in files {
+        if let Err(e) = write_file(&dir.join(path), content) {
+            failed += 1;
+            first.get_or_insert(e);
+        }
+    }
+    match (first, failed) {
+        (None, _) => Ok(()),
+        (Some(e), 1) => Err(e),
+        (Some(e), _) => Err(e.context(format!("{failed} of {} files can't be written, the first", files.len()))),
+    }
+}
+
+fn write_file(path: &PathBuf, content: &Content) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("can't make the directory {}", parent.display()))?;
+    }
+    let made = match content {
+        Content::Link(target) => symlink(target, path),
+        Content::Text(text) => {
+            fs::OpenOptions::new().write(true).create_new(true).open(path).and_then(|mut file| {
+                // Half a unit is worse than none.
+                file.write_all(text.as_bytes()).inspect_err(|_| drop(fs::remove_file(path)))
+            })
+        }
+    };
+    match made {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            let same = match content {
+                Content::Link(target) => fs::read_link(path).is_ok_and(|found| found == Path::new(target)),
+                Content::Text(text) => {
+                    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file())
+                        && fs::read(path).is_ok_and(|found| found == text.as_bytes())
+                }
+            };
+            if !same {
+                bail!("can't write {}: another generator made it", path.display());
+            }
+            Ok(())
+        }
+        made => made.with_context(|| format!("can't write {}", path.display())),
+    }
+}

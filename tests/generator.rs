@@ -1,0 +1,490 @@
+//! Golden cases for dualroot-generator: `tests/generator/NN-name/` is an input tree (`root/`) and what must come of it.
+//!
+//! A case consists of
+//! - `root/`: what the generator reads as `/`,
+//! - `expected/`: what it writes in the normal directory; symbolic links count by what they say, and are never followed,
+//! - `expect-nothing` (instead of `expected/`): why nothing may be written,
+//! - `expected.log`: its messages, with the process id masked; no such file, no messages,
+//! - `env`: environment variables, one a line, `status`: the exit status if it is not 0, `dirs`: empty directories to make below
+//!   `root/`, one a line, because git has none.
+//!
+//! `UPDATE=1 cargo test --test generator` writes what came of the cases into them, to be read in `git diff`; it writes no
+//! `expect-nothing`, so that a case doesn't begin to expect nothing unnoticed.
+
+// A test that panics fails, as it should; clippy takes only `#[test]` functions for tests.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const GENERATOR: &str = env!("CARGO_BIN_EXE_dualroot-generator");
+
+/// A test for each case.
+macro_rules! cases {
+    ($($name:ident => $dir:literal,)*) => {
+        const CASES: &[&str] = &[$($dir),*];
+        $(#[test] fn $name() { run_case($dir); })*
+    };
+}
+
+cases! {
+    own_roots => "01-own-roots",
+    own_roots_xbootldr => "02-own-roots-xbootldr",
+    shared_root => "03-shared-root",
+    shared_root_xbootldr => "04-shared-root-xbootldr",
+    three_disks => "05-three-disks",
+    mounted_by_others => "06-mounted-by-others",
+    esp_mountpoint => "07-esp-mountpoint",
+    f01_esp_mountpoint_not_in_fstab => "08-esp-mountpoint-not-in-fstab",
+    spare_mount_sync => "09-spare-mount-sync",
+    every_role => "10-every-role",
+    swap_in_fstab => "11-swap-in-fstab",
+    boot_current => "12-boot-current",
+    drop_ins => "13-drop-ins",
+    f26_odd_paths => "14-f26-odd-paths",
+    f02_no_variable => "20-f02-no-variable",
+    f02_other_esp => "21-f02-other-esp",
+    f02_esp_in_both => "22-f02-esp-in-both",
+    f02_firmware_entry => "23-f02-firmware-entry",
+    f02_mbr_entry => "24-f02-mbr-entry",
+    f03_partuuid_twice => "25-f03-partuuid-twice",
+    f26_odd_length => "30-f26-odd-length",
+    f26_no_nul => "31-f26-no-nul",
+    f26_not_utf16 => "32-f26-not-utf16",
+    f26_newline => "33-f26-newline",
+    f26_empty_variable => "34-f26-empty-variable",
+    f26_fstab => "35-f26-fstab",
+    f26_short_variable => "36-f26-short-variable",
+    f27_not_configured => "40-f27-not-configured",
+    f27_only_comments => "41-f27-only-comments",
+    f27_initrd => "42-f27-initrd",
+    f27_initrd_release => "43-f27-initrd-release",
+    f27_container => "44-f27-container",
+    f27_container_file => "45-f27-container-file",
+    f27_user_scope => "46-f27-user-scope",
+    f27_no_efi => "47-f27-no-efi",
+    f27_in_a_virtual_machine => "48-f27-in-a-virtual-machine",
+    invalid => "49-invalid",
+}
+
+/// What is at a path: directories only where they are empty, because git has none.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Node {
+    File(String),
+    Link(PathBuf),
+    EmptyDir,
+    Other,
+}
+
+type Tree = BTreeMap<String, Node>;
+
+/// Everything below a directory; nothing where there is none.
+fn tree(dir: &Path) -> Tree {
+    fn walk(top: &Path, dir: &Path, tree: &mut Tree) -> bool {
+        let mut empty = true;
+        for entry in fs::read_dir(dir).unwrap() {
+            empty = false;
+            let (path, kind) = entry.map(|e| (e.path(), e.file_type().unwrap())).unwrap();
+            let name = path.strip_prefix(top).unwrap().to_str().unwrap().to_owned();
+            if kind.is_symlink() {
+                tree.insert(name, Node::Link(fs::read_link(&path).unwrap()));
+            } else if kind.is_file() {
+                tree.insert(name, Node::File(fs::read(&path).unwrap().escape_ascii().to_string().replace("\\n", "\n")));
+            } else if !kind.is_dir() {
+                tree.insert(name, Node::Other);
+            } else if walk(top, &path, tree) {
+                tree.insert(name, Node::EmptyDir);
+            }
+        }
+        empty
+    }
+    let mut found = Tree::new();
+    if fs::symlink_metadata(dir).is_ok() {
+        walk(dir, dir, &mut found);
+    }
+    found
+}
+
+/// How two trees differ, for people; empty if they don't.
+fn differences(expected: &Tree, found: &Tree) -> String {
+    let mut text = String::new();
+    for name in expected.keys().chain(found.keys().filter(|name| !expected.contains_key(*name))) {
+        text += &match (expected.get(name), found.get(name)) {
+            (a, b) if a == b => continue,
+            (Some(_), None) => format!("missing: {name}\n"),
+            (None, Some(Node::File(b))) => format!("not expected: {name}:\n{b}\n"),
+            (None, Some(b)) => format!("not expected: {name}: {b:?}\n"),
+            (Some(Node::File(a)), Some(Node::File(b))) => format!("{name}: expected:\n{a}\nfound:\n{b}\n"),
+            (a, b) => format!("{name}: expected {a:?}, found {b:?}\n"),
+        };
+    }
+    text
+}
+
+/// Copies a tree without following links.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        match entry.file_type().unwrap() {
+            kind if kind.is_symlink() => symlink(fs::read_link(&from).unwrap(), &to).unwrap(),
+            kind if kind.is_dir() => copy(&from, &to),
+            _ => fs::write(&to, fs::read(&from).unwrap()).unwrap(),
+        }
+    }
+}
+
+/// The directory of the cases.
+fn cases() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/generator")
+}
+
+/// A file of a case, or nothing.
+fn text(path: &Path) -> String {
+    match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(e) => panic!("{}: {e}", path.display()),
+    }
+}
+
+/// A case that was set up in a directory of its own.
+struct Setup {
+    dir: tempfile::TempDir,
+    env: String,
+}
+
+impl Setup {
+    fn new(case: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let case = cases().join(case);
+        copy(&case.join("root"), &dir.path().join("root"));
+        for name in text(&case.join("dirs")).lines() {
+            fs::create_dir_all(dir.path().join("root").join(name)).unwrap();
+        }
+        Self { dir, env: text(&case.join("env")) }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(GENERATOR);
+        command.env_clear().env("DUALROOT_ROOT", self.path("root")).current_dir(self.dir.path());
+        for line in self.env.lines() {
+            let (name, value) = line.split_once('=').unwrap();
+            command.env(name, value);
+        }
+        command.args(args.iter().map(|arg| self.path(arg))).output().unwrap()
+    }
+
+    /// The messages of a run, without what is different each time.
+    fn log(&self, output: &Output) -> String {
+        assert!(output.stdout.is_empty(), "something on standard output: {output:?}");
+        let text = String::from_utf8(output.stderr.clone()).unwrap().replace(self.dir.path().to_str().unwrap(), "DIR");
+        text.lines().map(|line| format!("{}\n", mask(line))).collect()
+    }
+}
+
+/// A message with its process id masked; a line that isn't a message stays as it is, and matches none.
+fn mask(line: &str) -> String {
+    let masked = line.split_once("dualroot-generator[").and_then(|(priority, rest)| {
+        let (pid, text) = rest.split_once("]: ")?;
+        pid.parse::<u32>().ok()?;
+        Some(format!("{priority}dualroot-generator[PID]: {text}"))
+    });
+    masked.unwrap_or_else(|| format!("(no message) {line}"))
+}
+
+fn run_case(name: &str) {
+    let case = cases().join(name);
+    let setup = Setup::new(name);
+    let before = tree(&setup.path("root"));
+    let output = setup.run(&["normal", "early", "late"]);
+    let log = setup.log(&output);
+    let status: i32 = text(&case.join("status")).trim().parse().unwrap_or(0);
+    assert_eq!(output.status.code(), Some(status), "{name}: exit status; it said:\n{log}");
+    // Nothing is written anywhere else.
+    assert_eq!(tree(&setup.path("root")), before, "{name}: the input was changed");
+    let others: Vec<_> = fs::read_dir(setup.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(others.iter().all(|other| other == "root" || other == "normal"), "{name}: written elsewhere: {others:?}");
+
+    let found = tree(&setup.path("normal"));
+    let nothing = case.join("expect-nothing").exists();
+    if std::env::var_os("UPDATE").is_some_and(|update| update == "1") {
+        assert_eq!(
+            found.is_empty(),
+            nothing,
+            "{name}: nothing was written, or not nothing: look first, then add or remove expect-nothing"
+        );
+        update(&case, &setup.path("normal"), &log);
+    }
+    if nothing {
+        assert!(!case.join("expected").exists(), "{name}: expects nothing and something");
+        assert!(!setup.path("normal").exists(), "{name}: expected nothing, found:\n{found:#?}");
+    } else {
+        let expected = tree(&case.join("expected"));
+        assert!(!expected.is_empty(), "{name}: there is nothing in expected/, and no expect-nothing");
+        let differences = differences(&expected, &found);
+        assert!(differences.is_empty(), "{name}:\n{differences}");
+    }
+    assert_eq!(text(&case.join("expected.log")), log, "{name}: messages");
+}
+
+/// Replaces what a case expects.
+fn update(case: &Path, normal: &Path, log: &str) {
+    let expected = case.join("expected");
+    if expected.exists() {
+        fs::remove_dir_all(&expected).unwrap();
+    }
+    if normal.exists() {
+        copy(normal, &expected);
+    }
+    let path = case.join("expected.log");
+    if !log.is_empty() {
+        fs::write(path, log).unwrap();
+    } else if path.exists() {
+        fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
+fn every_case_has_a_test() {
+    let mut dirs: Vec<_> = fs::read_dir(cases()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    dirs.sort();
+    assert_eq!(dirs, CASES);
+}
+
+#[test]
+fn the_comparison_sees_differences() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |name: &str, change: &dyn Fn(&Path)| {
+        let top = dir.path().join(name);
+        fs::create_dir_all(top.join("a")).unwrap();
+        fs::write(top.join("a/file"), "text").unwrap();
+        symlink("file", top.join("a/link")).unwrap();
+        change(&top);
+        tree(&top)
+    };
+    let first = make("0", &|_| {});
+    assert_eq!(differences(&first, &make("1", &|_| {})), "");
+    for (name, change) in [
+        ("2", &(|top: &Path| fs::write(top.join("a/file"), "test").unwrap()) as &dyn Fn(&Path)),
+        ("3", &|top| fs::remove_file(top.join("a/link")).unwrap()),
+        ("4", &|top| fs::create_dir(top.join("b")).unwrap()),
+        ("5", &|top| fs::write(top.join("new"), "").unwrap()),
+        // A link with another target of the same content, and a file of the same content instead of the link.
+        ("6", &|top| {
+            fs::remove_file(top.join("a/link")).unwrap();
+            symlink("./file", top.join("a/link")).unwrap();
+        }),
+        ("7", &|top| {
+            fs::remove_file(top.join("a/link")).unwrap();
+            fs::write(top.join("a/link"), "text").unwrap();
+        }),
+    ] {
+        assert_ne!(differences(&first, &make(name, change)), "", "{name}");
+    }
+    assert!(tree(&dir.path().join("nowhere")).is_empty());
+}
+
+/// A case that was run, and what was written.
+fn good_run(case: &str) -> (Setup, Tree) {
+    let setup = Setup::new(case);
+    let output = setup.run(&["normal", "early", "late"]);
+    assert!(output.status.success(), "{case}: {output:?}");
+    let found = tree(&setup.path("normal"));
+    (setup, found)
+}
+
+#[test]
+fn f27_twice() {
+    let (setup, first) = good_run("10-every-role");
+    let again = setup.run(&["normal", "early", "late"]);
+    assert!(again.status.success(), "{again:?}");
+    assert_eq!(tree(&setup.path("normal")), first);
+    // The same in another directory: nothing depends on where or when.
+    assert!(setup.run(&["other", "early", "late"]).status.success());
+    assert_eq!(tree(&setup.path("other")), first);
+}
+
+#[test]
+fn f27_one_argument() {
+    let (setup, expected) = good_run("01-own-roots");
+    assert!(setup.run(&["units"]).status.success());
+    let differences = differences(&expected, &tree(&setup.path("units")));
+    assert!(differences.is_empty(), "{differences}");
+}
+
+#[test]
+fn f27_wrong_arguments() {
+    let setup = Setup::new("01-own-roots");
+    for args in [&[][..], &["a", "b"], &["a", "b", "c", "d"]] {
+        let output = setup.run(args);
+        assert_eq!(output.status.code(), Some(1));
+        let found = format!("<3>dualroot-generator[PID]: expected one or three directories as arguments, found {}\n", args.len());
+        assert_eq!(setup.log(&output), found);
+    }
+    let output = Command::new(GENERATOR).env("DUALROOT_ROOT", setup.path("root")).arg("").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(fs::read_dir(setup.dir.path()).unwrap().count(), 1, "something was written");
+}
+
+#[test]
+fn f27_unwritable_directory() {
+    let setup = Setup::new("01-own-roots");
+    fs::write(setup.path("normal"), "").unwrap();
+    let output = setup.run(&["normal", "early", "late"]);
+    assert_eq!(output.status.code(), Some(1));
+    let log = setup.log(&output);
+    assert!(
+        log.starts_with("<3>dualroot-generator[PID]: ") && log.contains("files can't be written, the first: can't "),
+        "{log}"
+    );
+    assert_eq!(log.lines().count(), 1, "{log}");
+}
+
+/// One file that can't be written doesn't keep the others from being written.
+#[test]
+fn f27_partly_unwritable_directory() {
+    let (setup, mut expected) = good_run("01-own-roots");
+    fs::create_dir(setup.path("partly")).unwrap();
+    fs::write(setup.path("partly/local-fs.target.wants"), "").unwrap();
+    let output = setup.run(&["partly", "early", "late"]);
+    assert_eq!(output.status.code(), Some(1));
+    let all = expected.len();
+    expected.retain(|name, _| !name.starts_with("local-fs.target.wants/"));
+    assert!(expected.len() < all);
+    expected.insert("local-fs.target.wants".to_owned(), Node::File(String::new()));
+    let differences = differences(&expected, &tree(&setup.path("partly")));
+    assert!(differences.is_empty(), "{differences}");
+}
+
+/// Another generator's unit stays, and links aren't followed to write elsewhere.
+#[test]
+fn f27_units_of_others_stay() {
+    let setup = Setup::new("01-own-roots");
+    fs::create_dir(setup.path("normal")).unwrap();
+    fs::write(setup.path("normal/boot.mount"), "# another's").unwrap();
+    symlink(setup.path("elsewhere"), setup.path("normal/mnt-root1.mount")).unwrap();
+    let output = setup.run(&["normal", "early", "late"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(setup.log(&output).contains("2 of "), "{output:?}");
+    assert_eq!(fs::read(setup.path("normal/boot.mount")).unwrap(), b"# another's");
+    assert!(!setup.path("elsewhere").exists());
+}
+
+/// systemd finds nothing to complain about in what is written.
+#[test]
+fn systemd_has_no_complaints() {
+    let cases: Vec<_> = CASES.iter().filter(|case| !cases().join(case).join("expect-nothing").exists()).collect();
+    assert!(cases.len() > 10);
+    for case in cases {
+        let (setup, _) = good_run(case);
+        let complaints = complaints(&setup.path("normal"));
+        assert!(complaints.is_empty(), "{case}: {complaints}");
+    }
+}
+
+/// The test above would fail if there were something to complain about.
+#[test]
+fn systemd_complains_of_bad_units() {
+    let (setup, _) = good_run("01-own-roots");
+    for (from, to, complaint) in [
+        ("SourcePath=", "SourcePart=", "Unknown key 'SourcePart'"),
+        ("Where=/boot", "Where=/boat", "Where= setting doesn't match unit name"),
+        ("PathChanged=/etc\n", "PathChanged=etc\n", "PathChanged"),
+        ("[Mount]\nWhat=/dev", "[Mount]\nX=/dev", "What= setting"),
+    ] {
+        let bad = setup.path(&to.replace(['/', '\n'], " "));
+        copy(&setup.path("normal"), &bad);
+        for file in ["boot.mount", "dualroot-entries.path.d/50-dualroot.conf"] {
+            let text = fs::read_to_string(bad.join(file)).unwrap();
+            fs::write(bad.join(file), text.replace(from, to)).unwrap();
+        }
+        let found = complaints(&bad);
+        assert!(found.contains(complaint), "{complaint}: {found}");
+    }
+}
+
+/// What `systemd-analyze verify` says of a directory of units, beside systemd's own units. The devices need not be there.
+fn complaints(units: &Path) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    copy(units, dir.path());
+    // The unit that the drop-in is for, so that it is read too.
+    let path_unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("units/dualroot-entries.path");
+    fs::copy(path_unit, dir.path().join("dualroot-entries.path")).unwrap();
+    fs::write(dir.path().join("dualroot-entries.service"), "[Service]\nType=oneshot\nExecStart=/bin/sh -c true\n").unwrap();
+    let is_unit = |path: &Path| path.extension().is_some_and(|e| e == "mount" || e == "swap" || e == "path");
+    let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).filter(|path| is_unit(path)).collect();
+    names.sort();
+    assert!(names.len() > 1, "there are no units in {}", units.display());
+    let output = Command::new("systemd-analyze")
+        .args(["verify", "--man=no"])
+        .args(&names)
+        .env("SYSTEMD_UNIT_PATH", format!("{}:/usr/lib/systemd/system:/lib/systemd/system", dir.path().display()))
+        .env("SYSTEMD_LOG_LEVEL", "info")
+        .output()
+        .unwrap_or_else(|e| panic!("systemd-analyze can't be run ({e}): install systemd ('apt-get install systemd' on Debian)"));
+    let mut text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    if !output.status.success() {
+        text += &format!("systemd-analyze verify: {}\n", output.status);
+    }
+    text
+}
+
+/// systemd itself, asked what it makes of the units: no spare is ordered before local-fs.target, or anything that a boot waits for,
+/// and everything of the booted disk is.
+#[test]
+fn f14_boot_waits_for_no_spare() {
+    let (setup, found) = good_run("10-every-role");
+    let log = what_systemd_makes_of(&setup.path("normal"));
+    let mounts: Vec<_> = found.keys().filter(|name| name.ends_with(".mount") && !name.contains('/')).collect();
+    assert!(mounts.len() > 10);
+    for mount in mounts {
+        let unit = log
+            .split("-> Unit ")
+            .find(|unit| unit.starts_with(&format!("{mount}:\n")))
+            .unwrap_or_else(|| panic!("{mount}:\n{log}"));
+        let before: Vec<_> = unit.lines().filter_map(|line| line.trim().strip_prefix("Before: ")?.split(' ').next()).collect();
+        assert_eq!(unit.matches("Load State: loaded").count(), 1, "{unit}");
+        if mount.starts_with("mnt-root1") {
+            let harmless = |name: &&&str| name.starts_with("mnt-root1-") || **name == "umount.target";
+            assert_eq!(before.iter().filter(|name| !harmless(name)).collect::<Vec<_>>(), [&""; 0], "{mount}");
+            assert!(unit.contains("BindsTo: dev-disk-by\\x2dpartuuid-bbbbbbbb"), "{unit}");
+            assert!(unit.contains("Conflicts: umount.target"), "{unit}");
+        } else {
+            assert!(before.contains(&"local-fs.target"), "{mount}: {before:?}");
+            assert!(!unit.contains("RequiredBy: local-fs.target"), "{mount}");
+        }
+    }
+}
+
+/// What systemd's manager would make of the units, as its test mode prints it, beside systemd's own units.
+fn what_systemd_makes_of(units: &Path) -> String {
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let units_copy = dir.path().join("units");
+    copy(units, &units_copy);
+    fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let systemd = "/lib/systemd/systemd";
+    let test = [systemd, "--test", "--system", "--unit=local-fs.target", "--log-target=console"];
+    // The test mode refuses to run as root.
+    let id = Command::new("id").arg("-u").output().unwrap().stdout;
+    let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+    let words: Vec<&str> = if id == b"0\n" { nobody.into_iter().chain(test).collect() } else { test.to_vec() };
+    let output = Command::new(words[0])
+        .args(&words[1..])
+        .current_dir("/")
+        .env("SYSTEMD_UNIT_PATH", format!("{}:/usr/lib/systemd/system:/lib/systemd/system", units_copy.display()))
+        .output()
+        .unwrap_or_else(|e| panic!("{} can't be run ({e})", words[0]));
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    let hint = "install systemd and util-linux ('apt-get install systemd util-linux' on Debian)";
+    assert!(output.status.success(), "{words:?}: {}, {hint}: {text}", output.status);
+    text
+}
