@@ -467,3 +467,215 @@ pub fn shortfall(steps: &[Step], role: &Role, spare: &BootFiles, free: u64, clus
     }
     u64::try_from(-least).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::below::Below;
+    use std::fs;
+
+    const ENTRY: &str = "loader/entries/a.conf";
+
+    /// Two directories that stand for a boot partition of the booted disk and of the spare.
+    struct Disks {
+        tmp: tempfile::TempDir,
+        known: BTreeSet<String>,
+    }
+
+    impl Disks {
+        fn new(source: &[(&str, &str)], spare: &[(&str, &str)]) -> Self {
+            let disks = Self { tmp: tempfile::tempdir().unwrap(), known: BTreeSet::new() };
+            for (side, files) in [("source", source), ("spare", spare)] {
+                fs::create_dir(disks.tmp.path().join(side)).unwrap();
+                for (path, text) in files {
+                    let path = disks.tmp.path().join(side).join(path);
+                    fs::create_dir_all(path.parent().unwrap()).unwrap();
+                    fs::write(path, text).unwrap();
+                }
+            }
+            disks
+        }
+
+        fn below(&self, side: &str) -> Below {
+            Below::open(&self.tmp.path().join(side)).unwrap()
+        }
+
+        fn scan(&self, side: &str) -> BootFiles {
+            BootFiles::scan(&self.below(side)).unwrap()
+        }
+
+        fn plan(&self) -> Vec<Step> {
+            let spare = self.scan("spare");
+            let wanted = wanted(&self.scan("source"), &self.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+            plan(&[Part { role: Role::Esp, wanted, spare: &spare, known: &self.known }]).unwrap()
+        }
+
+        /// Makes the plan true step by step. After each, every entry on the spare has all its files, and they are those of one
+        /// generation: what an entry refers to begins with the same character.
+        fn sync(&self) -> Vec<Step> {
+            let steps = self.plan();
+            for step in &steps {
+                self.below("spare").apply(&step.change).unwrap();
+                self.check(&format!("after {:?} of {steps:#?}", step.change));
+            }
+            assert_eq!(self.plan(), [], "nothing is left to do");
+            steps
+        }
+
+        fn check(&self, when: &str) {
+            for file in self.scan("spare").of(Class::Entry) {
+                let generations: BTreeSet<char> = entry::files(file.text.as_ref().unwrap())
+                    .iter()
+                    .map(|path| {
+                        let text = fs::read_to_string(self.tmp.path().join("spare").join(path));
+                        text.unwrap_or_else(|e| panic!("{path}: {e} {when}")).chars().next().unwrap()
+                    })
+                    .collect();
+                assert_eq!(generations.len(), 1, "{} mixes generations {when}", file.path);
+            }
+        }
+
+        fn on_spare(&self) -> Vec<String> {
+            self.scan("spare").files.into_keys().collect()
+        }
+    }
+
+    const FIXED: &str = "title Arch\nlinux /vmlinuz-linux\ninitrd /initramfs-linux.img\n";
+
+    #[test]
+    fn f18_fixed_names_are_changed_as_a_pair() {
+        let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
+        let disks = Disks::new(&files("2 new"), &files("1 old"));
+        let steps = disks.sync();
+        assert_eq!(disks.on_spare(), ["initramfs-linux.img", ENTRY, "vmlinuz-linux"]);
+        assert!(steps.iter().any(|s| matches!(&s.change, Change::Create { path, .. } if path.starts_with(TEMPORARY))));
+    }
+
+    #[test]
+    fn f08_a_new_kernel_comes_before_its_entry_and_the_old_goes_behind_its_own() {
+        let of = |n: &str| format!("title Debian\nlinux /t/{n}/linux\ninitrd /t/{n}/initrd\n");
+        let (one, two) = (of("1"), of("2"));
+        let mut disks = Disks::new(
+            &[("t/2/linux", "2"), ("t/2/initrd", "2"), ("loader/entries/2.conf", &two), ("loader/loader.conf", "default 2.conf")],
+            &[("t/1/linux", "1"), ("t/1/initrd", "1"), ("loader/entries/1.conf", &one), ("loader/loader.conf", "default 1.conf")],
+        );
+        disks.known = ["t/1/linux", "t/1/initrd"].map(Into::into).into();
+        let steps = disks.sync();
+        let at = |wanted: &dyn Fn(&Change) -> bool| steps.iter().position(|s| wanted(&s.change)).unwrap();
+        let barrier = |from: usize, to: usize| steps[from..to].iter().any(|s| s.change == Change::Barrier);
+        let payload = at(&|c| matches!(c, Change::Create { path, .. } if path == "t/2/linux"));
+        let entry = at(&|c| matches!(c, Change::Replace { path, .. } if path == "loader/entries/2.conf"));
+        let conf = at(&|c| matches!(c, Change::Replace { path, .. } if path == "loader/loader.conf"));
+        let old_entry = at(&|c| *c == Change::Remove("loader/entries/1.conf".into()));
+        let old_payload = at(&|c| *c == Change::Remove("t/1/linux".into()));
+        for (first, then) in [(payload, entry), (entry, conf), (conf, old_entry), (old_entry, old_payload)] {
+            assert!(first < then && barrier(first, then), "{steps:#?}");
+        }
+        assert!(!disks.tmp.path().join("spare/t/1").exists());
+    }
+
+    #[test]
+    fn first_sync_writes_the_boot_loader_last() {
+        let disks = Disks::new(
+            &[
+                ("EFI/systemd/systemd-bootx64.efi", "sd"),
+                ("linux", "1"),
+                (ENTRY, "linux /linux\n"),
+                ("loader/random-seed", "secret"),
+            ],
+            &[],
+        );
+        let steps = disks.sync();
+        assert_eq!(
+            disks.on_spare(),
+            ["efi/boot/bootx64.efi", "efi/systemd/systemd-bootx64.efi", "linux", ENTRY],
+            "with the fallback, and without the random seed"
+        );
+        let first = steps.iter().position(|s| s.change.to_string().contains("EFI/")).unwrap();
+        assert!(
+            steps[first..].iter().all(|s| s.change == Change::Barrier || s.change.to_string().contains("EFI/")),
+            "{steps:#?}"
+        );
+    }
+
+    #[test]
+    fn f04_what_is_not_from_the_booted_disk_stays() {
+        let disks = Disks::new(
+            &[("linux", "1"), (ENTRY, "linux /linux\n"), ("EFI/BOOT/BOOTX64.EFI", "sd")],
+            &[
+                ("EFI/Microsoft/Boot/bootmgfw.efi", "w"),
+                ("notes.txt", "n"),
+                ("loader/random-seed", "r"),
+                ("loader/entries/b.conf", "linux /b\n"),
+                ("b", "1"),
+            ],
+        );
+        disks.sync();
+        assert_eq!(
+            disks.on_spare(),
+            ["efi/boot/bootx64.efi", "efi/microsoft/boot/bootmgfw.efi", "linux", ENTRY, "loader/random-seed", "notes.txt"],
+            "an entry that the booted disk doesn't have goes, with what only it referred to"
+        );
+    }
+
+    #[test]
+    fn f10_an_interrupted_sync_is_completed_from_wherever_it_stood() {
+        let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
+        let count = Disks::new(&files("2 new"), &files("1 old")).plan().len();
+        for stop in 0..count {
+            let disks = Disks::new(&files("2 new"), &files("1 old"));
+            for step in disks.plan().iter().take(stop) {
+                disks.below("spare").apply(&step.change).unwrap();
+            }
+            disks.sync();
+            assert_eq!(disks.on_spare(), ["initramfs-linux.img", ENTRY, "vmlinuz-linux"], "stopped after {stop} steps");
+            assert!(disks.scan("spare").temporary.is_empty(), "stopped after {stop} steps");
+        }
+    }
+
+    #[test]
+    fn f25_boot_counters_do_not_travel() {
+        for (source, spare, expected) in [
+            (&["a+0-3"][..], &[][..], &[][..]),
+            (&["a+2-1"], &[], &[]),
+            (&["a+3"], &[], &["a+3"]),
+            (&["a+3"], &["a+2-1"], &["a+2-1"]),
+            (&["a"], &["a+2-1"], &["a"]),
+            (&["a+3"], &["a"], &["a"]),
+        ] {
+            let path = |n: &&str| format!("loader/entries/{n}.conf");
+            let list = |names: &[&str]| names.iter().map(path).collect::<Vec<_>>();
+            let (source, spare) = (list(source), list(spare));
+            let with = |paths: &'_ [String]| -> Vec<(String, String)> {
+                paths.iter().map(|p| (p.clone(), "linux /linux\n".to_owned())).chain([("linux".into(), "1".into())]).collect()
+            };
+            let (source_files, spare_files) = (with(&source), with(&spare));
+            let borrow = |files: &'static [(String, String)]| -> Vec<(&str, &str)> {
+                files.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect()
+            };
+            let disks = Disks::new(&borrow(source_files.leak()), &borrow(spare_files.leak()));
+            disks.sync();
+            let entries: Vec<String> = disks.scan("spare").of(Class::Entry).map(|f| f.path.clone()).collect();
+            assert_eq!(entries, list(expected), "{source:?} onto {spare:?}");
+        }
+    }
+
+    #[test]
+    fn f19_the_shortfall_is_known_before() {
+        let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
+        let disks = Disks::new(&files("2"), &files("1"));
+        let (steps, spare) = (disks.plan(), disks.scan("spare"));
+        // Two staged files and the entry's second copy, of a cluster each, are all that is needed at a time.
+        assert_eq!(shortfall(&steps, &Role::Esp, &spare, 3 * 4096, 4096), 0);
+        assert_eq!(shortfall(&steps, &Role::Esp, &spare, 4096, 4096), 2 * 4096);
+    }
+
+    #[test]
+    fn entries_change_in_place_within_a_sector() {
+        assert!(matches!(text_change("a", None, b"x\n"), Change::Replace { content: Content::Bytes(b), .. } if b.len() == 512));
+        let changed = text_change("a", Some(512), b"y\n");
+        assert!(matches!(changed, Change::Overwrite { bytes, .. } if bytes.len() == 512 && bytes.starts_with(b"y\n\n")));
+        assert!(matches!(text_change("a", Some(3), b"longer\n"), Change::Replace { .. }));
+        assert!(matches!(text_change("a", Some(1024), b"y\n"), Change::Replace { .. }));
+    }
+}

@@ -94,7 +94,7 @@ pub fn files(entry: &[u8]) -> Vec<String> {
 
 /// The value of a key, of the last line that has it.
 pub fn value<'a>(text: &'a [u8], key: &str) -> Option<&'a [u8]> {
-    text.split(|b| *b == b'\n').filter_map(field).filter(|(k, _)| *k == key.as_bytes()).last().map(|(_, value)| value)
+    text.split(|b| *b == b'\n').filter_map(field).rfind(|(k, _)| *k == key.as_bytes()).map(|(_, value)| value)
 }
 
 /// What the disks' sections put in front of menu titles.

@@ -30,7 +30,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter) -> R
         faults.extend(uki(&bytes, rewriter)?.into_iter().map(|fault| format!("{}: {fault}", image.path)));
     }
     let entries = found.of(Class::Entry).filter_map(|f| f.text.as_deref());
-    let mut initrds: Vec<String> = entries.flat_map(|text| initrds(text)).collect();
+    let mut initrds: Vec<String> = entries.flat_map(initrds).collect();
     initrds.sort();
     initrds.dedup();
     for path in initrds {

@@ -106,6 +106,9 @@ fn round(machine: &Machine, options: Options, log: &mut Log) -> Result<Outcome> 
     }
 }
 
+/// What is to be on each boot partition.
+type AllWanted = BTreeMap<Role, Vec<Wanted>>;
+
 /// A spare's mounted partitions, and what on them comes from elsewhere.
 struct Spare<'a> {
     machine: &'a Machine,
@@ -206,7 +209,7 @@ impl Spare<'_> {
     }
 
     /// The steps for the boot partitions, and what is to be on them in the end.
-    fn boot_plan(&self, source: &BTreeMap<Role, BootFiles>, known: &Known) -> Result<(Vec<Step>, BTreeMap<Role, Vec<Wanted>>)> {
+    fn boot_plan(&self, source: &BTreeMap<Role, BootFiles>, known: &Known) -> Result<(Vec<Step>, AllWanted)> {
         let titles = self.machine.titles(self.disk);
         let rewrite = |class: Class, text: &[u8]| match class {
             Class::Entry => entry::rewrite(text, &self.rewriter, &titles),

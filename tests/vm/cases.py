@@ -46,7 +46,7 @@ class Pair:
         self.disks = {"A": overlay(system / "disk0.raw", directory / "a.qcow2"),
                       "B": overlay(system / "disk1.raw", directory / "b.qcow2")}
         self.kernels = images.SUITES[release]["kernels"]
-        self.extra = {"kernels": images.kernels(release)}
+        self.extra = {"kernels": overlay(images.kernels(release), directory / "kernels.qcow2")}
         self.machine = Machine(directory)
         self.own = layout.startswith("own")
 
