@@ -19,7 +19,8 @@ pub enum Class {
     Loader,
     /// Whatever entries refer to, and everything else.
     Payload,
-    /// What never travels: the random seed, which the boot loader rewrites at every boot and which no two disks may share.
+    /// What never travels: the random seed, which the boot loader rewrites at every boot and which no two disks may share, and the
+    /// disk's lineage.
     Local,
 }
 
@@ -28,7 +29,7 @@ pub fn classify(path: &str) -> Class {
     let path = fold(path);
     let efi = path.ends_with(".efi");
     match path.as_str() {
-        "loader/random-seed" => Class::Local,
+        "loader/random-seed" | crate::lineage::FILE => Class::Local,
         "loader/loader.conf" => Class::LoaderConf,
         p if p.strip_prefix("loader/entries/").is_some_and(|f| f.ends_with(".conf") && !f.contains('/')) => Class::Entry,
         p if efi && p.strip_prefix("efi/linux/").is_some_and(|f| !f.contains('/')) => Class::Uki,

@@ -18,6 +18,7 @@ pub mod ident;
 pub mod idstore;
 pub mod inventory;
 pub mod known;
+pub mod lineage;
 pub mod log;
 pub mod machine;
 pub mod mounts;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::Change;
+use crate::below::{Below, Change};
 use crate::bootfiles::{BootFiles, Class};
 use crate::bootplan::{self, Step, Wanted};
 use crate::conf::Disk;
@@ -18,6 +18,7 @@ use crate::ident::Rewriter;
 use crate::idstore;
 use crate::inventory::Partition;
 use crate::known::Known;
+use crate::lineage::Record;
 use crate::log::Log;
 use crate::machine::{Machine, refused};
 use crate::mounts::Held;
@@ -25,7 +26,7 @@ use crate::opaque;
 use crate::prove;
 use crate::settle;
 use crate::tree::{self, Rewritten, Tree};
-use crate::types::Role;
+use crate::types::{DiskName, Role};
 
 /// Where spares are mounted during a sync, in a namespace of its own.
 const PLACES: &str = "/run/dualroot/spare";
@@ -33,10 +34,12 @@ const PLACES: &str = "/run/dualroot/spare";
 const ROUNDS: u32 = 3;
 
 /// What the caller asks for.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Print the plan and write nothing.
     pub dry_run: bool,
+    /// Overwrite these spares even if they were booted since they were last synced.
+    pub discard: Vec<DiskName>,
 }
 
 /// How it stands after a sync.
@@ -54,7 +57,7 @@ pub enum Outcome {
 ///
 /// # Errors
 /// [`crate::machine::Refused`] when nothing may be written; anything else is a failure, and names the spare.
-pub fn run(machine: &Machine, options: Options, log: &mut Log) -> Result<Outcome> {
+pub fn run(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome> {
     let boot_dirs = machine.boot_dirs();
     let settle_time = machine.config.settings.settle;
     for _ in 0..ROUNDS {
@@ -71,9 +74,13 @@ pub fn run(machine: &Machine, options: Options, log: &mut Log) -> Result<Outcome
     bail!("the booted disk changed during {ROUNDS} syncs in a row; the spares boot, but may not be up to date")
 }
 
-fn round(machine: &Machine, options: Options, log: &mut Log) -> Result<Outcome> {
+fn round(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome> {
     if !options.dry_run {
         idstore::save(&machine.ids)?;
+        // Also without a spare: what happens on this disk from now on is not on any other.
+        let (esp, mut own) = own_record(machine)?;
+        own.note_boot(machine)?;
+        own.save(&esp)?;
     }
     let mut outcome = Outcome::Whole;
     let mut first_error = None;
@@ -122,7 +129,7 @@ fn one(
     machine: &Machine,
     disk: &Disk,
     parts: &BTreeMap<Role, &Partition>,
-    options: Options,
+    options: &Options,
     log: &mut Log,
 ) -> Result<Vec<String>> {
     if let Some((role, partuuid)) = disk.parts.iter().find(|(role, _)| !parts.contains_key(*role)) {
@@ -138,6 +145,17 @@ fn one(
             let place = Path::new(PLACES).join(disk.name.to_string()).join(role.key().replace('/', "-"));
             spare.held.insert(role.clone(), Held::open(part, &place)?);
         }
+    }
+    let (esp, own) = own_record(machine)?;
+    let of_spare = Record::load(spare.held(&Role::Esp)?.below()?);
+    if !options.discard.contains(&disk.name) {
+        let of_spare = of_spare.as_ref().map_err(|e| {
+            refused(format!(
+                "{e:#}, so what is on {0} may be newer; to give it up, run 'dualroot-sync --discard-spare {0}'",
+                disk.name
+            ))
+        })?;
+        own.check(machine.booted.name, disk.name, of_spare)?;
     }
     let mut known = Known::load(&machine.root)?;
     // Whatever doesn't fit is refused before the first byte is written.
@@ -180,6 +198,10 @@ fn one(
     for tree in &trees {
         tree::drop_old_modules(tree, spare.held(&tree.role)?.below()?)?;
     }
+    let (mut own, mut of_spare) = (own, of_spare.unwrap_or_default());
+    own.synced(machine.booted.name, disk.name, &mut of_spare);
+    of_spare.save(spare.held(&Role::Esp)?.below()?)?;
+    own.save(&esp)?;
     log.status(&format!("{}: reading it again", disk.name));
     let faults = spare.prove(&wanted)?;
     for held in std::mem::take(&mut spare.held).into_values() {
@@ -193,6 +215,16 @@ fn one(
     Ok(faults)
 }
 
+/// The booted disk's ESP, and its record.
+fn own_record(machine: &Machine) -> Result<(Below, Record)> {
+    let places = machine.booted.boot_places();
+    let (_, _, dir) = places.iter().find(|(role, _, _)| *role == Role::Esp).context("the booted disk has no ESP")?;
+    let esp = Below::open(Path::new(dir.as_str()))?;
+    let record = Record::load(&esp)
+        .map_err(|e| refused(format!("{dir}: {e:#}; remove it, and the next sync asks which disk is newer")))?;
+    Ok((esp, record))
+}
+
 impl Spare<'_> {
     fn held(&self, role: &Role) -> Result<&Held> {
         self.held.get(role).with_context(|| format!("{role}= is not mounted"))
@@ -202,7 +234,7 @@ impl Spare<'_> {
     fn source(&self) -> Result<BTreeMap<Role, BootFiles>> {
         let mut all = BTreeMap::new();
         for (role, _, dir) in self.machine.booted.boot_places() {
-            let below = crate::below::Below::open(Path::new(dir.as_str()))?;
+            let below = Below::open(Path::new(dir.as_str()))?;
             all.insert(role, BootFiles::scan(&below).with_context(|| format!("{dir} of the booted disk"))?);
         }
         Ok(all)

@@ -8,6 +8,7 @@ use clap::Parser;
 use dualroot::log::Log;
 use dualroot::machine::{Machine, Refused, refused};
 use dualroot::sync::{Options, Outcome};
+use dualroot::types::DiskName;
 use dualroot::{heal, mounts, nvram, sync};
 
 const LOCK: &str = "/run/dualroot/lock";
@@ -21,6 +22,9 @@ struct Arguments {
     /// Print what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
+    /// Overwrite this spare (disk0, disk1, …) even if it was booted since it was last synced: what only it holds is lost
+    #[arg(long, value_name = "DISK", value_parser = DiskName::parse)]
+    discard_spare: Vec<DiskName>,
 }
 
 fn main() -> ExitCode {
@@ -46,8 +50,12 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
     for warning in &machine.config.warnings {
         log.warning(warning);
     }
+    let options = Options { dry_run: arguments.dry_run, discard: arguments.discard_spare.clone() };
+    if let Some(unknown) = options.discard.iter().find(|d| !machine.config.disks.iter().any(|c| c.name == **d)) {
+        return Err(refused(format!("there is no [{unknown}] in the configuration; nothing was done")));
+    }
     mounts::enter_private_namespace()?;
-    let outcome = sync::run(&machine, Options { dry_run: arguments.dry_run }, log)?;
+    let outcome = sync::run(&machine, &options, log)?;
     for change in nvram::plan(&machine)? {
         if arguments.dry_run {
             println!("firmware: {change}");

@@ -42,6 +42,10 @@ def cached(name, parts, suffix, build):
         fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
         build(fresh)
         fresh.rename(path)
+        # What it replaces isn't needed again.
+        for old in CACHE.glob(f"{name}-????????????????{suffix}"):
+            if old != path:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path
 
 
