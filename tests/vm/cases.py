@@ -41,10 +41,13 @@ class Pair:
     def __init__(self, report, directory, staging, release, initrd, layout):
         self.report, self.layout = report, layout
         system = images.system(release, initrd, layout, staging)
+        kind = "raw"
+        if layout == "shared-btrfs":
+            system, kind = mirrored(system, layout), "qcow2"
         directory.mkdir(parents=True, exist_ok=True)
         self.a, self.b = images.pair(layout)
-        self.disks = {"A": overlay(system / "disk0.raw", directory / "a.qcow2"),
-                      "B": overlay(system / "disk1.raw", directory / "b.qcow2")}
+        self.disks = {"A": overlay(system / f"disk0.{kind}", directory / "a.qcow2"),
+                      "B": overlay(system / f"disk1.{kind}", directory / "b.qcow2")}
         self.kernels = images.SUITES[release]["kernels"]
         self.extra = {"kernels": overlay(images.kernels(release), directory / "kernels.qcow2")}
         self.machine = Machine(directory)
@@ -113,6 +116,69 @@ class Pair:
         self.report.check("systemctl start dualroot-sync.service", code == 0, said + log)
 
 
+def mirrored(system, layout):
+    """The same disks with the root of the first mirrored to the second, as a user would do it."""
+    _, b = images.pair(layout)
+
+    def build(path):
+        path.mkdir()
+        disks = {name: overlay(system / f"disk{n}.raw", path / f"disk{n}.qcow2") for n, name in enumerate("AB")}
+        machine = Machine(path / "vm")
+        try:
+            machine.start(disks)
+            machine.run("systemctl stop dualroot-sync.timer dualroot-sync.path dualroot-entries.path")
+            machine.run(f"btrfs device add -f /dev/disk/by-partuuid/{b.partuuid['root']} / && "
+                        "btrfs balance start --full-balance -dconvert=raid1 -mconvert=raid1 /", 900)
+            machine.power_off()
+        finally:
+            machine.kill()
+    return images.cached(f"mirrored-{layout}", str(system), "", build)
+
+
+def degraded(report, directory, staging, release, initrd, layout):
+    """One root on both disks: A goes, B boots with half of the mirror, A comes back and is healed, B goes."""
+    pair = Pair(report, directory, staging, release, initrd, layout)
+    first, second, _ = pair.kernels
+    machine = pair.machine
+    try:
+        pair.boot("A", "B")
+        pair.check_booted(pair.a, first)
+        report.check("the root is on both disks", "raid1" in machine.run("btrfs filesystem df / | tr A-Z a-z"))
+        pair.manual_sync()
+        pair.check_spare(pair.b)
+        pair.install_and_await_sync(second)
+        machine.run("sync; echo 'written on both' >/root/note")
+        machine.power_off()
+
+        report.step("A is removed")
+        pair.boot("B")
+        pair.check_booted(pair.b, second)
+        report.check("it says that it is degraded", machine.status("cat /run/dualroot/degraded")[0] == 0)
+        report.check("the root is mounted degraded", "degraded" in machine.run("findmnt -no OPTIONS /"))
+        report.equal("a sync without a spare says so", machine.status("dualroot-sync", 300)[0], 4)
+        machine.run("echo 'written on B alone' >/root/note; sync")
+        machine.power_off()
+
+        report.step("A is put back")
+        pair.boot("A", "B")
+        pair.check_booted(pair.b, second)
+        report.check("with both disks, it is not degraded", "degraded" not in machine.run("findmnt -no OPTIONS /"))
+        pair.manual_sync()
+        machine.run("while systemctl is-active -q dualroot-heal.service || systemctl show -P ActiveState dualroot-heal.service | "
+                    "grep -q activating; do sleep 1; done", 600)
+        report.check("A is healed", machine.status("test ! -e /var/lib/dualroot/degraded")[0] == 0,
+                     machine.run("journalctl -u dualroot-heal.service -o cat --no-pager | tail -5"))
+        machine.power_off()
+
+        report.step("B is removed")
+        pair.boot("A")
+        pair.check_booted(pair.a, second)
+        report.equal("what was written on B is on A", machine.run("cat /root/note"), "written on B alone")
+        machine.power_off()
+    finally:
+        machine.kill()
+
+
 def failover(report, directory, staging, release, initrd, layout):
     """A boots, B becomes a copy by itself, A goes, B boots and is upgraded, A comes back."""
     pair = Pair(report, directory, staging, release, initrd, layout)
@@ -176,4 +242,5 @@ def machine_plug(pair):
 CASES = {
     "own-xbootldr-12": (failover, 12, "initramfs-tools", "own-xbootldr"),
     "own-esp-12": (failover, 12, "initramfs-tools", "own-esp"),
+    "shared-btrfs-12": (degraded, 12, "initramfs-tools", "shared-btrfs"),
 }

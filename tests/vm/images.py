@@ -171,7 +171,7 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")
     root_type = "btrfs" if layout == "shared-btrfs" else "ext4"
-    (root / "etc/fstab").write_text(f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 1\n")
+    (root / "etc/fstab").write_text(f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {0 if root_type == 'btrfs' else 1}\n")
     (root / "etc/dualroot.conf").write_text(configuration(layout, (a, b)))
     options = f"root=UUID={a.uuid['root']} ro console=ttyS0 systemd.show_status=no"
     (root / "etc/kernel/cmdline").write_text(options + "\n")
