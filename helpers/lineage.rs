@@ -10,12 +10,10 @@ use anyhow::{Context, Result, bail};
 use uuid::Uuid;
 
 use crate::below::{Below, Change};
+use crate::bootfiles::LINEAGE;
 use crate::bootplan::text_change;
 use crate::machine::{Machine, refused};
 use crate::types::DiskName;
-
-/// The record's place on an ESP. It never travels.
-pub const FILE: &str = "loader/dualroot.lineage";
 
 /// What an ESP says of its disk.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
@@ -67,9 +65,9 @@ impl Record {
     /// # Errors
     /// One that can't be read.
     pub fn load(esp: &Below) -> Result<Self> {
-        match esp.read(FILE)? {
+        match esp.read(LINEAGE)? {
             None => Ok(Self::default()),
-            Some(text) => Self::parse(&text).with_context(|| format!("{FILE} on the ESP is damaged")),
+            Some(text) => Self::parse(&text).with_context(|| format!("{LINEAGE} on the ESP is damaged")),
         }
     }
 
@@ -79,12 +77,12 @@ impl Record {
     /// An ESP that can't be written.
     pub fn save(&self, esp: &Below) -> Result<()> {
         let text = self.text();
-        let old = esp.read(FILE)?;
+        let old = esp.read(LINEAGE)?;
         if old.as_deref().is_some_and(|old| old.trim_ascii_end() == text.as_bytes().trim_ascii_end()) {
             return Ok(());
         }
         esp.apply(&Change::MakeDir("loader".into()))?;
-        esp.apply(&text_change(FILE, old.map(|o| o.len() as u64), text.as_bytes()))?;
+        esp.apply(&text_change(LINEAGE, old.map(|o| o.len() as u64), text.as_bytes()))?;
         esp.apply(&Change::Barrier)
     }
 
