@@ -225,6 +225,7 @@ fn octal(text: &[u8]) -> Option<(u8, &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ident::tests::{ROOT_A, ROOT_B, to_b};
     use proptest::prelude::*;
 
     fn one(text: &str) -> Line<'_> {
@@ -287,9 +288,40 @@ mod tests {
         assert!(one("x /usr ext4 x-systemd.automount").is_needed_at_boot());
     }
 
+    #[test]
+    fn f12_every_line_is_rewritten_but_those_that_are_kept() {
+        let old = format!(
+            "# root was UUID={ROOT_A}\r\nUUID={ROOT_A}\t/  ext4 errors=remount-ro 0 1\n\n\
+             UUID=AAAA-0001 /boot vfat umask=0077 0 2\nUUID={ROOT_A} //mnt/root1/ ext4 nofail\nLABEL=root none swap"
+        );
+        let new = format!(
+            "# root was UUID={ROOT_B}\r\nUUID={ROOT_B}\t/  ext4 errors=remount-ro 0 1\n\n\
+             UUID=BBBB-0001 /boot vfat umask=0077 0 2\nUUID={ROOT_A} //mnt/root1/ ext4 nofail\nUUID={ROOT_B} none swap"
+        );
+        let keep = |dir: &DirPath| dir.as_str() == "/mnt/root1";
+        let once = rewrite(old.as_bytes(), &to_b(), keep);
+        assert_eq!(String::from_utf8_lossy(&once), new);
+        assert_eq!(rewrite(&once, &to_b(), keep), once);
+        assert_eq!(boot_needs_foreign(&once, &to_b()), [""; 0]);
+    }
+
+    #[test]
+    fn f14_what_boot_would_wait_for_is_named() {
+        let text = format!(
+            "# UUID={ROOT_A}\nUUID={ROOT_B} / ext4\nUUID={ROOT_A} /mnt/root1 ext4 ro,nofail 0 0\n\
+             UUID=AAAA-0001 /mnt/root1/boot vfat ro 0 0\n/dev/sdb9 /x ext4 x-systemd.requires=/dev/sda2\nUUID={ROOT_A} none swap sw"
+        );
+        let found = boot_needs_foreign(text.as_bytes(), &to_b());
+        assert_eq!(found.len(), 3, "{found:?}");
+        assert!(found[0].starts_with("line 4 (/mnt/root1/boot) needs UUID=AAAA-0001"), "{found:?}");
+        assert!(found[1].contains("line 5 (/x)") && found[2].contains("line 6 (none)"), "{found:?}");
+    }
+
     proptest! {
         #[test]
-        fn f26_any_bytes_are_read(text in proptest::collection::vec(prop_oneof![Just(b' '), Just(b'\n'), Just(b'\\'), any::<u8>()], 0..200)) {
+        fn f26_any_bytes_are_read(
+            text in proptest::collection::vec(prop_oneof![Just(b' '), Just(b'\n'), Just(b'\\'), any::<u8>()], 0..200)
+        ) {
             let mut last = 0;
             for line in lines(&text) {
                 prop_assert!(line.span.start >= last && line.span.end <= text.len());

@@ -1,7 +1,24 @@
-//! The names that a partition goes by, and the rewriting of texts that name one disk into texts that name another.
+//! The identifiers of a pair's partitions, and the rewriting of texts that name them.
 //!
-//! The rewriter works on bytes, wherever in a text an identifier stands: boot options, fstab, crypttab and the rest have different
-//! grammars, but an identifier looks the same in all of them. What is no identifier of another disk of the pair stays byte for byte.
+//! The rewriting works on bytes and knows nothing of the format around: whatever names a partition of another disk is replaced by
+//! what names the target's partition of the same role, wherever it stands, and everything else stays byte for byte. It knows
+//! these forms (those of fstab(5), crypttab(5), kernel-command-line(7), and of udev's links and systemd's unit names):
+//!
+//! - UUIDs and PARTUUIDs of 36 characters stand for themselves, in any case, anywhere between characters that are neither letters
+//!   nor digits (`UUID=…`, `rd.luks.uuid=luks-…`, `/dev/disk/by-uuid/…`), also without hyphens (as in names of device-mapper);
+//! - shorter ones (FAT, NTFS) only after `UUID=` or `by-uuid/`;
+//! - labels only after `LABEL=`, `PARTLABEL=`, `by-label/`, `by-partlabel/`; of the tags only the upper-case form, as nothing
+//!   understands another;
+//! - any other path of the partition below /dev, as a whole, and as the name of its unit (`dev-sda2.device`).
+//!
+//! Every character of these may be escaped as fstab(5), udev and systemd do it (`\040`, `\x20`, `\x2d`); values after a tag may
+//! be quoted.
+//!
+//! What is written instead keeps the form: the tag or directory, quotes, escaped hyphens and slashes. There are two exceptions.
+//! A label becomes a UUID where the target has no label, one that another disk has too, or one with characters that
+//! would have to be escaped. And a path such as `/dev/sda2` becomes `/dev/disk/by-partuuid/…`, which is understood wherever a path
+//! was (`x-systemd.requires=` takes nothing else), but directly after `root=` or `resume=` it becomes `PARTUUID=…`: that is the
+//! only form that the kernel itself understands when there is no initrd, and every initrd understands it too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
@@ -12,308 +29,625 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{DiskName, PartUuid, Role};
 
-/// What a partition can be called.
+/// By what one partition can be named.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PartIds {
-    /// The GUID in the partition table.
+    /// The unique GUID of the partition.
     pub partuuid: PartUuid,
-    /// The UUID of the file system on it, as blkid(8) prints it.
+    /// The UUID of the file system (or swap space, or LUKS volume) on it, as blkid(8) prints it.
     pub uuid: Option<String>,
-    /// The label of the file system.
+    /// The label of that file system.
     pub label: Option<String>,
-    /// The name in the partition table.
+    /// The name of the partition in the GPT.
     pub partlabel: Option<String>,
-    /// Every path below /dev that leads to it.
+    /// Every path below /dev that leads to the partition: the kernel's name and udev's links.
     pub paths: BTreeSet<String>,
 }
 
-/// The partitions of a disk, by role.
+/// By what the partitions of one disk can be named.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DiskIds {
-    /// The disk's section.
+    /// The disk.
     pub name: DiskName,
-    /// Its partitions.
+    /// Its partitions, as far as they are known.
     pub parts: BTreeMap<Role, PartIds>,
 }
 
-/// What is found, and what is put in its place.
+/// The four kinds of identifiers that have a tag and a directory below /dev/disk.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Kind {
+    Uuid,
+    PartUuid,
+    Label,
+    PartLabel,
+}
+
+impl Kind {
+    fn tag(self) -> &'static str {
+        match self {
+            Self::Uuid => "UUID",
+            Self::PartUuid => "PARTUUID",
+            Self::Label => "LABEL",
+            Self::PartLabel => "PARTLABEL",
+        }
+    }
+
+    fn dir(self) -> &'static str {
+        match self {
+            Self::Uuid => "by-uuid/",
+            Self::PartUuid => "by-partuuid/",
+            Self::Label => "by-label/",
+            Self::PartLabel => "by-partlabel/",
+        }
+    }
+}
+
+/// What stands before a value, and so how the value is recognised.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Form {
+    /// Nothing: the value stands for itself.
+    Bare,
+    /// `TAG=`, perhaps with a quote after it.
+    Tag(Kind),
+    /// `by-KIND/`.
+    Dir(Kind),
+    /// The value is a path.
+    Path,
+    /// The value is the name of a unit without its suffix, escaped already.
+    Unit,
+}
+
+/// Something that names another disk.
 #[derive(Clone, Debug)]
-struct Rule {
-    /// None where the target has nothing to put there; the identifier is reported then.
-    to: Option<String>,
-    /// Whose it is, for people.
-    whose: String,
+struct Needle {
+    form: Form,
+    value: Vec<u8>,
+    any_case: bool,
+    /// What to write instead; None if the target has nothing of the kind.
+    new: Option<(Kind, String)>,
+    /// For people.
+    shown: String,
 }
 
-/// Replaces every identifier of other disks by that of the same role of one disk, the target.
-#[derive(Clone, Default, Debug)]
+/// Where a needle was found, and how it is written there.
+struct Found<'n> {
+    needle: &'n Needle,
+    span: Range<usize>,
+    style: Style,
+}
+
+/// How characters of a match are written, so that their replacements can be written alike.
+#[derive(Default)]
+struct Style {
+    /// Written forms of `-`, `/` and `=`, where they occurred.
+    hyphen: Option<Vec<u8>>,
+    slash: Option<Vec<u8>>,
+    equals: Option<Vec<u8>>,
+    /// The tag as written.
+    tag: Vec<u8>,
+    /// The quote after the tag.
+    quote: Vec<u8>,
+}
+
+impl Style {
+    fn note(&mut self, byte: u8, written: &[u8]) {
+        let slot = match byte {
+            b'-' => &mut self.hyphen,
+            b'/' => &mut self.slash,
+            b'=' => &mut self.equals,
+            _ => return,
+        };
+        if slot.is_none() {
+            *slot = Some(written.to_vec());
+        }
+    }
+
+    /// In a unit's name slashes are hyphens, and hyphens are escaped.
+    fn is_unit(&self) -> bool {
+        self.slash.as_deref() == Some(b"-")
+    }
+
+    fn write(&self, out: &mut Vec<u8>, text: &str) {
+        for byte in text.bytes() {
+            let written = match byte {
+                b'-' => &self.hyphen,
+                b'/' => &self.slash,
+                b'=' => &self.equals,
+                _ => &None,
+            };
+            match written {
+                Some(written) => out.extend(written),
+                None => out.push(byte),
+            }
+        }
+    }
+}
+
+/// So many bytes before a match are looked at at most (for an opening quote).
+const BEHIND: usize = 256;
+/// So many bytes more than the longest value, each perhaps written as five, can belong to a match.
+const AROUND: usize = 128;
+/// So many bytes of a stream are read at once.
+const CHUNK: usize = 1 << 20;
+
+/// Replaces what names another disk by what names one disk, the target.
+#[derive(Clone, Debug)]
 pub struct Rewriter {
-    /// 36-character UUIDs in lower case, wherever they stand.
-    uuids: BTreeMap<String, Rule>,
-    /// Tags with values that only mean something behind the tag, as `UUID=ABCD-1234` and `LABEL=root`; the tag in upper case.
-    tags: BTreeMap<(&'static str, Vec<u8>), Rule>,
-    /// Paths below /dev.
-    paths: BTreeMap<String, Rule>,
+    needles: Vec<Needle>,
+    /// For every byte, the needles that a match which begins with it can be of.
+    first: Vec<Vec<usize>>,
+    /// One bit for every two bytes: whether a match can begin with them. Most places of an initrd end here, cheaply.
+    pairs: Vec<u64>,
+    /// No match is longer.
+    longest: usize,
 }
-
-const TAGS: [&str; 4] = ["UUID", "LABEL", "PARTLABEL", "PARTUUID"];
-/// No identifier, escaped and tagged, is longer: the overlap of chunks of a stream.
-const LONGEST: usize = 1024;
 
 impl Rewriter {
-    /// The rewriter for a target disk, from the names of all.
-    ///
-    /// What leads to a partition by a path is replaced by the path of udev's by-partuuid link: that is a device path like the one it
-    /// replaces, and so it is understood wherever the old one was, but for `root=` without an initrd.
+    /// Makes ready to rewrite for `target`; a disk of the same name among the others is passed over.
     ///
     /// # Errors
-    /// Two disks that share a PARTUUID or a file system UUID.
+    /// Identifiers that are the same on two disks, or in two roles, and must not be (failure mode 3). The same label is none:
+    /// it becomes a UUID.
     pub fn new(target: &DiskIds, others: &[DiskIds]) -> Result<Self> {
-        let mut new = Self::default();
-        let labels = |of: fn(&PartIds) -> Option<&String>| -> BTreeSet<&String> {
-            others.iter().flat_map(|d| d.parts.values()).filter_map(of).collect()
-        };
-        let (fs_labels, part_labels) = (labels(|p| p.label.as_ref()), labels(|p| p.partlabel.as_ref()));
-        for other in others.iter().filter(|d| d.name != target.name) {
-            for (role, from) in &other.parts {
-                let whose = format!("{role} of {}", other.name);
-                let to = target.parts.get(role);
-                if let Some(to) = to
-                    && (to.partuuid == from.partuuid || (to.uuid.is_some() && to.uuid == from.uuid))
-                {
-                    bail!(
-                        "{role}= of {} and of {} share an identifier ({}); give one of them new ones",
-                        target.name,
-                        other.name,
-                        from.uuid.as_deref().unwrap_or(&from.partuuid.to_string())
-                    );
+        let others: Vec<&DiskIds> = others.iter().filter(|d| d.name != target.name).collect();
+        check_uuids(target, &others)?;
+        let mut needles = Needles { target, others, list: Vec::new() };
+        needles.add_uuids();
+        for kind in [Kind::Label, Kind::PartLabel] {
+            needles.add_labels(kind);
+        }
+        needles.add_paths();
+        Ok(Self::index(needles.list))
+    }
+
+    fn index(needles: Vec<Needle>) -> Self {
+        let mut new = Self { needles, first: vec![Vec::new(); 256], pairs: vec![0; 1 << 10], longest: 0 };
+        for (number, needle) in new.needles.iter().enumerate() {
+            new.longest = new.longest.max(needle.value.len() * 5 + AROUND);
+            let begin = match needle.form {
+                Form::Bare | Form::Unit | Form::Path => &needle.value,
+                Form::Tag(kind) => kind.tag().as_bytes(),
+                Form::Dir(kind) => kind.dir().as_bytes(),
+            };
+            let [a, b, ..] = *begin else { continue };
+            let cases = |byte: u8| match needle.any_case {
+                true => BTreeSet::from([byte.to_ascii_lowercase(), byte.to_ascii_uppercase()]),
+                false => BTreeSet::from([byte]),
+            };
+            let mut firsts = cases(a);
+            if matches!(needle.form, Form::Path) {
+                firsts.insert(b'\\');
+            }
+            for first in firsts {
+                if let Some(list) = new.first.get_mut(usize::from(first)) {
+                    list.push(number);
                 }
-                let rule = |to: Option<String>| Rule { to, whose: whose.clone() };
-                let partuuid = to.map(|t| t.partuuid.to_string());
-                let uuid = to.and_then(|t| t.uuid.clone());
-                new.uuids.insert(from.partuuid.to_string(), rule(partuuid.clone()));
-                if let Some(old) = &from.uuid {
-                    if is_long(old.as_bytes()) {
-                        new.uuids.insert(old.to_lowercase(), rule(uuid.clone()));
-                    } else {
-                        let to = uuid.as_ref().map(|u| format!("UUID={u}"));
-                        new.tag("UUID", old, &rule(to));
-                        new.path("by-uuid", old, &rule(partuuid.clone()));
-                    }
-                }
-                if let Some(old) = &from.label {
-                    // A label that both have names neither.
-                    let own = to.and_then(|t| t.label.clone()).filter(|l| !fs_labels.contains(l) && is_plain(l));
-                    let to = own.map(|l| format!("LABEL={l}")).or(uuid.as_ref().map(|u| format!("UUID={u}")));
-                    new.tag("LABEL", old, &rule(to.or(partuuid.as_ref().map(|p| format!("PARTUUID={p}")))));
-                    new.path("by-label", old, &rule(partuuid.clone()));
-                }
-                if let Some(old) = &from.partlabel {
-                    let own = to.and_then(|t| t.partlabel.clone()).filter(|l| !part_labels.contains(l) && is_plain(l));
-                    let to = own.map(|l| format!("PARTLABEL={l}")).or(partuuid.as_ref().map(|p| format!("PARTUUID={p}")));
-                    new.tag("PARTLABEL", old, &rule(to));
-                    new.path("by-partlabel", old, &rule(partuuid.clone()));
-                }
-                for path in &from.paths {
-                    // Links by a long UUID are found by that.
-                    if !path.rsplit('/').next().is_some_and(|name| is_long(name.as_bytes())) {
-                        let to = partuuid.as_ref().map(|p| format!("/dev/disk/by-partuuid/{p}"));
-                        new.paths.entry(path.clone()).or_insert(rule(to));
+                // A backslash begins an escape of either byte.
+                let seconds =
+                    if first == b'\\' { BTreeSet::from(*b"x\\0123") } else { cases(b).into_iter().chain([b'\\']).collect() };
+                for second in seconds {
+                    let (word, bit) = pair(first, second);
+                    if let Some(word) = new.pairs.get_mut(word) {
+                        *word |= bit;
                     }
                 }
             }
         }
-        Ok(new)
+        new
     }
 
-    fn tag(&mut self, tag: &'static str, value: &str, rule: &Rule) {
-        for form in [value.as_bytes().to_vec(), octal(value), udev(value).into_bytes()] {
-            self.tags.entry((tag, form)).or_insert(rule.clone());
-        }
-    }
-
-    fn path(&mut self, by: &str, value: &str, rule: &Rule) {
-        let to = rule.to.as_ref().map(|p| format!("/dev/disk/by-partuuid/{p}"));
-        let rule = Rule { to, whose: rule.whose.clone() };
-        self.paths.entry(format!("/dev/disk/{by}/{}", udev(value))).or_insert(rule);
-    }
-
-    /// The text with every identifier of another disk replaced that the target has a counterpart for.
+    /// The text with everything that names another disk replaced, as far as the target has something to put there. Doing it
+    /// twice is the same as doing it once.
     pub fn rewrite(&self, text: &[u8]) -> Vec<u8> {
         let mut out = Vec::with_capacity(text.len());
-        let mut at = 0;
-        while let Some(byte) = text.get(at) {
-            match self.at(text, at) {
-                Some((length, rule, escaped)) => {
-                    match &rule.to {
-                        Some(to) if escaped => out.extend(to.replace('-', "\\x2d").bytes()),
-                        Some(to) => out.extend(to.bytes()),
-                        None => out.extend(text.get(at..at + length).unwrap_or_default()),
-                    }
-                    at += length;
-                }
-                None => {
-                    out.push(*byte);
-                    at += 1;
-                }
+        let mut done = 0;
+        self.scan(text, 0, text.len(), |found| {
+            if let Some(new) = &found.needle.new {
+                out.extend(text.get(done..found.span.start).unwrap_or_default());
+                replacement(&found, new, text, &mut out);
+                done = found.span.end;
             }
-        }
+        });
+        out.extend(text.get(done..).unwrap_or_default());
         out
     }
 
-    /// Every identifier of another disk in the text, with whose it is, each once.
+    /// What in the text names another disk, for people, each once: `UUID=… (root of disk0)`.
     pub fn foreign(&self, text: &[u8]) -> Vec<String> {
-        let mut found = BTreeSet::new();
-        self.collect(text, 0..text.len(), &mut found);
-        found.into_iter().collect()
+        let mut seen = Vec::new();
+        self.scan(text, 0, text.len(), |found| note(&mut seen, &found));
+        seen
     }
 
-    /// [`Rewriter::foreign`] of a stream of any length.
+    /// As [`Rewriter::foreign`], over a stream of any length in bounded memory.
     ///
     /// # Errors
-    /// Those of reading it.
-    pub fn foreign_in_stream(&self, mut stream: impl Read) -> io::Result<Vec<String>> {
-        let mut found = BTreeSet::new();
-        let mut window = Vec::new();
-        // The first bytes of the window were looked at already: they only tell whether an identifier may begin behind them.
-        let mut seen = 0;
-        let mut chunk = vec![0; 1 << 18];
+    /// Those of reading.
+    pub fn foreign_in_stream(&self, stream: impl Read) -> io::Result<Vec<String>> {
+        self.search(stream, CHUNK)
+    }
+
+    fn search(&self, mut stream: impl Read, chunk: usize) -> io::Result<Vec<String>> {
+        let mut seen = Vec::new();
+        let mut held = Vec::new();
+        // Where the next match may begin.
+        let mut next = 0;
         loop {
-            let n = stream.read(&mut chunk)?;
-            window.extend(chunk.get(..n).unwrap_or_default());
-            // What begins in the last part of the window may go on behind it.
-            let complete = if n == 0 { window.len() } else { window.len().saturating_sub(LONGEST) };
-            self.collect(&window, seen..complete, &mut found);
-            if n == 0 {
-                return Ok(found.into_iter().collect());
+            let more = stream.by_ref().take(chunk as u64).read_to_end(&mut held)?;
+            // A match may begin only where all that it can need is there.
+            let upto = if more == 0 { held.len() } else { held.len().saturating_sub(self.longest) };
+            next = self.scan(&held, next, upto, |found| note(&mut seen, &found));
+            if more == 0 {
+                return Ok(seen);
             }
-            seen = complete.min(4);
-            window.drain(..complete - seen);
+            let behind = next.saturating_sub(BEHIND);
+            held.drain(..behind.min(held.len()));
+            next -= behind;
         }
     }
 
-    fn collect(&self, text: &[u8], range: Range<usize>, found: &mut BTreeSet<String>) {
-        let mut at = range.start;
-        while at < range.end {
-            match self.at(text, at) {
-                Some((length, rule, _)) => {
-                    let id = text.get(at..at + length).unwrap_or_default();
-                    found.insert(format!("{} ({})", String::from_utf8_lossy(id).escape_debug(), rule.whose));
-                    at += length;
+    /// Calls `each` for every match that begins in `from..upto`, and returns where the next one may begin.
+    fn scan<'n>(&'n self, text: &[u8], from: usize, upto: usize, mut each: impl FnMut(Found<'n>)) -> usize {
+        let mut at = from;
+        while at < upto {
+            let rest = text.get(at..).unwrap_or_default().windows(2).take(upto - at);
+            let may_begin = |two: &[u8]| match *two {
+                [a, b] => {
+                    let (word, bit) = pair(a, b);
+                    self.pairs.get(word).is_some_and(|word| word & bit != 0)
+                }
+                _ => false,
+            };
+            let Some(skip) = rest.into_iter().position(may_begin) else { return upto };
+            at += skip;
+            match self.find(text, at) {
+                Some(found) => {
+                    at = found.span.end.max(at + 1);
+                    each(found);
                 }
                 None => at += 1,
             }
         }
+        at
     }
 
-    /// The identifier that begins at a position: its length in bytes, its rule, and whether its hyphens are escaped as in unit names.
-    fn at(&self, text: &[u8], at: usize) -> Option<(usize, &Rule, bool)> {
-        let rest = text.get(at..)?;
-        let before = text.get(..at).unwrap_or_default();
-        let free = |previous: Option<&u8>| previous.is_none_or(|b| !b.is_ascii_alphanumeric());
-        match rest.first()? {
-            b'/' => self.path_at(rest).map(|(length, rule)| (length, rule, false)),
-            b if b.is_ascii_alphanumeric() && (free(before.last()) || before.ends_with(b"\\x2d")) => {
-                if let Some((uuid, length, escaped)) = long_uuid(rest)
-                    && free(rest.get(length))
-                    && let Some(rule) = self.uuids.get(&uuid)
-                {
-                    return Some((length, rule, escaped));
+    /// The longest match that begins just here.
+    fn find(&self, text: &[u8], at: usize) -> Option<Found<'_>> {
+        let candidates = self.first.get(usize::from(*text.get(at)?))?;
+        let matches = candidates.iter().filter_map(|&n| match_at(self.needles.get(n)?, text, at));
+        matches.max_by_key(|found| found.span.end)
+    }
+}
+
+/// Where the bit for two bytes is.
+fn pair(a: u8, b: u8) -> (usize, u64) {
+    let number = usize::from(a) << 8 | usize::from(b);
+    (number >> 6, 1 << (number & 63))
+}
+
+fn note(seen: &mut Vec<String>, found: &Found<'_>) {
+    if !seen.contains(&found.needle.shown) {
+        seen.push(found.needle.shown.clone());
+    }
+}
+
+/// No UUID may be on the target and on another disk, nor in two roles of the others.
+fn check_uuids(target: &DiskIds, others: &[&DiskIds]) -> Result<()> {
+    let mut known: Vec<(String, &'static str, &Role, DiskName)> = Vec::new();
+    for disk in [target].into_iter().chain(others.iter().copied()) {
+        for (role, ids) in &disk.parts {
+            let uuid = ids.uuid.as_deref().filter(|u| !u.is_empty()).map(|u| (u.to_lowercase(), "file system UUID"));
+            for (value, what) in uuid.into_iter().chain([(ids.partuuid.to_string(), "PARTUUID")]) {
+                let twin = known.iter().find(|(v, _, r, d)| *v == value && (*d == target.name || *r != role));
+                if let Some((_, _, twin_role, twin_disk)) = twin {
+                    bail!(
+                        "{twin_role} of {twin_disk} and {role} of {} have the same {what} {value}; give one a new one \
+                         (file systems: tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, swaplabel -U, \
+                         cryptsetup luksUUID; partitions: sgdisk --partition-guid=N:R)",
+                        disk.name
+                    );
                 }
-                if before.last() == Some(&b'-') {
-                    return None;
-                }
-                self.tag_at(rest).map(|(length, rule)| (length, rule, false))
+                known.push((value, what, role, disk.name));
             }
-            _ => None,
+        }
+    }
+    Ok(())
+}
+
+/// What [`Rewriter::new`] collects.
+struct Needles<'a> {
+    target: &'a DiskIds,
+    others: Vec<&'a DiskIds>,
+    list: Vec<Needle>,
+}
+
+impl<'a> Needles<'a> {
+    fn parts(&self) -> Vec<(DiskName, &'a Role, &'a PartIds)> {
+        self.others.iter().flat_map(|disk| disk.parts.iter().map(|(role, ids)| (disk.name, role, ids))).collect()
+    }
+
+    fn push(&mut self, form: Form, value: impl Into<Vec<u8>>, any_case: bool, new: Option<(Kind, String)>, shown: &str) {
+        let value = value.into();
+        if !value.is_empty() {
+            self.list.push(Needle { form, value, any_case, new, shown: shown.to_owned() });
         }
     }
 
-    fn path_at(&self, rest: &[u8]) -> Option<(usize, &Rule)> {
-        rest.strip_prefix(b"/dev/")?;
-        let length = rest.iter().position(|b| ends_value(*b) || *b == b':').unwrap_or(rest.len());
-        // A name of by-path has colons in it; what stands before a colon of `cryptdevice=` is the device.
-        let whole = rest.iter().position(|b| ends_value(*b)).unwrap_or(rest.len());
-        [whole, length].into_iter().find_map(|length| {
-            let path = std::str::from_utf8(rest.get(..length)?).ok()?;
-            Some((length, self.paths.get(path)?))
-        })
-    }
-
-    fn tag_at(&self, rest: &[u8]) -> Option<(usize, &Rule)> {
-        let tag = TAGS.into_iter().find(|tag| {
-            rest.get(..tag.len()).is_some_and(|t| t.eq_ignore_ascii_case(tag.as_bytes())) && rest.get(tag.len()) == Some(&b'=')
-        })?;
-        let begin = tag.len() + 1;
-        let quote = rest.get(begin).copied().filter(|b| matches!(b, b'"' | b'\''));
-        let value = rest.get(begin + usize::from(quote.is_some())..)?;
-        let end = |b: &u8| quote.map_or_else(|| ends_value(*b), |q| *b == q);
-        let whole = value.iter().position(end).unwrap_or(value.len());
-        let colon = value.iter().position(|b| end(b) || *b == b':').unwrap_or(value.len());
-        [whole, colon].into_iter().find_map(|length| {
-            let value = value.get(..length)?;
-            let folded = value.to_ascii_uppercase();
-            let rules = [value.to_vec(), if tag == "UUID" { folded } else { value.to_vec() }];
-            let rule = rules.into_iter().find_map(|value| self.tags.get(&(tag, value)))?;
-            // The quotes go with the old value: the new one needs none.
-            let closed = quote.is_some_and(|q| rest.get(begin + 1 + length) == Some(&q));
-            Some((begin + length + if closed { 2 } else { usize::from(quote.is_some()) }, rule))
-        })
-    }
-}
-
-/// What ends an identifier that isn't quoted.
-fn ends_value(byte: u8) -> bool {
-    byte.is_ascii_whitespace() || byte.is_ascii_control() || matches!(byte, b'"' | b'\'' | b',' | b';' | b'=')
-}
-
-/// Whether a label can be written without quotes or escapes.
-fn is_plain(label: &str) -> bool {
-    !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'+'))
-}
-
-/// Whether it has the form of a UUID of 36 characters.
-fn is_long(text: &[u8]) -> bool {
-    text.len() == 36
-        && text.iter().enumerate().all(|(i, b)| if matches!(i, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
-}
-
-/// A UUID of 36 characters at the beginning, in lower case, with its length there and whether its hyphens are escaped.
-fn long_uuid(text: &[u8]) -> Option<(String, usize, bool)> {
-    let plain = |text: &[u8]| is_long(text).then(|| String::from_utf8_lossy(text).to_lowercase());
-    if text.get(8) == Some(&b'-') {
-        return Some((plain(text.get(..36)?)?, 36, false));
-    }
-    if text.get(8..12) != Some(b"\\x2d") {
-        return None;
-    }
-    let escaped = std::str::from_utf8(text.get(..48)?).ok()?;
-    Some((plain(escaped.replace("\\x2d", "-").as_bytes())?, 48, true))
-}
-
-/// A value with the escapes of fstab(5).
-fn octal(value: &str) -> Vec<u8> {
-    let mut out = Vec::new();
-    for byte in value.bytes() {
-        match byte {
-            b' ' | b'\t' | b'\n' | b'\\' => out.extend(format!("\\{byte:03o}").bytes()),
-            other => out.push(other),
+    fn add_uuids(&mut self) {
+        for (disk, role, ids) in self.parts() {
+            let own = self.target.parts.get(role);
+            let own_uuid = own.and_then(|own| own.uuid.clone()).filter(|u| !u.is_empty());
+            let uuid = ids.uuid.clone().map(|u| (Kind::Uuid, u, own_uuid));
+            let partuuid = (Kind::PartUuid, ids.partuuid.to_string(), own.map(|own| own.partuuid.to_string()));
+            for (kind, value, new) in uuid.into_iter().chain([partuuid]) {
+                let shown = format!("{}={} ({role} of {disk})", kind.tag(), value.escape_debug());
+                if is_long_uuid(&value) {
+                    let bare: String = value.chars().filter(|c| *c != '-').collect();
+                    let bare_new = new.as_ref().map(|n| (kind, n.chars().filter(|c| *c != '-').collect()));
+                    self.push(Form::Bare, bare, true, bare_new, &shown);
+                    self.push(Form::Bare, value, true, new.map(|n| (kind, n)), &shown);
+                } else {
+                    let new = new.map(|n| (kind, n));
+                    self.push(Form::Tag(kind), value.clone(), true, new.clone(), &shown);
+                    self.push(Form::Dir(kind), value, true, new, &shown);
+                }
+            }
         }
     }
-    out
+
+    fn add_labels(&mut self, kind: Kind) {
+        let label = |ids: &PartIds| {
+            let label = if kind == Kind::Label { &ids.label } else { &ids.partlabel };
+            label.clone().filter(|l| !l.is_empty())
+        };
+        let parts = self.parts();
+        let mut owners: BTreeMap<String, Vec<(DiskName, &Role)>> = BTreeMap::new();
+        for (disk, role, ids) in &parts {
+            if let Some(label) = label(ids) {
+                owners.entry(label).or_default().push((*disk, *role));
+            }
+        }
+        let own: Vec<String> = self.target.parts.values().filter_map(label).collect();
+        for (value, owners) in &owners {
+            let new = one_role(owners).and_then(|role| {
+                let ids = self.target.parts.get(role)?;
+                let fit = |l: &String| {
+                    own.iter().filter(|o| *o == l).count() == 1
+                        && plain(l)
+                        && !parts.iter().any(|p| label(p.2).as_ref() == Some(l))
+                };
+                let uuid = ids.uuid.clone().filter(|u| kind == Kind::Label && plain(u));
+                let partuuid = (Kind::PartUuid, ids.partuuid.to_string());
+                Some(label(ids).filter(fit).map(|l| (kind, l)).or(uuid.map(|u| (Kind::Uuid, u))).unwrap_or(partuuid))
+            });
+            let mut shown = format!("{}={} ({}", kind.tag(), value.escape_debug(), all_of(owners));
+            shown.push_str(
+                if own.contains(value) { format!(", but {} has it too)", self.target.name) } else { ")".into() }.as_str(),
+            );
+            let encoded = udev_encode(value);
+            for value in [Some(value.clone()), Some(encoded.clone()).filter(|e| e != value)].into_iter().flatten() {
+                self.push(Form::Tag(kind), value.clone(), false, new.clone(), &shown);
+                self.push(Form::Dir(kind), value, false, new.clone(), &shown);
+            }
+        }
+    }
+
+    fn add_paths(&mut self) {
+        let mut owners: BTreeMap<&str, Vec<(DiskName, &Role)>> = BTreeMap::new();
+        for (disk, role, ids) in self.parts() {
+            for path in &ids.paths {
+                owners.entry(path).or_default().push((disk, role));
+            }
+        }
+        let by_kind = ["by-uuid/", "by-partuuid/", "by-label/", "by-partlabel/"];
+        for (path, owners) in owners {
+            let known = path.strip_prefix("/dev/disk/").is_some_and(|rest| by_kind.iter().any(|kind| rest.starts_with(kind)));
+            if known || !path.starts_with("/dev/") || self.target.parts.values().any(|own| own.paths.contains(path)) {
+                continue;
+            }
+            let new = one_role(&owners).and_then(|role| self.target.parts.get(role));
+            let new = new.map(|own| (Kind::PartUuid, own.partuuid.to_string()));
+            let shown = format!("{} ({})", path.escape_debug(), all_of(&owners));
+            self.push(Form::Path, path, false, new.clone(), &shown);
+            self.push(Form::Unit, libsystemd::unit::escape_path(path), false, new, &shown);
+        }
+    }
 }
 
-/// A value as udev writes it into the names of links: everything but a few characters and valid UTF-8 as `\xNN`.
-fn udev(value: &str) -> String {
+/// The role that all owners have, or None where they differ.
+fn one_role<'r>(owners: &[(DiskName, &'r Role)]) -> Option<&'r Role> {
+    let (_, role) = owners.first()?;
+    owners.iter().all(|(_, r)| r == role).then_some(*role)
+}
+
+fn all_of(owners: &[(DiskName, &Role)]) -> String {
+    owners.iter().map(|(disk, role)| format!("{role} of {disk}")).collect::<Vec<_>>().join(", ")
+}
+
+fn is_long_uuid(text: &str) -> bool {
+    text.len() == 36 && uuid::Uuid::try_parse(text).is_ok()
+}
+
+/// Whether a label can be written everywhere without quotes or escapes.
+fn plain(label: &str) -> bool {
+    label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+}
+
+/// A label as udev writes it in names of links: what isn't in its list becomes `\xHH`.
+fn udev_encode(label: &str) -> String {
     let mut out = String::new();
-    for c in value.chars() {
-        if c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c) || !c.is_ascii() {
+    for c in label.chars() {
+        if c.is_ascii_alphanumeric() || !c.is_ascii() || "#+-.:=@_".contains(c) {
             out.push(c);
         } else {
-            out.push_str(&format!("\\x{:02x}", c as u32));
+            out.push_str(&format!("\\x{:02x}", u32::from(c)));
         }
     }
     out
+}
+
+/// The byte that is written at a place, and how many bytes it takes: itself, `\xHH` (also with its backslash doubled), or `\OOO`.
+fn read(text: &[u8], at: usize) -> Option<(u8, usize)> {
+    let rest = text.get(at..)?;
+    let hex = |high: u8, low: u8| {
+        let digit = |b: u8| char::from(b).to_digit(16);
+        u8::try_from(digit(high)? * 16 + digit(low)?).ok()
+    };
+    let octal = |digits: [u8; 3]| {
+        digits.iter().try_fold(0u32, |n, b| Some(n * 8 + char::from(*b).to_digit(8)?)).and_then(|n| u8::try_from(n).ok())
+    };
+    let escaped = match rest {
+        [b'\\', b'x', h, l, ..] => hex(*h, *l).map(|b| (b, 4)),
+        [b'\\', b'\\', b'x', h, l, ..] => hex(*h, *l).map(|b| (b, 5)),
+        [b'\\', a, b, c, ..] => octal([*a, *b, *c]).map(|b| (b, 4)),
+        _ => None,
+    };
+    escaped.or_else(|| rest.first().map(|b| (*b, 1)))
+}
+
+/// Whether the text up to a place ends in an escape sequence, so that its last letter or digit is none.
+fn ends_in_escape(text: &[u8], at: usize) -> bool {
+    at.checked_sub(4).is_some_and(|start| text.get(start..at).and_then(|t| read(t, 0)).is_some_and(|(_, len)| len == 4))
+}
+
+fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize) -> Option<Found<'n>> {
+    let before = at.checked_sub(1).and_then(|p| text.get(p)).copied();
+    let alnum = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_alphanumeric());
+    let word_before = alnum(before) && !ends_in_escape(text, at);
+    let mut style = Style::default();
+    let mut end = at;
+    match needle.form {
+        Form::Bare | Form::Dir(_) if word_before => return None,
+        Form::Tag(Kind::Uuid | Kind::PartUuid) if word_before => return None,
+        Form::Tag(_) if word_before || before == Some(b'_') => return None,
+        Form::Unit if before.is_some_and(|b| b.is_ascii_alphanumeric() || br"_\-.:".contains(&b)) => return None,
+        Form::Path if text.get(at) == Some(&b'/') && before.is_some_and(|b| is_path(b) || b == b'/') => return None,
+        _ => {}
+    }
+    match needle.form {
+        Form::Unit => {
+            end += needle.value.len();
+            let whole = text.get(at..end) == Some(&needle.value) && text.get(end) == Some(&b'.');
+            return whole.then_some(Found { needle, span: at..end, style });
+        }
+        Form::Tag(kind) => {
+            style.tag = text.get(at..at + kind.tag().len())?.to_vec();
+            end = literal(needle, kind.tag().as_bytes(), text, end, &mut style, true)?;
+            end = literal(needle, b"=", text, end, &mut style, true)?;
+            style.quote = quote_at(text, end).to_vec();
+            end += style.quote.len();
+        }
+        Form::Dir(kind) => end = literal(needle, kind.dir().as_bytes(), text, end, &mut style, false)?,
+        Form::Bare | Form::Path => {}
+    }
+    let quoted = matches!(needle.form, Form::Tag(_)) && (!style.quote.is_empty() || is_quoted(text, at));
+    end = literal(needle, &needle.value, text, end, &mut style, quoted)?;
+    let after = text.get(end).copied();
+    let ends = match needle.form {
+        Form::Bare => !alnum(after),
+        Form::Tag(_) if !style.quote.is_empty() => after.is_none() || text.get(end..)?.starts_with(&style.quote),
+        Form::Tag(_) => {
+            let own_quote = before.filter(|b| matches!(b, b'"' | b'\''));
+            is_end_of_value(text, end) && !(own_quote.is_some() && matches!(after, Some(b' ' | b'\t')))
+        }
+        Form::Dir(_) | Form::Path => is_end_of_path(text, end, &style),
+        Form::Unit => false,
+    };
+    ends.then_some(Found { needle, span: at..end, style })
+}
+
+/// Matches bytes of a needle, escaped or not, and returns where they end. Blanks count only as escapes unless `blanks`.
+fn literal(needle: &Needle, wanted: &[u8], text: &[u8], at: usize, style: &mut Style, blanks: bool) -> Option<usize> {
+    let mut end = at;
+    for &wanted in wanted {
+        let (byte, len) = read(text, end)?;
+        let written = text.get(end..end + len)?;
+        let same = byte == wanted || needle.any_case && byte.eq_ignore_ascii_case(&wanted);
+        // The name of a unit: `/` is written `-`, and `-` is escaped.
+        let as_unit = wanted == b'/' && written == b"-" && style.hyphen.as_ref().is_some_and(|h| h.len() > 1);
+        if !same && !as_unit || len == 1 && byte.is_ascii_whitespace() && !blanks {
+            return None;
+        }
+        style.note(wanted, written);
+        end += len;
+    }
+    Some(end)
+}
+
+/// A quote, perhaps behind a backslash.
+fn quote_at(text: &[u8], at: usize) -> &[u8] {
+    let rest = text.get(at..).unwrap_or_default();
+    match rest {
+        [b'"' | b'\'', ..] => rest.get(..1).unwrap_or_default(),
+        [b'\\', b'"' | b'\'', ..] => rest.get(..2).unwrap_or_default(),
+        _ => &[],
+    }
+}
+
+/// Whether a double quote is open before a place on its line.
+fn is_quoted(text: &[u8], at: usize) -> bool {
+    let before = text.get(at.saturating_sub(BEHIND)..at).unwrap_or_default();
+    let line = before.rsplit(|b| *b == b'\n').next().unwrap_or_default();
+    line.iter().filter(|b| **b == b'"').count() % 2 == 1
+}
+
+fn is_end_of_value(text: &[u8], at: usize) -> bool {
+    let Some(&byte) = text.get(at) else { return true };
+    byte.is_ascii_whitespace() || byte.is_ascii_control() || br#""',:;)]}|&<>`"#.contains(&byte) || !quote_at(text, at).is_empty()
+}
+
+/// Characters that the name of a device file can have after what looks like its end.
+fn is_path(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || br"_-+.@~%#\".contains(&byte) || !byte.is_ascii()
+}
+
+fn is_end_of_path(text: &[u8], at: usize, style: &Style) -> bool {
+    let Some(&byte) = text.get(at) else { return true };
+    let escaped_slash = style.slash.as_ref().is_some_and(|s| s != b"/");
+    match byte {
+        b'.' if escaped_slash => true,
+        b'.' => !text.get(at + 1).is_some_and(|b| is_path(*b) || *b == b'/'),
+        b'\\' => !quote_at(text, at).is_empty(),
+        b'/' => false,
+        _ => !is_path(byte),
+    }
+}
+
+/// Writes what is to stand in the place of a match.
+fn replacement(found: &Found<'_>, new: &(Kind, String), text: &[u8], out: &mut Vec<u8>) {
+    let (kind, value) = new;
+    let style = &found.style;
+    match found.needle.form {
+        Form::Bare => style.write(out, value),
+        Form::Tag(old) => {
+            if old == *kind {
+                out.extend(&style.tag);
+            } else {
+                out.extend(kind.tag().as_bytes());
+            }
+            style.write(out, "=");
+            out.extend(&style.quote);
+            style.write(out, value);
+        }
+        Form::Dir(_) => {
+            style.write(out, kind.dir());
+            style.write(out, value);
+        }
+        Form::Path if !style.is_unit() && is_root_argument(text, found.span.start) => {
+            out.extend(format!("{}={value}", kind.tag()).bytes());
+        }
+        Form::Path => style.write(out, &format!("/dev/disk/{}{value}", kind.dir())),
+        Form::Unit => out.extend(format!("dev-disk-by\\x2dpartuuid-{}", value.replace('-', "\\x2d")).bytes()),
+    }
+}
+
+/// Whether a place is directly after `root=` or `resume=`, perhaps with a quote between.
+fn is_root_argument(text: &[u8], at: usize) -> bool {
+    let before = text.get(at.saturating_sub(16)..at).unwrap_or_default();
+    let before = before.strip_suffix(b"\"").or(before.strip_suffix(b"'")).unwrap_or(before);
+    let before = before.strip_suffix(b"\\").unwrap_or(before);
+    let key = before.strip_suffix(b"root=").or(before.strip_suffix(b"resume="));
+    key.is_some_and(|rest| !rest.last().is_some_and(|b| b.is_ascii_alphanumeric() || b"._-".contains(b)))
 }
 
 #[cfg(test)]
@@ -323,6 +657,8 @@ pub(crate) mod tests {
 
     const A: &str = "aaaaaaaa-0000-4000-8000-00000000000";
     const B: &str = "bbbbbbbb-0000-4000-8000-00000000000";
+    pub const ROOT_A: &str = "cccccccc-1111-4111-8111-111111111111";
+    pub const ROOT_B: &str = "dddddddd-1111-4111-8111-111111111111";
 
     fn part(start: &str, n: u32, uuid: Option<&str>, label: Option<&str>, paths: &[&str]) -> PartIds {
         PartIds {
@@ -335,18 +671,18 @@ pub(crate) mod tests {
     }
 
     fn disks() -> (DiskIds, DiskIds) {
-        let disk = |name: &str, start: &str, esp: &str, root: char, dev: &str, home: &str| {
-            let root = format!("{}-1111-4111-8111-111111111111", root.to_string().repeat(8));
+        let disk = |name: &str, start: &str, esp: &str, root: &str, dev: &str, home: &str| {
             let by_path = format!("/dev/disk/by-path/pci-0000:00:{dev}-part2");
+            let by_id = format!("/dev/disk/by-id/ata-{dev}.1-part2");
             let parts = [
                 (Role::Esp, part(start, 1, Some(esp), Some("EFI"), &[&format!("/dev/{dev}1")])),
-                (Role::Root, part(start, 2, Some(&root), Some("root"), &[&format!("/dev/{dev}2"), &by_path])),
+                (Role::Root, part(start, 2, Some(root), Some("root"), &[&format!("/dev/{dev}2"), &by_path, &by_id])),
                 (Role::Home, part(start, 3, None, Some(home), &[])),
             ];
             DiskIds { name: DiskName::parse(name).unwrap(), parts: parts.into() }
         };
-        let a = disk("disk0", A, "AAAA-0001", 'c', "sda", "my home");
-        (a, disk("disk1", B, "BBBB-0001", 'd', "sdb", "home1"))
+        let a = disk("disk0", A, "AAAA-0001", ROOT_A, "sda", "my home");
+        (a, disk("disk1", B, "BBBB-0001", ROOT_B, "sdb", "home1"))
     }
 
     pub fn to_b() -> Rewriter {
@@ -358,42 +694,76 @@ pub(crate) mod tests {
         String::from_utf8(to_b().rewrite(text.as_bytes())).unwrap()
     }
 
-    pub const ROOT_A: &str = "cccccccc-1111-4111-8111-111111111111";
-    pub const ROOT_B: &str = "dddddddd-1111-4111-8111-111111111111";
+    fn unit(text: &str) -> String {
+        text.replace('-', "\\x2d")
+    }
 
     #[test]
     fn f15_every_form_of_an_identifier() {
         let upper = ROOT_A.to_uppercase();
+        let short = |uuid: &str| uuid.replace('-', "");
         let by_b = |n: u32| format!("/dev/disk/by-partuuid/{B}{n}");
+        let by_b_unit = |n: u32| format!("dev-disk-by\\x2dpartuuid-{}", unit(&format!("{B}{n}")));
         for (text, expected) in [
+            // UUIDs of 36 characters.
             (format!("root=UUID={ROOT_A} ro"), format!("root=UUID={ROOT_B} ro")),
             (format!("root=\"UUID={ROOT_A}\""), format!("root=\"UUID={ROOT_B}\"")),
+            (format!("root='UUID={upper}'"), format!("root='UUID={ROOT_B}'")),
             (format!("root=uuid={upper}"), format!("root=uuid={ROOT_B}")),
             (format!("root=PARTUUID={A}2"), format!("root=PARTUUID={B}2")),
+            (format!("root=PARTUUID={A}1/PARTNROFF=1"), format!("root=PARTUUID={B}1/PARTNROFF=1")),
             (format!("/dev/disk/by-uuid/{ROOT_A}"), format!("/dev/disk/by-uuid/{ROOT_B}")),
+            (format!("/dev/disk/by-partuuid/{A}2"), by_b(2)),
             (format!("rd.luks.uuid=luks-{ROOT_A}"), format!("rd.luks.uuid=luks-{ROOT_B}")),
+            (format!("rd.luks.name={ROOT_A}=x"), format!("rd.luks.name={ROOT_B}=x")),
+            (format!("/dev/mapper/luks-{ROOT_A}"), format!("/dev/mapper/luks-{ROOT_B}")),
             (format!("cryptdevice=UUID={ROOT_A}:root"), format!("cryptdevice=UUID={ROOT_B}:root")),
+            (format!("dm-uuid-CRYPT-LUKS2-{}-x", short(ROOT_A)), format!("dm-uuid-CRYPT-LUKS2-{}-x", short(ROOT_B))),
+            (format!("dev-disk-by\\x2duuid-{}.device", unit(ROOT_A)), format!("dev-disk-by\\x2duuid-{}.device", unit(ROOT_B))),
+            (format!("dev-mapper-luks\\x2d{}.device", unit(ROOT_A)), format!("dev-mapper-luks\\x2d{}.device", unit(ROOT_B))),
             (
-                format!("x-systemd.requires=dev-disk-by\\x2duuid-{}.device", ROOT_A.replace('-', "\\x2d")),
-                format!("x-systemd.requires=dev-disk-by\\x2duuid-{}.device", ROOT_B.replace('-', "\\x2d")),
+                format!("devexists-\\x2fdev\\x2fdisk\\x2fby-uuid\\x2f{ROOT_A}.sh"),
+                format!("devexists-\\x2fdev\\x2fdisk\\x2fby-uuid\\x2f{ROOT_B}.sh"),
             ),
+            // Shorter ones.
             ("UUID=AAAA-0001 /boot".into(), "UUID=BBBB-0001 /boot".into()),
-            ("UUID=aaaa-0001 /boot".into(), "UUID=BBBB-0001 /boot".into()),
-            ("UUID=\"AAAA-0001\" /boot".into(), "UUID=BBBB-0001 /boot".into()),
-            ("/dev/disk/by-uuid/AAAA-0001".into(), by_b(1)),
+            ("uuid=aaaa-0001 /boot".into(), "uuid=BBBB-0001 /boot".into()),
+            ("UUID=\"AAAA-0001\" /boot".into(), "UUID=\"BBBB-0001\" /boot".into()),
+            ("\"UUID=AAAA-0001\"".into(), "\"UUID=BBBB-0001\"".into()),
+            ("/dev/disk/by-uuid/AAAA-0001".into(), "/dev/disk/by-uuid/BBBB-0001".into()),
+            ("dev-disk-by\\x2duuid-AAAA\\x2d0001.device".into(), "dev-disk-by\\x2duuid-BBBB\\x2d0001.device".into()),
+            // Labels.
             ("LABEL=root /".into(), format!("UUID={ROOT_B} /")),
-            ("LABEL=\"root\" /".into(), format!("UUID={ROOT_B} /")),
+            ("LABEL=\"root\" /".into(), format!("UUID=\"{ROOT_B}\" /")),
+            ("root=LABEL=root\n".into(), format!("root=UUID={ROOT_B}\n")),
+            ("X=\"root=LABEL=root quiet\"".into(), format!("X=\"root=UUID={ROOT_B} quiet\"")),
+            ("cryptdevice=LABEL=root:x".into(), format!("cryptdevice=UUID={ROOT_B}:x")),
             ("LABEL=my\\040home /home".into(), "LABEL=home1 /home".into()),
-            ("LABEL=\"my home\" /home".into(), "LABEL=home1 /home".into()),
+            ("LABEL=my\\x20home /home".into(), "LABEL=home1 /home".into()),
+            ("LABEL=\"my home\" /home".into(), "LABEL=\"home1\" /home".into()),
+            ("\"LABEL=my home\" /home".into(), "\"LABEL=home1\" /home".into()),
+            ("home=\"LABEL=my home\"".into(), "home=\"LABEL=home1\"".into()),
             ("PARTLABEL=pmy\\x20home".into(), "PARTLABEL=phome1".into()),
             ("PARTLABEL=proot".into(), format!("PARTUUID={B}2")),
-            ("/dev/disk/by-label/root".into(), by_b(2)),
-            ("/dev/disk/by-label/my\\x20home".into(), by_b(3)),
-            ("root=/dev/sda2".into(), format!("root={}", by_b(2))),
+            ("/dev/disk/by-label/root".into(), format!("/dev/disk/by-uuid/{ROOT_B}")),
+            ("/dev/disk/by-label/my\\x20home".into(), "/dev/disk/by-label/home1".into()),
+            ("/dev/disk/by-partlabel/proot,x".into(), format!("{},x", by_b(2))),
+            ("dev-disk-by\\x2dlabel-root.device".into(), format!("dev-disk-by\\x2duuid-{}.device", unit(ROOT_B))),
+            ("dev-disk-by\\x2dlabel-my\\x5cx20home.device".into(), "dev-disk-by\\x2dlabel-home1.device".into()),
+            ("dev-disk-by\\x2dpartlabel-proot.swap".into(), format!("{}.swap", by_b_unit(2))),
+            // Other paths.
+            ("root=/dev/sda2 ro".into(), format!("root=PARTUUID={B}2 ro")),
+            ("root=\"/dev/sda2\" ro".into(), format!("root=\"PARTUUID={B}2\" ro")),
+            ("resume=/dev/disk/by-id/ata-sda.1-part2".into(), format!("resume=PARTUUID={B}2")),
+            ("mount.usr=/dev/sda2".into(), format!("mount.usr={}", by_b(2))),
             ("cryptdevice=/dev/sda2:root".into(), format!("cryptdevice={}:root", by_b(2))),
+            ("x-systemd.requires=/dev/sda2,x".into(), format!("x-systemd.requires={},x", by_b(2))),
+            ("# /dev/sda2.".into(), format!("# {}.", by_b(2))),
             ("/dev/disk/by-path/pci-0000:00:sda-part2 /".into(), format!("{} /", by_b(2))),
+            ("BindsTo=dev-sda2.device".into(), format!("BindsTo={}.device", by_b_unit(2))),
+            ("dev-disk-by\\x2did-ata\\x2dsda.1\\x2dpart2.device".into(), format!("{}.device", by_b_unit(2))),
         ] {
-            assert_eq!(rewrite(&text), expected);
+            assert_eq!(rewrite(&text), expected, "{text}");
             assert_eq!(rewrite(&expected), expected, "again");
             assert_eq!(to_b().foreign(text.as_bytes()).len(), 1, "{text}");
             assert_eq!(to_b().foreign(expected.as_bytes()), [""; 0], "{expected}");
@@ -401,25 +771,59 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn f13_kernel_command_lines_and_crypttab() {
+        let long = |root: &str| {
+            format!(
+                "root=/dev/mapper/root cryptdevice=UUID={root}:root resume=UUID={root} rd.luks.uuid=luks-{root} \
+                 rd.luks.options={root}=discard rd.luks.name={root}=root rootflags=subvol=@ quiet\n\
+                 root\tUUID={root} none luks,discard,header=/x\nswap /dev/disk/by-uuid/{root} /dev/urandom swap\n"
+            )
+        };
+        assert_eq!(rewrite(&long(ROOT_A)), long(ROOT_B));
+        assert_eq!(to_b().foreign(long(ROOT_A).as_bytes()), [format!("UUID={ROOT_A} (root of disk0)")]);
+    }
+
+    #[test]
     fn f15_what_only_looks_alike_stays() {
         for text in [
             format!("x{ROOT_A}"),
             format!("{ROOT_A}0"),
-            "/dev/sda20 /dev/sda /dev/sda2x".into(),
-            "LABEL=root2 LABEL=roo XLABEL=root".into(),
-            "AAAA-0001 NOTUUID=AAAA-0001".into(),
+            "/dev/sda20 /dev/sda /dev/sda2x /dev/sda2-x /sysroot/dev/sda2 /dev/sda2/x".into(),
+            "LABEL=root2 LABEL=roo XLABEL=root X_LABEL=root LABEL=root-2 label=root LABEL=\"root 2\" LABEL=root\\0402".into(),
+            "LABEL=my home".into(),
+            "AAAA-0001 UUID=AAAA-00012 UUID=AAAA-0001-2 PARTUUID=AAAA-0001".into(),
+            "dev-sda20.device dev-sda2 x-dev-sda2.device dev-disk-by\\x2dlabel-root2.device".into(),
+            "/dev/disk/by-label/root2 /dev/disk/by-label/root.2 /dev/disk/by-label/root/x".into(),
             "title Debian on root".into(),
             format!("UUID={ROOT_B} /dev/sdb2"),
         ] {
             assert_eq!(rewrite(&text), text);
+            assert_eq!(to_b().foreign(text.as_bytes()), [""; 0], "{text}");
         }
     }
 
     #[test]
     fn f03_shared_identifiers_are_refused() {
-        let (a, mut b) = disks();
-        b.parts.get_mut(&Role::Root).unwrap().uuid = Some(ROOT_A.into());
-        assert!(Rewriter::new(&b, &[a]).unwrap_err().to_string().contains("share an identifier"));
+        let (a, b) = disks();
+        let with_root = |disk: &DiskIds, role: &Role, uuid: &str| {
+            let mut disk = disk.clone();
+            disk.parts.get_mut(role).unwrap().uuid = Some(uuid.into());
+            disk
+        };
+        for (target, other) in [
+            (with_root(&b, &Role::Root, ROOT_A), a.clone()),
+            (with_root(&b, &Role::Root, &ROOT_A.to_uppercase()), a.clone()),
+            (with_root(&b, &Role::Home, ROOT_A), a.clone()),
+            (b.clone(), with_root(&a, &Role::Home, ROOT_A)),
+            (b.clone(), with_root(&a, &Role::Home, ROOT_B)),
+        ] {
+            let error = Rewriter::new(&target, &[other]).unwrap_err().to_string();
+            assert!(error.contains("have the same file system UUID"), "{error}");
+        }
+        let mut twin = b.clone();
+        twin.parts.get_mut(&Role::Home).unwrap().partuuid = PartUuid::parse(&format!("{A}3")).unwrap();
+        assert!(Rewriter::new(&twin, std::slice::from_ref(&a)).unwrap_err().to_string().contains("PARTUUID"));
+        assert!(Rewriter::new(&b, &[a, b.clone()]).is_ok(), "the target among the others is passed over");
     }
 
     #[test]
@@ -427,20 +831,48 @@ pub(crate) mod tests {
         let (a, mut b) = disks();
         b.parts.remove(&Role::Root);
         let rewriter = Rewriter::new(&b, &[a]).unwrap();
-        let text = format!("root=UUID={ROOT_A} LABEL=root");
+        let text = format!("root=UUID={ROOT_A} LABEL=root /dev/sda2");
         assert_eq!(rewriter.rewrite(text.as_bytes()), text.as_bytes());
-        assert_eq!(rewriter.foreign(text.as_bytes()).len(), 2);
+        assert_eq!(rewriter.foreign(text.as_bytes()).len(), 3);
+    }
+
+    #[test]
+    fn a_label_of_two_roles_is_left_and_reported() {
+        let (mut a, b) = disks();
+        a.parts.get_mut(&Role::Home).unwrap().label = Some("root".into());
+        let rewriter = Rewriter::new(&b, &[a]).unwrap();
+        assert_eq!(rewriter.rewrite(b"LABEL=root"), b"LABEL=root");
+        assert_eq!(rewriter.foreign(b"LABEL=root"), ["LABEL=root (root of disk0, home of disk0, but disk1 has it too)"]);
+    }
+
+    #[test]
+    fn f06_a_remembered_device_name_that_is_now_the_targets_is_its_own() {
+        let (a, mut b) = disks();
+        b.parts.get_mut(&Role::Home).unwrap().paths.insert("/dev/sda2".into());
+        let rewriter = Rewriter::new(&b, &[a]).unwrap();
+        assert_eq!(rewriter.rewrite(b"/dev/sda2 /home ext4"), b"/dev/sda2 /home ext4");
+        assert_eq!(rewriter.foreign(b"/dev/sda2"), [""; 0]);
+    }
+
+    #[test]
+    fn labels_that_need_escapes_become_uuids() {
+        let (a, mut b) = disks();
+        for (label, expected) in [("new-1.x_", "LABEL=new-1.x_"), ("a b", "UUID=u"), ("a\"b", "UUID=u"), ("root", "UUID=u")] {
+            let home = b.parts.get_mut(&Role::Home).unwrap();
+            (home.label, home.uuid) = (Some(label.into()), Some("u".into()));
+            let rewriter = Rewriter::new(&b, std::slice::from_ref(&a)).unwrap();
+            assert_eq!(String::from_utf8(rewriter.rewrite(b"LABEL=my\\040home")).unwrap(), expected);
+        }
     }
 
     #[test]
     fn f17_streams_are_searched_across_chunks() {
-        let chunk = 1 << 18;
-        for at in [0, 5, 1000, chunk - 1100, chunk - 20, chunk - 1, chunk, 2 * chunk - 30] {
-            let mut text = vec![0_u8; 2 * chunk + 100];
+        for at in [0, 5, 1000, CHUNK - 1100, CHUNK - 400, CHUNK - 20, CHUNK - 1, CHUNK, 2 * CHUNK - 30] {
+            let mut text = vec![0_u8; 2 * CHUNK + 100];
             text.splice(at..at + 36, ROOT_A.bytes());
             assert_eq!(to_b().foreign_in_stream(&text[..]).unwrap().len(), 1, "at {at}");
         }
-        let words = "x".repeat(chunk - 36) + ROOT_A;
+        let words = "x".repeat(CHUNK - 36) + ROOT_A;
         assert_eq!(to_b().foreign_in_stream(words.as_bytes()).unwrap(), [""; 0]);
     }
 
@@ -453,31 +885,90 @@ pub(crate) mod tests {
     }
 
     fn piece() -> impl Strategy<Value = Vec<u8>> {
-        let (a, b) = (format!("{A}2"), format!("{B}2"));
-        let fixed: Vec<Vec<u8>> =
-            [ROOT_A, ROOT_B, &a, &b, "UUID=", "LABEL=", "root", "my\\040home", "/dev/sda2", "/dev/disk/by-label/", " "]
-                .map(|s| s.as_bytes().to_vec())
-                .into();
-        let more: Vec<Vec<u8>> = ["\"", "\n", ":", ",", "=", "AAAA-0001", "PARTLABEL=", "proot", "-", "x2d", "\\x2d"]
-            .map(|s| s.as_bytes().to_vec())
-            .into();
+        let known: Vec<Vec<u8>> = [
+            ROOT_A,
+            ROOT_B,
+            "UUID=",
+            "LABEL=",
+            "PARTLABEL=",
+            "root",
+            "proot",
+            "my\\040home",
+            "my home",
+            "AAAA-0001",
+            "BBBB-0001",
+            "/dev/sda2",
+            "/dev/sdb2",
+            "/dev/disk/",
+            "by-label/",
+            "by-uuid/",
+            "by\\x2dlabel-",
+            "by\\x2duuid-",
+            "dev-sda2",
+            ".device",
+            "root=",
+            "resume=",
+            "cccccccc111141118111111111111111",
+            " ",
+            "\"",
+            "'",
+            "\\\"",
+            "\n",
+            ":",
+            ",",
+            "=",
+            "-",
+            "/",
+            "\\x2d",
+            "\\x2f",
+            "\\\\x2d",
+            "\\040",
+            "\\x20",
+            "x2d",
+        ]
+        .map(|s| s.as_bytes().to_vec())
+        .into();
+        let partuuids = vec![format!("{A}2").into_bytes(), format!("{B}2").into_bytes(), unit(ROOT_A).into_bytes()];
         prop_oneof![
-            proptest::sample::select(fixed),
-            proptest::sample::select(more),
-            proptest::collection::vec(any::<u8>(), 0..12)
+            4 => proptest::sample::select(known),
+            1 => proptest::sample::select(partuuids),
+            1 => proptest::collection::vec(any::<u8>(), 0..12)
         ]
     }
 
+    /// Gives a few bytes at a time.
+    struct Trickle<'a>(&'a [u8], usize);
+
+    impl Read for Trickle<'_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            let n = self.0.len().min(into.len()).min(self.1);
+            into[..n].copy_from_slice(&self.0[..n]);
+            self.0 = &self.0[n..];
+            Ok(n)
+        }
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
         #[test]
         fn rewriting_twice_is_rewriting_once(pieces in proptest::collection::vec(piece(), 0..20)) {
             let text = pieces.concat();
-            let once = to_b().rewrite(&text);
-            prop_assert_eq!(to_b().rewrite(&once), once.clone());
-            prop_assert_eq!(to_b().foreign(&once), Vec::<String>::new());
-            if to_b().foreign(&text).is_empty() {
+            let rewriter = to_b();
+            let once = rewriter.rewrite(&text);
+            let twice = rewriter.rewrite(&once);
+            prop_assert_eq!(String::from_utf8_lossy(&twice), String::from_utf8_lossy(&once));
+            prop_assert_eq!(rewriter.foreign(&once), Vec::<String>::new());
+            if rewriter.foreign(&text).is_empty() {
                 prop_assert_eq!(once, text);
             }
+        }
+
+        #[test]
+        fn a_stream_is_a_text(pieces in proptest::collection::vec(piece(), 0..60), chunk in 1usize..4096, step in 1usize..300) {
+            let text = pieces.concat();
+            let rewriter = to_b();
+            prop_assert_eq!(rewriter.search(Trickle(&text, step), chunk).unwrap(), rewriter.foreign(&text));
         }
     }
 }

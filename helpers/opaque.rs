@@ -1,6 +1,7 @@
 //! What can't be rewritten for another disk, and so has to be reported by name: unified kernel images with a command line or an initrd
 //! that names the booted disk (failure mode 16), and initrds that do (failure mode 17).
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Cursor, Read, Write};
 use std::path::Path;
@@ -8,10 +9,11 @@ use std::process::Stdio;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
+use object::pe::IMAGE_DIRECTORY_ENTRY_SECURITY;
 use object::read::pe::PeFile64;
-use object::{Object, ObjectSection};
+use object::{LittleEndian, Object, ObjectSection};
 
-use crate::bootfiles::{BootFiles, Class};
+use crate::bootfiles::{BootFiles, Class, classify, fold};
 use crate::entry;
 use crate::ident::Rewriter;
 use crate::program;
@@ -25,12 +27,16 @@ const LARGEST: u64 = 4 << 30;
 /// Those of reading it.
 pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut faults = Vec::new();
-    for image in found.of(Class::Uki) {
+    let texts = || found.of(Class::Entry).filter_map(|f| f.text.as_deref());
+    let mut initrds: Vec<String> = texts().flat_map(initrds).collect();
+    let named: BTreeSet<String> =
+        texts().flat_map(entry::files).filter(|path| !initrds.contains(path)).map(|p| fold(&p)).collect();
+    // Add-ons (systemd-stub(7)) hold command lines too, and an entry may name an image wherever it lies.
+    let may_hold = |key: &str| named.contains(key) || key.ends_with(".addon.efi") || classify(key) == Class::Uki;
+    for image in found.files.iter().filter(|(key, _)| may_hold(key)).map(|(_, image)| image) {
         let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{} can't be read", image.path))?;
         faults.extend(uki(&bytes, rewriter)?.into_iter().map(|fault| format!("{}: {fault}", image.path)));
     }
-    let entries = found.of(Class::Entry).filter_map(|f| f.text.as_deref());
-    let mut initrds: Vec<String> = entries.flat_map(initrds).collect();
     initrds.sort();
     initrds.dedup();
     for path in initrds {
@@ -66,6 +72,12 @@ pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
                     .extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
             }
             _ => {}
+        }
+    }
+    let signature = pe.data_directory(IMAGE_DIRECTORY_ENTRY_SECURITY).is_some_and(|dir| dir.size.get(LittleEndian) > 0);
+    if signature {
+        for fault in &mut faults {
+            fault.push_str(" (and it is signed: under Secure Boot nothing can override that)");
         }
     }
     Ok(faults)
@@ -153,8 +165,8 @@ fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) 
     });
     let status = child.wait().with_context(|| format!("{program} can't be waited for"))?;
     let found = found.with_context(|| format!("the output of {program} can't be read"))?;
-    // 2: gzip's "warning", for trailing zeros.
-    if !status.success() && status.code() != Some(2) {
+    // gzip passes over zeros behind its data; anything else there, which the kernel would unpack too, makes it end with 2.
+    if !status.success() {
         bail!("{program} can't decompress it ({status}); make the initrd anew");
     }
     Ok(found)
@@ -188,7 +200,7 @@ mod tests {
     fn f17_initrds_that_name_another_disk() {
         let (bad, good) = (archive(&format!("RESUME=UUID={ROOT_A}\n")), archive(&format!("RESUME=UUID={ROOT_B}\n")));
         let search = |bytes: &[u8]| initrd(bytes, &to_b()).unwrap();
-        assert_eq!(search(&bad), [format!("{ROOT_A} (root of disk0)")]);
+        assert_eq!(search(&bad), [format!("UUID={ROOT_A} (root of disk0)")]);
         assert_eq!(search(&good), [""; 0]);
         for (program, args) in [
             ("gzip", &["-c"][..]),
@@ -214,6 +226,87 @@ mod tests {
         assert!(initrd(&b"not an archive"[..], &to_b()).is_err());
         assert!(initrd(&b"\x1f\x8bnot gzip"[..], &to_b()).is_err());
         assert_eq!(initrd(&b""[..], &to_b()).unwrap(), [""; 0]);
+    }
+
+    /// A PE image with these sections, as small as they come (PE format: DOS header, signature, COFF header, optional header).
+    fn image(sections: &[(&str, &[u8])], signed: bool) -> Vec<u8> {
+        let le = |n: usize| u32::try_from(n).unwrap().to_le_bytes();
+        let mut out = [b"MZ".to_vec(), vec![0; 58], le(64).to_vec(), b"PE\0\0".to_vec()].concat();
+        out.extend([0x64, 0x86, u8::try_from(sections.len()).unwrap(), 0]);
+        out.extend([0; 12]);
+        out.extend([240, 0, 0x22, 0]);
+        let mut optional = vec![0; 240];
+        optional[..2].copy_from_slice(&[0x0b, 0x02]);
+        optional[108] = 16;
+        if signed {
+            optional[112 + 4 * 8..][..8].copy_from_slice(&[le(4096), le(8)].concat());
+        }
+        out.extend(optional);
+        let mut at = out.len() + 40 * sections.len();
+        for (name, data) in sections {
+            let mut header = name.as_bytes().to_vec();
+            header.resize(8, 0);
+            for n in [data.len(), 0x1000, data.len(), at] {
+                header.extend(le(n));
+            }
+            header.resize(40, 0);
+            out.extend(header);
+            at += data.len();
+        }
+        for (_, data) in sections {
+            out.extend(*data);
+        }
+        out
+    }
+
+    #[test]
+    fn f16_images_that_name_another_disk() {
+        let bad = format!("root=UUID={ROOT_A} ro\0");
+        let found = uki(&image(&[(".osrel", b"ID=x"), (".cmdline", bad.as_bytes())], false), &to_b()).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with("its embedded command line names ") && found[0].contains("(root of disk0)"), "{found:?}");
+        let good = format!("root=UUID={ROOT_B} ro");
+        assert_eq!(uki(&image(&[(".cmdline", good.as_bytes())], true), &to_b()).unwrap(), [""; 0]);
+        let signed = uki(&image(&[(".cmdline", bad.as_bytes()), (".initrd", &archive(&bad))], true), &to_b()).unwrap();
+        assert_eq!(signed.len(), 2, "{signed:?}");
+        assert!(signed.iter().all(|f| f.contains("it is signed")) && signed[1].contains("embedded initrd"), "{signed:?}");
+    }
+
+    #[test]
+    fn f16_every_place_of_an_image_is_looked_at() {
+        let tmp = tempfile::tempdir().unwrap();
+        let bad = image(&[(".cmdline", format!("root=UUID={ROOT_A}").as_bytes())], false);
+        let paths = ["EFI/Linux/a.efi", "EFI/Linux/b.efi.extra.d/x.addon.efi", "loader/addons/y.addon.efi", "Debian/linux.efi"];
+        for path in paths {
+            fs::create_dir_all(tmp.path().join(path).parent().unwrap()).unwrap();
+            fs::write(tmp.path().join(path), &bad).unwrap();
+        }
+        fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("loader/entries/a.conf"), "linux /debian/Linux.efi\n").unwrap();
+        let found = BootFiles::scan(&crate::below::Below::open(tmp.path()).unwrap()).unwrap();
+        let faults = boot_partition(tmp.path(), &found, &to_b()).unwrap();
+        for path in paths {
+            assert!(faults.iter().any(|f| f.starts_with(path)), "{path}: {faults:?}");
+        }
+    }
+
+    #[test]
+    fn f17_what_follows_a_compressed_part_is_not_passed_over() {
+        let packed = pipe("gzip", &["-c"], &archive("x"), Path::new("/"));
+        assert!(initrd(&[packed.clone(), vec![0; 512]].concat()[..], &to_b()).is_ok());
+        assert!(initrd(&[packed, archive(ROOT_A)].concat()[..], &to_b()).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn f26_mutated_images_do_not_panic(at in 0usize..600, byte: u8, cut in 0usize..700) {
+            let mut image = image(&[(".cmdline", b"root=x"), (".initrd", &[0; 64])], true);
+            if let Some(b) = image.get_mut(at) {
+                *b = byte;
+            }
+            image.truncate(cut);
+            let _ = uki(&image, &to_b());
+        }
     }
 
     #[test]
