@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 MIB = 1 << 20
@@ -42,9 +43,9 @@ def cached(name, parts, suffix, build):
         fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
         build(fresh)
         fresh.rename(path)
-        # What it replaces isn't needed again.
+        # What it replaces isn't needed again, unless another run is at work with it.
         for old in CACHE.glob(f"{name}-????????????????{suffix}"):
-            if old != path:
+            if old != path and old.stat().st_mtime < time.time() - 86400:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path
 
