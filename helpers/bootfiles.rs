@@ -6,8 +6,9 @@ use anyhow::{Result, bail};
 
 use crate::below::{Below, Kind, TEMPORARY};
 
-/// Where an ESP says which boots its disk has seen; see [`crate::lineage`].
-pub const LINEAGE: &str = "loader/dualroot.lineage";
+/// Where an ESP says which boots its disk has seen; see [`crate::lineage`]. In a directory that isn't watched: writing it is no change
+/// that a spare has to follow.
+pub const LINEAGE: &str = "EFI/dualroot/lineage";
 
 /// What a file on a boot partition is for; its class decides when in a sync it is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,7 +33,8 @@ pub fn classify(path: &str) -> Class {
     let path = fold(path);
     let efi = path.ends_with(".efi");
     match path.as_str() {
-        "loader/random-seed" | LINEAGE => Class::Local,
+        "loader/random-seed" => Class::Local,
+        p if p == fold(LINEAGE) => Class::Local,
         "loader/loader.conf" => Class::LoaderConf,
         p if p.strip_prefix("loader/entries/").is_some_and(|f| f.ends_with(".conf") && !f.contains('/')) => Class::Entry,
         p if efi && p.strip_prefix("efi/linux/").is_some_and(|f| !f.contains('/')) => Class::Uki,

@@ -81,7 +81,7 @@ impl Record {
         if old.as_deref().is_some_and(|old| old.trim_ascii_end() == text.as_bytes().trim_ascii_end()) {
             return Ok(());
         }
-        esp.apply(&Change::MakeDir("loader".into()))?;
+        esp.apply(&Change::MakeDir("EFI/dualroot".into()))?;
         esp.apply(&text_change(LINEAGE, old.map(|o| o.len() as u64), text.as_bytes()))?;
         esp.apply(&Change::Barrier)
     }

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use crate::bootfiles::{LINEAGE, fold};
+
 /// Files that package managers lock with fcntl(2) while they work.
 const LOCKED: [&str; 4] =
     ["/var/lib/dpkg/lock", "/var/lib/dpkg/lock-frontend", "/var/lib/rpm/.rpm.lock", "/usr/lib/sysimage/rpm/.rpm.lock"];
@@ -59,6 +61,10 @@ fn add_tree(hasher: &mut blake3::Hasher, dir: &Path, depth: u8) -> std::io::Resu
     let mut paths = fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>()?;
     paths.sort();
     for path in paths {
+        // The sync's own; there is no need to follow itself.
+        if fold(&path.to_string_lossy()).ends_with(&fold(&format!("/{LINEAGE}"))) {
+            continue;
+        }
         add(hasher, &path)?;
         if depth < 16 && fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
             add_tree(hasher, &path, depth + 1)?;
@@ -127,6 +133,19 @@ mod tests {
         fs::write(tmp.path().join("sub/new"), "").unwrap();
         assert_ne!(print(&dirs).unwrap(), first);
         assert!(print(&[tmp.path().join("absent")]).is_err());
+    }
+
+    #[test]
+    fn what_a_sync_writes_itself_is_no_change() {
+        let tmp = tempfile::tempdir().unwrap();
+        let file = tmp.path().join(LINEAGE);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        let dirs = [tmp.path().join("EFI/dualroot")];
+        let before = print(&dirs).unwrap();
+        fs::write(&file, "boot=none").unwrap();
+        assert_eq!(print(&dirs).unwrap(), before);
+        fs::write(file.with_file_name("other"), "").unwrap();
+        assert_ne!(print(&dirs).unwrap(), before);
     }
 
     #[test]
