@@ -10,11 +10,10 @@ use anyhow::{Context, Result};
 use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 use crate::below::Below;
-use crate::conf::Disk;
 use crate::efi::{BootOption, EfiVars};
 use crate::inventory::Partition;
 use crate::machine::Machine;
-use crate::types::{PartUuid, Role};
+use crate::types::{DiskName, PartUuid, Role};
 
 /// A change to the firmware's variables.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -57,11 +56,9 @@ pub fn plan(machine: &Machine) -> Result<Vec<Change>> {
         return Ok(Vec::new());
     }
     let vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
-    let mut disks = vec![&machine.booted];
+    let mut disks = vec![(machine.booted.name, machine.booted.esp(), true)];
     for (_, spare) in machine.config.spares(&machine.booted) {
-        if machine.inventory.find(&spare.esp())?.is_some() {
-            disks.push(spare);
-        }
+        disks.push((spare.name, spare.esp(), machine.inventory.find(&spare.esp())?.is_some()));
     }
     Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(machine)?))
 }
@@ -82,21 +79,23 @@ fn loader(machine: &Machine) -> Result<String> {
     anyhow::bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'")
 }
 
-/// The decision, from what the variables hold. The first of the disks is the booted one.
-fn decide(options: &[BootOption], order: &[u16], disks: &[&Disk], file: &str) -> Vec<Change> {
+/// The decision, from what the variables hold. The first of the disks is the booted one. Those that aren't there get no entry, but what
+/// they have is behind the booted disk's: a disk that comes back after a failover is not to be booted by surprise.
+fn decide(options: &[BootOption], order: &[u16], disks: &[(DiskName, PartUuid, bool)], file: &str) -> Vec<Change> {
     let mut changes = Vec::new();
     let mut taken: Vec<u16> = options.iter().map(|o| o.number).collect();
     let mut of_disks: Vec<Vec<u16>> = Vec::new();
-    for disk in disks {
-        let own = options.iter().filter(|o| o.partition == Some(disk.esp()) && o.file.is_some());
+    for (name, esp, present) in disks {
+        let own = options.iter().filter(|o| o.partition == Some(*esp) && o.file.is_some());
         let mut numbers: Vec<u16> = own.map(|o| o.number).collect();
-        if numbers.is_empty() {
+        if numbers.is_empty() && *present {
             let Some(number) = (0..=u16::MAX).find(|n| !taken.contains(n)) else { continue };
             taken.push(number);
             numbers.push(number);
-            let description = format!("Linux Boot Manager ({})", disk.name);
-            changes.push(Change::Create { number, description, esp: disk.esp(), file: file.to_owned() });
+            let description = format!("Linux Boot Manager ({name})");
+            changes.push(Change::Create { number, description, esp: *esp, file: file.to_owned() });
         }
+        numbers.retain(|n| *present || order.contains(n));
         of_disks.push(numbers);
     }
     let new = reorder(order, &of_disks);
@@ -184,5 +183,27 @@ mod tests {
             assert_eq!(new, expected, "{order:?}");
             assert_eq!(reorder(&new, &of_disks), new, "once is enough");
         }
+    }
+
+    #[test]
+    fn an_absent_disk_gets_no_entry_but_goes_behind() {
+        let esp = |n: u32| PartUuid::parse(&format!("{n:08}-0000-4000-8000-000000000000")).unwrap();
+        let disk = |n: u32, present| (DiskName::parse(&format!("disk{n}")).unwrap(), esp(n), present);
+        let option = |number, n| BootOption {
+            number,
+            active: true,
+            description: String::new(),
+            partition: Some(esp(n)),
+            file: Some("x".into()),
+            raw: Vec::new(),
+        };
+        let both = [option(4, 0), option(5, 1)];
+        let after_failover = decide(&both, &[4, 5, 1], &[disk(1, true), disk(0, false)], "x");
+        assert_eq!(after_failover, [Change::Order(vec![5, 4, 1])]);
+        assert_eq!(decide(&both, &[5, 4, 1], &[disk(1, true), disk(0, false)], "x"), []);
+        assert_eq!(decide(&both, &[5, 1], &[disk(1, true), disk(0, false)], "x"), [], "what someone took out stays out");
+        assert_eq!(decide(&both[1..], &[5, 1], &[disk(1, true), disk(0, false)], "x"), []);
+        let created = decide(&both[1..], &[5, 1], &[disk(1, true), disk(0, true)], "x");
+        assert!(matches!(&created[..], [Change::Create { number: 0, .. }, Change::Order(o)] if *o == [5, 0, 1]), "{created:?}");
     }
 }

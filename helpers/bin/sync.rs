@@ -55,7 +55,27 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
         return Err(refused(format!("there is no [{unknown}] in the configuration; nothing was done")));
     }
     mounts::enter_private_namespace()?;
-    let outcome = sync::run(&machine, &options, log)?;
+    // The root's two halves are one matter, the boot partitions another.
+    let root = heal::look(&machine);
+    match root {
+        heal::Root::Whole => {}
+        heal::Root::Degraded => {
+            log.warning("the shared root is mounted degraded, without one of its disks; what is written now is on one disk only");
+        }
+        heal::Root::Behind => {
+            log.error(
+                "a disk was away while the shared root was written, and would not boot alone before dualroot-heal.service (scrub and \
+                 balance, started now) has ended well",
+            );
+            if !arguments.dry_run {
+                heal::start()?;
+            }
+        }
+    }
+    let mut outcome = sync::run(&machine, &options, log)?;
+    if root == heal::Root::Behind {
+        outcome = Outcome::Broken;
+    }
     for change in nvram::plan(&machine)? {
         if arguments.dry_run {
             println!("firmware: {change}");
@@ -64,7 +84,6 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
         }
     }
     if !arguments.dry_run {
-        heal::look(&machine, log)?;
         start_mounts(log);
     }
     Ok(outcome)
