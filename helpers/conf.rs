@@ -184,10 +184,15 @@ fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
     let mut dropins: BTreeMap<OsString, (String, Vec<u8>)> = BTreeMap::new();
     for dir in DIRS.map(|dir| format!("{dir}/{MAIN}.d")) {
         for name in root.names(&dir).with_context(|| format!("can't list {dir}"))? {
-            let Some(text) = name.to_str().filter(|n| n.ends_with(".conf") && !n.starts_with('.')) else { continue };
-            if dropins.contains_key(&name) {
+            let bytes = name.as_encoded_bytes();
+            if !bytes.ends_with(b".conf") || bytes.starts_with(b".") || dropins.contains_key(&name) {
                 continue;
             }
+            // The name goes into units and messages, where a newline in it would begin a line of its own.
+            let text = name.to_str().filter(|text| !text.chars().any(char::is_control));
+            let text = text.with_context(|| {
+                format!("{dir}: expected names without control characters, found '{}'", bytes.escape_ascii())
+            })?;
             let path = format!("{dir}/{text}");
             if let Some(text) = read(root, &path)? {
                 dropins.insert(name, (path, text));

@@ -379,6 +379,21 @@ fn f27_units_of_others_stay() {
     assert!(!setup.path("elsewhere").exists());
 }
 
+/// f26: the name of a drop-in stands in every unit, as its source; a newline in it would begin a line there.
+#[test]
+fn f26_no_file_name_smuggles_a_line() {
+    let setup = Setup::new("01-own-roots");
+    let dir = setup.path("root/etc/dualroot.conf.d");
+    fs::create_dir(&dir).unwrap();
+    fs::rename(setup.path("root/etc/dualroot.conf"), dir.join("a\n[Mount]\nOptions=exec\n#.conf")).unwrap();
+    let output = setup.run(&["normal", "early", "late"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!setup.path("normal").exists());
+    let expected = "<3>dualroot-generator[PID]: invalid configuration, no units: /etc/dualroot.conf.d: expected names without control \
+                    characters, found 'a\\n[Mount]\\nOptions=exec\\n#.conf'\n";
+    assert_eq!(setup.log(&output), expected);
+}
+
 /// systemd finds nothing to complain about in what is written.
 #[test]
 fn systemd_has_no_complaints() {
