@@ -3,7 +3,10 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use nix::libc;
 
 /// No file that dualroot parses is larger: a bigger one is an error, not an allocation.
 const LARGEST: u64 = 4 << 20;
@@ -37,13 +40,18 @@ impl Root {
         self.0.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// The contents of a file, up to 4 MiB.
+    /// The contents of a file, up to 4 MiB; nothing for /dev/null. A named pipe is not waited for.
     ///
     /// # Errors
-    /// Those of opening and reading; `FileTooLarge` above the limit.
+    /// Those of opening and reading; `InvalidInput` for what is neither a file nor a character device; `FileTooLarge` above the limit.
     pub fn read(&self, path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        fs::File::open(self.path(path))?.take(LARGEST + 1).read_to_end(&mut bytes)?;
+        let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(self.path(path))?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_char_device() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        file.take(LARGEST + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > LARGEST {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 4 MiB"));
         }

@@ -394,6 +394,26 @@ fn f26_no_file_name_smuggles_a_line() {
     assert_eq!(setup.log(&output), expected);
 }
 
+/// f27: a named pipe in the place of a file doesn't hold up the boot.
+#[test]
+fn f27_named_pipes_are_not_waited_for() {
+    for (name, says) in [("etc/fstab", "can't read /etc/fstab, no units: not a regular file"), ("etc/machine-id", "")] {
+        let setup = Setup::new("01-own-roots");
+        let path = setup.path("root").join(name);
+        fs::remove_file(&path).unwrap();
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| done.send(setup.run(&["normal", "early", "late"])));
+            let in_time = ended.recv_timeout(std::time::Duration::from_secs(10));
+            // Whoever waits for a writer gets one.
+            let _ = fs::OpenOptions::new().read(true).write(true).open(&path);
+            let log = setup.log(&in_time.unwrap_or_else(|_| panic!("{name}: the generator waits")));
+            assert!(log.contains(says), "{name}: {log}");
+        });
+    }
+}
+
 /// systemd finds nothing to complain about in what is written.
 #[test]
 fn systemd_has_no_complaints() {
