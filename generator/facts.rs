@@ -82,22 +82,32 @@ pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<Found
             }
         }
     }
-    let package_dirs = match config.layout() {
-        Layout::SharedRoot => Vec::new(),
-        Layout::OwnRoots => {
-            let there = PACKAGE_DIRS.into_iter().filter(|dir| root.path(dir).is_dir());
-            there.map(DirPath::parse).collect::<Result<_>>()?
-        }
-    };
+    let fstab_swap = fstab::lines(&fstab).any(|line| line.is_swap());
+    let fstab: BTreeSet<DirPath> = fstab::lines(&fstab).filter_map(|line| line.dir()).collect();
     Ok(Found::Facts(Box::new(Facts {
+        package_dirs: package_dirs(root, &config, booted, &fstab)?,
         booted,
-        fstab: fstab::lines(&fstab).filter_map(|line| line.dir()).collect(),
-        fstab_swap: fstab::lines(&fstab).any(|line| line.is_swap()),
+        fstab,
+        fstab_swap,
         units,
         entry_token: entry_token(root),
-        package_dirs,
         config,
     })))
+}
+
+/// The directories of package managers that are there, and those that may be once all is mounted: at boot, it isn't yet.
+fn package_dirs(root: &Root, config: &Config, booted: DiskName, fstab: &BTreeSet<DirPath>) -> Result<Vec<DirPath>> {
+    if config.layout() == Layout::SharedRoot {
+        return Ok(Vec::new());
+    }
+    let mut mounted = fstab.clone();
+    for disk in config.disks.iter().filter(|disk| disk.name == booted) {
+        let trees = disk.parts.keys().filter_map(|role| role.tree()).filter(|tree| !tree.is_empty());
+        mounted.extend(trees.map(DirPath::parse).collect::<Result<Vec<_>>>()?);
+    }
+    let dirs = PACKAGE_DIRS.into_iter().map(DirPath::parse).collect::<Result<Vec<_>>>()?;
+    let counts = |dir: &DirPath| root.path(dir.as_str()).is_dir() || mounted.iter().any(|place| dir.is_within(place));
+    Ok(dirs.into_iter().filter(counts).collect())
 }
 
 /// Why this is not the system that dualroot takes care of.

@@ -394,6 +394,22 @@ fn f26_no_file_name_smuggles_a_line() {
     assert_eq!(setup.log(&output), expected);
 }
 
+/// f10: when the machine boots, a partition that the databases of package managers lie on is not mounted yet.
+#[test]
+fn f10_package_databases_on_other_partitions_are_watched() {
+    let watched = |setup: &Setup| {
+        assert!(setup.run(&["normal", "early", "late"]).status.success());
+        fs::read_to_string(setup.path("normal/dualroot-entries.path.d/50-dualroot.conf")).unwrap()
+    };
+    // One that the configuration names, one that fstab does, and none.
+    assert!(watched(&Setup::new("10-every-role")).contains("PathChanged=/var/lib/dpkg\n"));
+    let setup = Setup::new("02-own-roots-xbootldr");
+    assert!(!watched(&setup).contains("/var/lib/dpkg"));
+    fs::write(setup.path("root/etc/fstab"), "LABEL=var /var ext4 defaults 0 2\n").unwrap();
+    fs::remove_dir_all(setup.path("normal")).unwrap();
+    assert!(watched(&setup).contains("PathChanged=/var/lib/dpkg\n"));
+}
+
 /// f27: a named pipe in the place of a file doesn't hold up the boot.
 #[test]
 fn f27_named_pipes_are_not_waited_for() {
