@@ -1,27 +1,17 @@
 //! The configuration: dualroot.conf(5), `/etc/dualroot.conf` and its drop-ins, by systemd's rules.
 //!
-//! The syntax is systemd.syntax(7)'s. A small line layer (comments, continuation lines, byte order mark, line ends) stands in front
-//! of serde_ini's parser, which knows none of these and no line numbers.
+//! What files there are and what their lines say is `syntax`'s business; here it is merged, checked and given types.
+
+mod syntax;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
-use std::fmt;
-use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use serde_ini::Item;
-use serde_ini::parse::{OkIter, SyntaxError};
+use anyhow::{Result, bail};
 
+use crate::conf::syntax::{Line, MAIN, Place, boolean, sources, time_span};
 use crate::root::Root;
 use crate::types::{DirPath, DiskName, PartUuid, Role};
-
-/// Where configuration lies, the most important directory first.
-const DIRS: [&str; 4] = ["/etc", "/run", "/usr/local/lib", "/usr/lib"];
-
-/// The main file in each of [`DIRS`]; drop-ins lie in this name with `.d` added.
-const MAIN: &str = "dualroot.conf";
 
 /// When spares are mounted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -171,63 +161,6 @@ impl Config {
     }
 }
 
-/// The files that make up the configuration, the main file first, each with its path.
-fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut found = Vec::new();
-    for dir in DIRS {
-        let path = format!("{dir}/{MAIN}");
-        if let Some(text) = read(root, &path)? {
-            found.push((path, text));
-            break;
-        }
-    }
-    let mut dropins: BTreeMap<OsString, (String, Vec<u8>)> = BTreeMap::new();
-    for dir in DIRS.map(|dir| format!("{dir}/{MAIN}.d")) {
-        for name in root.names(&dir).with_context(|| format!("can't list {dir}"))? {
-            let bytes = name.as_encoded_bytes();
-            if !bytes.ends_with(b".conf") || bytes.starts_with(b".") || dropins.contains_key(&name) {
-                continue;
-            }
-            // The name goes into units and messages, where a newline in it would begin a line of its own.
-            let text = name.to_str().filter(|text| !text.chars().any(char::is_control));
-            let text = text.with_context(|| {
-                format!("{dir}: expected names without control characters, found '{}'", bytes.escape_ascii())
-            })?;
-            let path = format!("{dir}/{text}");
-            if let Some(text) = read(root, &path)? {
-                dropins.insert(name, (path, text));
-            }
-        }
-    }
-    found.extend(dropins.into_values());
-    Ok(found)
-}
-
-/// A regular file's contents, nothing for /dev/null, and None where there is no file or a link that leads nowhere. Anything else
-/// is refused before it is opened: a named pipe would hold up the boot.
-fn read(root: &Root, path: &str) -> Result<Option<Vec<u8>>> {
-    match fs::metadata(root.path(path)) {
-        Ok(meta) if meta.is_file() => root.read_opt(path).with_context(|| format!("can't read {path}")),
-        Ok(meta) if meta.file_type().is_char_device() && meta.rdev() == nix::sys::stat::makedev(1, 3) => Ok(Some(Vec::new())),
-        Ok(_) => bail!("{path} is not a regular file"),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("can't read {path}")),
-    }
-}
-
-/// A file and a line.
-#[derive(Clone, Debug)]
-struct Place {
-    file: String,
-    line: usize,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file, self.line)
-    }
-}
-
 /// What was assigned, and where.
 #[derive(Clone, Debug)]
 struct Value {
@@ -257,24 +190,16 @@ impl Raw {
     /// Adds the assignments of one file to those of earlier ones.
     fn add(&mut self, file: &str, text: &[u8]) {
         let mut section = Section::None;
-        for (line, bytes) in logical_lines(text) {
+        for (line, said) in syntax::lines(text) {
             let place = Place { file: file.to_owned(), line };
-            let Ok(text) = std::str::from_utf8(&bytes) else {
-                self.faults.push(format!("{place}: expected UTF-8 text, found '{}'", bytes.escape_ascii()));
-                continue;
-            };
-            match serde_ini::Parser::new(OkIter([text.trim()].into_iter())).next() {
-                Some(Ok(Item::Section { name })) => section = self.section(place, &name),
-                Some(Ok(Item::Value { key, value })) => self.assign(&section, &key, Value { text: value, place }),
-                Some(Ok(Item::Empty | Item::Comment { .. })) | None => {}
+            match said {
+                Line::Section(name) => section = self.section(place, &name),
+                Line::Assignment { key, value } => self.assign(&section, &key, Value { text: value, place }),
                 // What other programs write in a section of theirs is theirs.
-                Some(Err(_)) if matches!(section, Section::Ignored) && !text.trim_start().starts_with('[') => {}
-                Some(Err(serde_ini::parse::Error::Syntax(SyntaxError::MissingEquals))) => {
-                    self.faults.push(format!("{place}: expected key=value, found '{}'", text.trim().escape_debug()));
-                }
-                Some(Err(_)) => {
-                    self.faults.push(format!("{place}: expected a section as [disk0], found '{}'", text.trim().escape_debug()));
-                }
+                Line::NoAssignment(_) if matches!(section, Section::Ignored) => {}
+                Line::NoAssignment(found) => self.faults.push(format!("{place}: expected key=value, found '{found}'")),
+                Line::NoSection(found) => self.faults.push(format!("{place}: expected a section as [disk0], found '{found}'")),
+                Line::NotUtf8(found) => self.faults.push(format!("{place}: expected UTF-8 text, found '{found}'")),
             }
         }
     }
@@ -493,84 +418,11 @@ fn plain(text: &str) -> Result<String> {
     Ok(text.to_owned())
 }
 
-/// A boolean, in systemd's spellings.
-fn boolean(text: &str) -> Result<bool> {
-    match text.to_ascii_lowercase().as_str() {
-        "1" | "yes" | "y" | "true" | "t" | "on" => Ok(true),
-        "0" | "no" | "n" | "false" | "f" | "off" => Ok(false),
-        _ => bail!("expected yes or no, found '{}'", text.escape_debug()),
-    }
-}
-
-/// A time span as in systemd.time(7): numbers with units, added up; without a unit, seconds.
-fn time_span(text: &str) -> Result<Duration> {
-    let expected = || format!("expected a time span as 5s, 500ms or 2min 30s, found '{}'", text.escape_debug());
-    let mut rest = text.trim();
-    let mut sum = Duration::ZERO;
-    loop {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let (number, tail) = rest.split_at_checked(digits).with_context(expected)?;
-        let tail = tail.trim_start();
-        let letters = tail.find(|c: char| !c.is_alphabetic()).unwrap_or(tail.len());
-        let (unit, tail) = tail.split_at_checked(letters).with_context(expected)?;
-        let micros: u64 = match unit {
-            "us" | "usec" | "µs" | "μs" => 1,
-            "ms" | "msec" => 1_000,
-            "" | "s" | "sec" | "second" | "seconds" => 1_000_000,
-            "m" | "min" | "minute" | "minutes" => 60_000_000,
-            "h" | "hr" | "hour" | "hours" => 3_600_000_000,
-            "d" | "day" | "days" => 86_400_000_000,
-            "w" | "week" | "weeks" => 604_800_000_000,
-            _ => bail!(expected()),
-        };
-        let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-        // More than six decimals are beyond what systemd counts in.
-        let fraction = fraction.get(..6).unwrap_or(fraction);
-        let scale = u32::try_from(fraction.len()).ok().and_then(|n| 10_u64.checked_pow(n)).with_context(expected)?;
-        let whole: u64 = whole.parse().ok().with_context(expected)?;
-        let fraction: u64 = fraction.parse().ok().with_context(expected)?;
-        let micros = (whole.checked_mul(micros))
-            .and_then(|w| w.checked_add(fraction.checked_mul(micros)? / scale))
-            .with_context(expected)?;
-        sum = sum.checked_add(Duration::from_micros(micros)).with_context(expected)?;
-        rest = tail.trim_start();
-        if rest.is_empty() {
-            return Ok(sum);
-        }
-    }
-}
-
-/// The lines of a file as systemd.syntax(7) joins them: without comments and blank lines, a backslash at the end continued by the
-/// next line that is no comment. Each with the number of its first line.
-fn logical_lines(text: &[u8]) -> Vec<(usize, Vec<u8>)> {
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-    let mut lines = Vec::new();
-    let mut open: Option<(usize, Vec<u8>)> = None;
-    for (number, line) in (1..).zip(text.split(|b| *b == b'\n')) {
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        if let Some(b'#' | b';') = line.trim_ascii_start().first() {
-            continue;
-        }
-        let (number, mut joined) = open.take().unwrap_or((number, Vec::new()));
-        joined.extend_from_slice(line);
-        // Two backslashes are not one at the end.
-        if joined.iter().rev().take_while(|b| **b == b'\\').count() % 2 == 1 {
-            joined.pop();
-            joined.push(b' ');
-            open = Some((number, joined));
-        } else {
-            lines.push((number, joined));
-        }
-    }
-    lines.extend(open);
-    lines.retain(|(_, line)| !line.trim_ascii().is_empty());
-    lines
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::fs;
 
     const A: &str = "6ffd4e1c-0000-4000-8000-00000000000";
     const PAIR: &str = "[disk0]\nesp=6FFD4E1C-0000-4000-8000-000000000000\nroot=PARTUUID=6ffd4e1c-0000-4000-8000-000000000001\n\
@@ -645,52 +497,6 @@ mod tests {
         assert_eq!(config.settings.settle, Duration::from_secs(1));
         assert_eq!(config.settings.exclude, ["third", "fourth"]);
         assert_eq!(config.disks[1].title.as_deref(), Some("B"));
-    }
-
-    #[test]
-    fn time_spans() {
-        for (text, micros) in [
-            ("5", 5_000_000),
-            ("5s", 5_000_000),
-            ("0", 0),
-            ("1.5s", 1_500_000),
-            ("1.000001", 1_000_001),
-            ("500ms", 500_000),
-            ("1min", 60_000_000),
-            ("2min 30s", 150_000_000),
-            ("2min30", 150_000_000),
-            ("1 h", 3_600_000_000),
-            ("1d 1us", 86_400_000_001),
-            ("3 µs", 3),
-            ("1w", 604_800_000_000),
-        ] {
-            assert_eq!(time_span(text).unwrap(), Duration::from_micros(micros), "{text}");
-        }
-        for text in [
-            "",
-            "s",
-            "-5",
-            "5x",
-            "infinity",
-            "5 5 s s",
-            "1.2.3",
-            ".",
-            "1.",
-            "99999999999999999999",
-            "18446744073709551615w",
-            "5é",
-        ] {
-            assert!(time_span(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn lines() {
-        let text = b"\xef\xbb\xbfa=1\r\n  \t\n # note\nb=2 \\\r\n ; not this\n   3\\\\\n\n;x\nc=\\\n";
-        let lines: Vec<_> = logical_lines(text).into_iter().map(|(n, l)| (n, String::from_utf8(l).unwrap())).collect();
-        assert_eq!(lines, [(1, "a=1".to_owned()), (4, "b=2     3\\\\".to_owned()), (9, "c= ".to_owned())]);
-        assert_eq!(logical_lines(b"x\\"), [(1, b"x ".to_vec())]);
-        assert_eq!(logical_lines(b""), []);
     }
 
     #[test]
@@ -875,11 +681,6 @@ mod tests {
                 prop_assert!(config.disks.len() >= 2);
                 prop_assert!(config.disks.iter().all(|d| d.parts.get(&Role::Esp) == Some(&d.esp())));
             }
-        }
-
-        #[test]
-        fn f26_any_time_span(text in "[0-9.]{0,30}[a-zµ ]{0,5}[0-9.]{0,30}") {
-            let _ = time_span(&text);
         }
     }
 }
