@@ -1,27 +1,32 @@
 """Disks with real Debian systems on them, made without mounting anything, and kept by the hash of what went into them."""
 
+import collections
+import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 MIB = 1 << 20
 TYPES = {"esp": "c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "xbootldr": "bc13c2ff-59e6-4262-a352-b275fd6f7172",
-         "root": "0fc63daf-8483-4772-8e79-3d69d8477de4"}
-SIZES = {"esp": 512, "xbootldr": 512, "root": 2560}
+         "root": "0fc63daf-8483-4772-8e79-3d69d8477de4", "home": "933ac7e1-2eb4-4f13-b844-0e14e2aef915",
+         "swap": "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f"}
+SIZES = {"esp": 512, "xbootldr": 512, "root": 2560, "home": 64, "swap": 64}
 MACHINE_ID = "d0a1c0de" * 4
 CACHE = Path(os.environ.get("DUALROOT_TEST_CACHE", "/var/cache/dualroot-tests"))
 
-SUITES = {
-    12: {"name": "bookworm", "kernels": ["6.1.0-53-cloud-amd64", "6.1.0-55-cloud-amd64", "6.1.0-56-cloud-amd64"]},
-    13: {"name": "trixie", "kernels": []},
-}
-COMMON = ["systemd", "systemd-sysv", "udev", "dbus", "systemd-boot", "dosfstools", "e2fsprogs", "btrfs-progs", "rsync", "kmod", "zstd",
-          "qemu-guest-agent", "fdisk", "util-linux", "efibootmgr"]
-INITRD = {"initramfs-tools": ["initramfs-tools"], "dracut": ["dracut"]}
+SUITES = {12: "bookworm", 13: "trixie"}
+COMMON = ["systemd", "systemd-sysv", "udev", "dbus", "systemd-boot", "systemd-boot-efi", "dosfstools", "e2fsprogs", "btrfs-progs",
+          "rsync", "kmod", "zstd", "qemu-guest-agent", "fdisk", "util-linux", "efibootmgr"]
+# What an initrd needs of the kernel's modules in these machines. With Debian's default, nearly all of them, making one takes minutes
+# under emulation.
+DRIVERS = ["virtio_pci", "virtio_blk", "ext4", "btrfs"]
+LOCKS = collections.defaultdict(threading.Lock)
 
 
 def sh(*command, **options):
@@ -39,48 +44,78 @@ def cached(name, parts, suffix, build):
     """The path of what `build` makes at the path it is given, made only when nothing with these ingredients is there."""
     CACHE.mkdir(parents=True, exist_ok=True)
     path = CACHE / f"{name}-{digest(parts)}{suffix}"
-    if not path.exists():
-        fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
-        build(fresh)
-        fresh.rename(path)
-        # What it replaces isn't needed again, unless another run is at work with it.
-        for old in CACHE.glob(f"{name}-????????????????{suffix}"):
-            if old != path and old.stat().st_mtime < time.time() - 86400:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    with LOCKS[path]:
+        if not path.exists():
+            fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
+            build(fresh)
+            fresh.rename(path)
+            # What it replaces isn't needed again, unless another run is at work with it.
+            for old in CACHE.glob(f"{name}-????????????????{suffix}"):
+                if old != path and old.stat().st_mtime < time.time() - 86400:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path
 
 
-def sources(suite):
+def sources(release):
+    suite = SUITES[release]
     return (f"deb http://deb.debian.org/debian {suite} main\n"
             f"deb http://deb.debian.org/debian-security {suite}-security main\n")
 
 
+def apt(release, *command, **options):
+    """Runs a program of apt on a state of its own, as of today, for another release of Debian than that of this machine."""
+    state = CACHE / f"apt{release}"
+    with LOCKS[state]:
+        lists = state / "lists"
+        fresh = lists.exists() and lists.stat().st_mtime > time.time() - 86400
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        (state / "cache/archives/partial").mkdir(parents=True, exist_ok=True)
+        (state / "sources").write_text(sources(release))
+        settings = {"Dir::Etc::sourcelist": state / "sources", "Dir::Etc::sourceparts": "/dev/null", "Dir::State::lists": lists,
+                    "Dir::State::status": "/dev/null", "Dir::Cache": state / "cache", "APT::Sandbox::User": "root"}
+        given = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+        if not fresh:
+            sh("apt-get", *given, "update")
+            os.utime(lists)
+        return sh(command[0], *given, *command[1:], **options)
+
+
+@functools.cache
+def kernel_versions(release):
+    """The newest three kernels of the release's own series, the newest last."""
+    def numbers(name):
+        return [int(number) for number in re.findall(r"\d+", name)]
+    names = re.findall(r"^linux-image-(\d\S*-cloud-amd64)$", apt(release, "apt-cache", "pkgnames", "linux-image-"), re.MULTILINE)
+    current = re.search(r"^Depends: linux-image-(\d\S*)", apt(release, "apt-cache", "show", "linux-image-cloud-amd64"), re.MULTILINE)
+    series = numbers(current[1])[:2]
+    return sorted((name for name in names if numbers(name)[:2] == series), key=numbers)[-3:]
+
+
 def tree(release, initrd):
-    """A tar archive of a Debian system with its first kernel."""
-    suite = SUITES[release]
-    packages = COMMON + INITRD[initrd] + [f"linux-image-{suite['kernels'][0]}"]
-    without = ["doc", "man", "locale", "info"]
+    """A tar archive of a Debian system with the oldest of its kernels."""
+    packages = COMMON + [initrd, f"linux-image-{kernel_versions(release)[0]}"]
+    without = ["doc", "man", "locale", "info", "zoneinfo"]
 
     def build(path):
         with tempfile.NamedTemporaryFile("w", suffix=".list") as listing:
-            listing.write(sources(suite["name"]))
+            listing.write(sources(release))
             listing.flush()
             sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
-               *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], suite["name"], path, listing.name)
-    return cached(f"debian{release}-{initrd}", [packages, without, sources(suite["name"])], ".tar", build)
+               *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], SUITES[release], path, listing.name)
+    return cached(f"debian{release}-{initrd}", [packages, without, sources(release)], ".tar", build)
 
 
 def kernels(release):
     """A tar archive of the packages of the kernels that guests install, to be given to them as a disk."""
-    suite = SUITES[release]
+    names = [f"linux-image-{version}" for version in kernel_versions(release)[1:]]
 
     def build(path):
         with tempfile.TemporaryDirectory() as tmp:
-            sh("apt-get", "download", *[f"linux-image-{k}" for k in suite["kernels"][1:]], cwd=tmp)
+            apt(release, "apt-get", "download", *names, cwd=tmp)
             sh("tar", "-cf", path, "-C", tmp, ".")
             with open(path, "r+b") as archive:
                 archive.truncate(-(-path.stat().st_size // MIB) * MIB)
-    return cached(f"kernels{release}", suite["kernels"], ".tar", build)
+    return cached(f"kernels{release}", names, ".tar", build)
 
 
 class Disk:
@@ -125,13 +160,19 @@ def ext4(path, role, disk, content=None):
        *(["-d", content] if content else []), path)
 
 
+def swap(path, role, disk, _content=None):
+    with open(path, "wb") as image:
+        image.truncate(SIZES[role] * MIB)
+    sh("mkswap", "-q", "-U", disk.uuid[role], path)
+
+
 def btrfs(path, role, disk, content):
     with open(path, "wb") as image:
         image.truncate(SIZES[role] * MIB)
     sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], "-L", "shared", "--rootdir", content, path)
 
 
-LAYOUTS = {"own-esp": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root"), "shared-btrfs": ("esp", "root")}
+LAYOUTS = {"own-esp": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root", "home", "swap"), "shared-btrfs": ("esp", "root")}
 
 
 def pair(layout):
@@ -166,23 +207,31 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     root, boot, esp = tmp / "root", tmp / "boot", tmp / "esp"
     for path in (root, boot, esp):
         path.mkdir()
-    version = SUITES[release]["kernels"][0]
+    version = kernel_versions(release)[0]
     sh("tar", "-xf", tree(release, initrd), "-C", root, "--xattrs")
     sh("sh", "-c", f"tar -c -C '{staging}' . | tar -x -C '{root}' --keep-directory-symlink --no-same-owner")
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")
     root_type = "btrfs" if layout == "shared-btrfs" else "ext4"
-    (root / "etc/fstab").write_text(f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {0 if root_type == 'btrfs' else 1}\n")
+    fstab = f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {0 if root_type == 'btrfs' else 1}\n"
+    if "swap" in a.roles:
+        fstab += f"/dev/disk/by-uuid/{a.uuid['swap']} none swap sw 0 0 # with a comment\n"
+    (root / "etc/fstab").write_text(fstab)
     (root / "etc/dualroot.conf").write_text(configuration(layout, (a, b)))
     options = f"root=UUID={a.uuid['root']} ro console=ttyS0 systemd.show_status=no"
     (root / "etc/kernel/cmdline").write_text(options + "\n")
-    if initrd == "initramfs-tools":
-        # Under emulation, packing an initrd is what takes long.
-        (root / "etc/initramfs-tools/conf.d/compress").write_text("COMPRESS=lz4\n" if (root / "usr/bin/lz4").exists() else "COMPRESS=gzip\n")
     sh("systemctl", f"--root={root}", "preset", "dualroot-entries.path", "dualroot-sync.path", "dualroot-sync.timer")
     sh("chroot", root, "passwd", "-d", "root")
-    sh("chroot", root, "update-initramfs", "-u", "-k", version) if initrd == "initramfs-tools" else sh(
-        "chroot", root, "dracut", "-q", "--force", f"/boot/initrd.img-{version}", version)
+    if initrd == "initramfs-tools":
+        settings = root / "etc/initramfs-tools"
+        (settings / "conf.d/machine").write_text("MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n")
+        (settings / "modules").write_text("\n".join(DRIVERS) + "\n")
+        sh("chroot", root, "update-initramfs", "-u", "-k", version)
+    else:
+        (root / "etc/dracut.conf.d/machine.conf").write_text(f'hostonly=no\ndrivers=" {" ".join(DRIVERS)} "\ncompress="zstd -1"\n')
+        # Debian's hooks have the initrd made twice, by the package dracut and by kernel-install(8). Once is enough.
+        (root / "etc/kernel/install.conf").write_text("initrd_generator=none\n")
+        sh("chroot", root, "dracut", "-q", "--force", f"/boot/initrd.img-{version}", version)
     # What kernel-install(8) and bootctl(1) make of it in a running system.
     token = boot / MACHINE_ID / version
     token.mkdir(parents=True)
@@ -213,16 +262,12 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     for disk in (a, b):
         for role in disk.roles:
             image = tmp / f"{role}{disk.number}"
-            content = {"esp": place, "xbootldr": boot, "root": root}[role] if disk is a else None
-            if role != "root":
-                fat(image, role, disk, content)
-            elif layout == "shared-btrfs":
-                if disk is a:
-                    btrfs(image, role, disk, content)
-                else:
-                    continue
-            else:
-                ext4(image, role, disk, content)
+            content = {"esp": place, "xbootldr": boot, "root": root}.get(role) if disk is a else None
+            shared = role == "root" and layout == "shared-btrfs"
+            if shared and disk is b:
+                continue
+            write = btrfs if shared else {"esp": fat, "xbootldr": fat, "swap": swap}.get(role, ext4)
+            write(image, role, disk, content)
             parts[disk.number][role] = image
     for disk in (a, b):
         disk.image(out / f"disk{disk.number}.raw", parts[disk.number])
