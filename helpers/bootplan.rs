@@ -298,7 +298,7 @@ impl<'a> Work<'a> {
         for file in self.wanted_of(&[Class::Entry, Class::Uki]) {
             match &file.content {
                 Content::Bytes(text) => {
-                    let text = redirect(text, &self.staged);
+                    let text = entry::redirect(text, |path| self.staged.get(&fold(path)).cloned());
                     self.put_text(steps, &file.path, &text);
                 }
                 Content::File { .. } if !self.has(file) => {
@@ -417,27 +417,6 @@ pub fn text_change(path: &str, there: Option<u64>, text: &[u8]) -> Change {
         Some(_) => Change::Overwrite { path: path.to_owned(), bytes },
         None => Change::Replace { path: path.to_owned(), content: Content::Bytes(bytes), like: None },
     }
-}
-
-/// An entry with the paths of payloads replaced that stand in the map (by folded path), and all else as it is.
-fn redirect(text: &[u8], to: &BTreeMap<String, String>) -> Vec<u8> {
-    if to.is_empty() {
-        return text.to_vec();
-    }
-    let mut out = Vec::with_capacity(text.len());
-    for line in text.split_inclusive(|b| *b == b'\n') {
-        let refers = entry::files(line);
-        let mut line = line.to_vec();
-        for path in refers {
-            let Some(staged) = to.get(&fold(&path)) else { continue };
-            let start = line.windows(path.len()).rposition(|w| w == path.as_bytes());
-            if let Some(start) = start {
-                line.splice(start..start + path.len(), staged.bytes());
-            }
-        }
-        out.extend(line);
-    }
-    out
 }
 
 /// The least number of bytes that a partition has too little for the steps, or 0: what is free is followed from step to step.

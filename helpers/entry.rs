@@ -2,6 +2,7 @@
 //! they need, and their rewriting for another disk, line by line.
 
 use std::fmt;
+use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 
@@ -79,17 +80,56 @@ fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
 /// The files that an entry needs, as paths below its partition: kernel, every initrd, EFI program, unified kernel image and device
 /// trees. Paths that aren't UTF-8 are none that FAT has.
 pub fn files(entry: &[u8]) -> Vec<String> {
-    let mut found = Vec::new();
-    for (key, value) in entry.split(|b| *b == b'\n').filter_map(field) {
-        let Ok(value) = std::str::from_utf8(value) else { continue };
-        match key {
-            b"linux" | b"initrd" | b"efi" | b"uki" | b"devicetree" => found.push(value),
-            b"devicetree-overlay" => found.extend(value.split_ascii_whitespace()),
-            _ => {}
+    let lines = entry.split(|b| *b == b'\n');
+    lines.flat_map(|line| paths(line).into_iter().map(|(_, path)| path)).collect()
+}
+
+/// The entry with other paths where `to` says so; it is given what [`files`] returns. Every other byte stays.
+pub fn redirect(entry: &[u8], to: impl Fn(&str) -> Option<String>) -> Vec<u8> {
+    let mut out = Vec::with_capacity(entry.len());
+    for line in entry.split_inclusive(|b| *b == b'\n') {
+        let mut done = 0;
+        for (span, path) in paths(line) {
+            if let Some(other) = to(&path) {
+                out.extend(line.get(done..span.start).unwrap_or_default());
+                out.push(b'/');
+                out.extend(other.bytes());
+                done = span.end;
+            }
         }
+        out.extend(line.get(done..).unwrap_or_default());
     }
-    let relative = |path: &str| path.replace('\\', "/").trim_start_matches('/').to_owned();
-    found.into_iter().map(relative).filter(|path| !path.is_empty()).collect()
+    out
+}
+
+/// The paths in a line: where each stands, and what it is below the partition. Like the boot loader and the firmware, this takes off
+/// quotes around a value, and takes backslashes and several slashes for one.
+fn paths(line: &[u8]) -> Vec<(Range<usize>, String)> {
+    let Some((key, value)) = field(line) else { return Vec::new() };
+    let behind = line.len() - line.trim_ascii_end().len();
+    let mut start = line.len() - behind - value.len();
+    let value = match value {
+        [b'"', inner @ .., b'"'] => {
+            start += 1;
+            inner
+        }
+        _ => value,
+    };
+    let words: Vec<&[u8]> = match key {
+        b"linux" | b"initrd" | b"efi" | b"uki" | b"devicetree" => vec![value],
+        b"devicetree-overlay" => value.split(u8::is_ascii_whitespace).collect(),
+        _ => Vec::new(),
+    };
+    let mut found = Vec::new();
+    for word in words {
+        let names = std::str::from_utf8(word).unwrap_or_default().split(['/', '\\']).filter(|name| !matches!(*name, "" | "."));
+        let path = names.collect::<Vec<_>>().join("/");
+        if !path.is_empty() {
+            found.push((start..start + word.len(), path));
+        }
+        start += word.len() + 1;
+    }
+    found
 }
 
 /// The value of a key, of the last line that has it.
@@ -176,7 +216,23 @@ mod tests {
         let entry = b"# linux /not\ntitle x\nlinux /t/1/linux\ninitrd\t/ucode.img\ninitrd  /t/1/initrd \r\n\
             devicetree-overlay /a.dtbo /b.dtbo\noptions root=UUID=1 initrd=/x\nlinux\n";
         assert_eq!(files(entry), ["t/1/linux", "ucode.img", "t/1/initrd", "a.dtbo", "b.dtbo"]);
+        assert_eq!(files(b"linux \"//t\\\\1/./linux\"\n"), ["t/1/linux"]);
         assert_eq!(value(b"timeout 3\ndefault a\ndefault b\n", "default"), Some(&b"b"[..]));
+    }
+
+    #[test]
+    fn paths_are_redirected_however_they_are_written() {
+        let to = |path: &str| path.ends_with("linux").then(|| ".staged".to_owned());
+        for (line, expected) in [
+            ("linux /t/linux\n", "linux /.staged\n"),
+            ("  linux\tt//linux  \r\n", "  linux\t/.staged  \r\n"),
+            ("linux \"\\t\\linux\"", "linux \"/.staged\""),
+            ("devicetree-overlay /a  /linux /b\n", "devicetree-overlay /a  /.staged /b\n"),
+            ("options linux=/t/linux\n", "options linux=/t/linux\n"),
+            ("initrd /t/initrd", "initrd /t/initrd"),
+        ] {
+            assert_eq!(String::from_utf8_lossy(&redirect(line.as_bytes(), to)), expected, "{line}");
+        }
     }
 
     #[test]
