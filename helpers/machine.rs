@@ -87,7 +87,17 @@ impl Machine {
                 refused(format!("{name} was booted, but its {role}= partition {partuuid} isn't there; correct the configuration"))
             })?;
             match mounts::at(table, &dir) {
-                Some(mount) if mount.is_on(part) => {}
+                Some(mount) if mount.is_on(part) && mount.root == "/" => {}
+                // A btrfs subvolume, or a directory that is bound there. What the boot finds by its path isn't where it was.
+                Some(mount) if mount.is_on(part) => {
+                    return Err(refused(format!(
+                        "{name} was booted, but {} is only {} of its {role}= partition {}; dualroot copies whole file systems, so mount \
+                         that without subvol= and without bind",
+                        dir.display(),
+                        mount.root,
+                        part.path
+                    )));
+                }
                 Some(mount) => {
                     return Err(refused(format!(
                         "{name} was booted, but {} is {} and not its {role}= partition {}; mount that there",
