@@ -20,7 +20,7 @@ use crate::inventory::Partition;
 use crate::known::Known;
 use crate::lineage::Record;
 use crate::log::Log;
-use crate::machine::{Machine, refused};
+use crate::machine::{Machine, Refused, refused};
 use crate::mounts::Held;
 use crate::opaque;
 use crate::prove;
@@ -80,19 +80,27 @@ fn round(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome>
         // Also without a spare: what happens on this disk from now on is not on any other.
         let (esp, mut own) = own_record(machine)?;
         own.note_boot(machine)?;
+        for (_, spare) in machine.config.spares(&machine.booted) {
+            if machine.inventory.disk(spare).is_ok_and(|parts| parts.is_empty()) {
+                own.left_behind(machine.booted.name, spare.name);
+            }
+        }
         own.save(&esp)?;
     }
     let mut outcome = Outcome::Whole;
-    let mut first_error = None;
+    let mut error: Option<anyhow::Error> = None;
     for (_, spare) in machine.config.spares(&machine.booted) {
-        let parts = machine.inventory.disk(spare).map_err(|e| refused(format!("{e:#}")))?;
-        if parts.is_empty() {
-            log.warning(&format!("{} is not there; it was left out", spare.name));
-            outcome = outcome.max(Outcome::Absent);
-            continue;
-        }
         // One spare's trouble is not another's.
-        match one(machine, spare, &parts, options, log).with_context(|| spare.name.to_string()) {
+        let done = match machine.inventory.disk(spare).map_err(|e| refused(format!("{e:#}"))) {
+            Ok(parts) if parts.is_empty() => {
+                log.warning(&format!("{} is not there; it was left out", spare.name));
+                outcome = outcome.max(Outcome::Absent);
+                continue;
+            }
+            Ok(parts) => one(machine, spare, &parts, options, log),
+            Err(e) => Err(e),
+        };
+        match done.with_context(|| spare.name.to_string()) {
             Ok(faults) if faults.is_empty() => {}
             Ok(faults) => {
                 for fault in faults {
@@ -101,15 +109,33 @@ fn round(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome>
                 outcome = Outcome::Broken;
             }
             Err(e) => {
-                if let Some(earlier) = first_error.replace(e) {
-                    log.error(&format!("{earlier:#}"));
+                if !options.dry_run {
+                    left_behind(machine, spare)?;
                 }
+                // "Refused" says that nothing was written, and so it comes behind what failed.
+                let (told, kept) = match error.take() {
+                    Some(earlier) if e.is::<Refused>() => (Some(e), earlier),
+                    earlier => (earlier, e),
+                };
+                if let Some(told) = told {
+                    log.error(&format!("{told:#}"));
+                }
+                error = Some(kept);
             }
         }
     }
-    match first_error {
+    match error {
         Some(e) => Err(e),
         None => Ok(outcome),
+    }
+}
+
+/// The booted disk goes on, and this spare doesn't get what is new.
+fn left_behind(machine: &Machine, spare: &Disk) -> Result<()> {
+    let (esp, mut own) = own_record(machine)?;
+    match own.left_behind(machine.booted.name, spare.name) {
+        true => own.save(&esp),
+        false => Ok(()),
     }
 }
 
@@ -133,7 +159,9 @@ fn one(
     log: &mut Log,
 ) -> Result<Vec<String>> {
     if let Some((role, partuuid)) = disk.parts.iter().find(|(role, _)| !parts.contains_key(*role)) {
-        bail!("its {role}= partition {partuuid} isn't there, but others of the disk are; nothing was written to it");
+        return Err(refused(format!(
+            "its {role}= partition {partuuid} isn't there, but others of the disk are; nothing was written to it"
+        )));
     }
     let mut spare = Spare { machine, disk, rewriter: machine.rewriter(disk)?, held: BTreeMap::new() };
     for (role, part) in parts {
@@ -177,9 +205,11 @@ fn one(
     for held in spare.held.values_mut() {
         held.make_writable()?;
     }
+    let (mut own, mut of_spare) = (own, of_spare.unwrap_or_default());
     for tree in &trees {
         log.status(&format!("{}: copying {}", disk.name, tree.source().display()));
-        tree.copy(spare.held(&tree.role)?.below()?)?;
+        let target = spare.held(&tree.role)?.below()?;
+        tree.copy(target)?;
     }
     if machine.own_roots() {
         let root = spare.held(&Role::Root)?.below()?;
@@ -198,8 +228,7 @@ fn one(
     for tree in &trees {
         tree::drop_old_modules(tree, spare.held(&tree.role)?.below()?)?;
     }
-    let (mut own, mut of_spare) = (own, of_spare.unwrap_or_default());
-    own.synced(machine.booted.name, disk.name, &mut of_spare);
+    own.synced(disk.name, &mut of_spare);
     of_spare.save(spare.held(&Role::Esp)?.below()?)?;
     own.save(&esp)?;
     log.status(&format!("{}: reading it again", disk.name));
