@@ -63,13 +63,21 @@ impl Machine {
                 "the ESP that was booted, PARTUUID {esp}, is in no section of the configuration; add it to dualroot.conf"
             ))
         })?;
-        let inventory = Inventory::read()?;
-        inventory.check_unique(&config).map_err(|e| refused(format!("{e:#}")))?;
-        let now = config.disks.iter().map(|disk| inventory.ids(disk)).collect::<Result<Vec<_>>>();
-        let ids = idstore::complete(&root, now.map_err(|e| refused(format!("{e:#}")))?)?;
-        let machine = Self { root, config, booted, inventory, ids };
-        machine.check_mounts(&mounts::table()?)?;
+        let mut machine = Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new() };
+        machine.look_again()?;
         Ok(Some(machine))
+    }
+
+    /// Looks at the partitions and mounts as they are now.
+    ///
+    /// # Errors
+    /// As [`Machine::look`].
+    pub fn look_again(&mut self) -> Result<()> {
+        self.inventory = Inventory::read()?;
+        self.inventory.check_unique(&self.config).map_err(|e| refused(format!("{e:#}")))?;
+        let now = self.config.disks.iter().map(|disk| self.inventory.ids(disk)).collect::<Result<Vec<_>>>();
+        self.ids = idstore::complete(&self.root, now.map_err(|e| refused(format!("{e:#}")))?)?;
+        self.check_mounts(&mounts::table()?)
     }
 
     /// Every partition of the booted disk that is copied is mounted where it belongs: a kernel that was installed into a /boot on

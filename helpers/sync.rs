@@ -16,7 +16,7 @@ use crate::entry;
 use crate::fat;
 use crate::ident::Rewriter;
 use crate::idstore;
-use crate::inventory::Partition;
+use crate::inventory::{Inventory, Partition};
 use crate::known::Known;
 use crate::lineage::Record;
 use crate::log::Log;
@@ -57,7 +57,7 @@ pub enum Outcome {
 ///
 /// # Errors
 /// [`crate::machine::Refused`] when nothing may be written; anything else is a failure, and names the spare.
-pub fn run(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome> {
+pub fn run(machine: &mut Machine, options: &Options, log: &mut Log) -> Result<Outcome> {
     let boot_dirs = machine.boot_dirs();
     let settle_time = machine.config.settings.settle;
     for _ in 0..ROUNDS {
@@ -65,6 +65,8 @@ pub fn run(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcom
             true => settle::print(&boot_dirs)?,
             false => settle::wait(&boot_dirs, settle_time, |what| log.status(what))?,
         };
+        // Disks may have come, gone, and changed places while we waited.
+        machine.look_again()?;
         let outcome = round(machine, options, log)?;
         if options.dry_run || settle::print(&boot_dirs)? == before {
             return Ok(outcome);
@@ -174,6 +176,7 @@ fn one(
             spare.held.insert(role.clone(), Held::open(part, &place)?);
         }
     }
+    spare.check_devices(parts)?;
     let (esp, own) = own_record(machine)?;
     let of_spare = Record::load(spare.held(&Role::Esp)?.below()?);
     if !options.discard.contains(&disk.name) {
@@ -315,6 +318,19 @@ impl Spare<'_> {
             true => tree::rewritten(&self.machine.root, &self.rewriter, |dir| self.machine.is_apart(dir)),
             false => Ok(Vec::new()),
         }
+    }
+
+    /// What is mounted is held, and can't become another's. If its identifier still leads to it, it was the right one all along.
+    fn check_devices(&self, parts: &BTreeMap<Role, &Partition>) -> Result<()> {
+        let now = Inventory::read()?;
+        for (role, part) in parts {
+            let partuuid = self.disk.parts.get(role).with_context(|| format!("there is no {role}="))?;
+            let there = now.find(partuuid).map_err(|e| refused(format!("{e:#}")))?;
+            if !there.is_some_and(|there| there.device().is_ok_and(|device| part.device().is_ok_and(|part| part == device))) {
+                return Err(refused(format!("{} is not the partition {partuuid} any more; start the sync again", part.path)));
+            }
+        }
+        Ok(())
     }
 
     /// What is used on the booted disk has to fit on the spare at all.

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
     let _lock = lock()?;
-    let Some(machine) = Machine::look()? else {
+    let Some(mut machine) = Machine::look()? else {
         log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
         return Ok(Outcome::Whole);
     };
@@ -72,7 +72,7 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
             }
         }
     }
-    let mut outcome = sync::run(&machine, &options, log)?;
+    let mut outcome = sync::run(&mut machine, &options, log)?;
     if root == heal::Root::Behind {
         outcome = Outcome::Broken;
     }
