@@ -213,6 +213,8 @@ fn one(
         log.status(&format!("{}: copying {}", disk.name, tree.source().display()));
         let target = spare.held(&tree.role)?.below()?;
         tree.copy(target)?;
+        // Modules of a new kernel are on the medium before anything there boots it.
+        target.apply(&Change::Barrier)?;
     }
     if machine.own_roots() {
         let root = spare.held(&Role::Root)?.below()?;
