@@ -96,6 +96,11 @@ impl Record {
         esp.apply(&Change::Barrier)
     }
 
+    /// Whether no sync has ever begun to write this disk, and it was never booted.
+    pub fn is_new(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// Notes that this machine's booted disk was booted: with a boot, it begins a new life.
     ///
     /// # Errors
@@ -145,6 +150,11 @@ impl Record {
             "{how}, so it may hold what {own} doesn't; to keep that, boot {spare} and run \
              'dualroot-sync --discard-spare {own}' there; to give it up, run 'dualroot-sync --discard-spare {spare}' here"
         )))
+    }
+
+    /// What a spare's record is while it is written for the first time.
+    pub fn begun(&mut self, own: DiskName) {
+        self.lives.entry(own).or_default();
     }
 
     /// What the two records are after a sync from the disk with ours. Lives of the spare that were given up are counted as known.
@@ -236,6 +246,7 @@ mod tests {
     #[test]
     fn f26_records_that_are_none_are_errors() {
         let mut record = Record::default();
+        assert!(record.is_new());
         boot(&mut record, 0, 7);
         record.lives.insert(disk(1), 3);
         record.level.insert(disk(1));

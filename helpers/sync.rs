@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::{Below, Change};
+use crate::below::{Below, Change, Kind};
 use crate::bootfiles::{BootFiles, Class};
 use crate::bootplan::{self, Step, Wanted};
 use crate::conf::Disk;
@@ -196,6 +196,9 @@ fn one(
     let trees: Vec<Tree> =
         disk.parts.keys().filter_map(|role| Tree::new(role, &machine.config.settings.exclude, &apart)).collect();
     spare.check_space(&trees)?;
+    if of_spare.as_ref().is_ok_and(Record::is_new) && !options.discard.contains(&disk.name) {
+        spare.check_empty(&trees)?;
+    }
     if options.dry_run {
         spare.print(&trees, &apart, &spare.boot_plan(&source, &known)?.0);
         return Ok(Vec::new());
@@ -209,6 +212,11 @@ fn one(
         held.make_writable()?;
     }
     let (mut own, mut of_spare) = (own, of_spare.unwrap_or_default());
+    if of_spare.is_new() {
+        // What a first sync that is cut has left there is no reason to refuse the next.
+        of_spare.begun(machine.booted.name);
+        of_spare.save(spare.held(&Role::Esp)?.below()?)?;
+    }
     for tree in &trees {
         log.status(&format!("{}: copying {}", disk.name, tree.source().display()));
         let target = spare.held(&tree.role)?.below()?;
@@ -247,6 +255,16 @@ fn one(
         if faults.is_empty() { "boots" } else { "would not boot" }
     ));
     Ok(faults)
+}
+
+/// The first name on a file system that isn't a new one's: anything but empty directories, such as mount points.
+fn first_content(below: &Below) -> Result<Option<String>> {
+    for (name, kind) in below.list(".")? {
+        if name != "lost+found" && (kind != Kind::Dir || !below.list(&name)?.is_empty()) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// The booted disk's ESP, and its record.
@@ -335,6 +353,23 @@ impl Spare<'_> {
         Ok(())
     }
 
+    /// What lies on a disk that no sync has written yet is somebody's.
+    fn check_empty(&self, trees: &[Tree]) -> Result<()> {
+        for tree in trees {
+            let held = self.held(&tree.role)?;
+            if let Some(name) = first_content(held.below()?)? {
+                return Err(refused(format!(
+                    "{0} was never synced, but its {1}= partition is not empty (it has '{2}'), and a sync would remove what is there; make \
+                     a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {0}'",
+                    self.disk.name,
+                    tree.role,
+                    name.escape_debug()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// What is used on the booted disk has to fit on the spare at all.
     fn check_space(&self, trees: &[Tree]) -> Result<()> {
         for tree in trees {
@@ -399,5 +434,26 @@ impl Spare<'_> {
         }
         faults.extend(prove::root_files(&files, &self.rewriter));
         Ok(faults)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn f01_only_a_new_file_system_is_empty() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        for dir in ["lost+found", "lost+found/x", "boot", "efi"] {
+            fs::create_dir(tmp.path().join(dir)).unwrap();
+        }
+        assert_eq!(first_content(&below).unwrap(), None);
+        fs::create_dir_all(tmp.path().join("photos/2025")).unwrap();
+        assert_eq!(first_content(&below).unwrap().as_deref(), Some("photos"));
+        fs::remove_dir_all(tmp.path().join("photos")).unwrap();
+        fs::write(tmp.path().join("letter"), "").unwrap();
+        assert_eq!(first_content(&below).unwrap().as_deref(), Some("letter"));
     }
 }
