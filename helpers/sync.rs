@@ -394,9 +394,10 @@ impl Spare<'_> {
 
     fn print(&self, trees: &[Tree], apart: &[Rewritten], steps: &[Step]) {
         for tree in trees {
-            let args = tree.arguments();
-            let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
-            println!("{} {}: rsync {}", self.disk.name, tree.role, args.join(" "));
+            for args in tree.arguments() {
+                let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
+                println!("{} {}: rsync {}", self.disk.name, tree.role, args.join(" "));
+            }
         }
         for file in apart {
             println!("{} root: replace {} ({} bytes)", self.disk.name, file.path, file.bytes.len());

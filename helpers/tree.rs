@@ -138,9 +138,14 @@ impl Tree {
         format!("{}/", self.at).into()
     }
 
-    /// rsync's arguments: everything is transferred under temporary names first (`--delay-updates`), then renamed, and what the
-    /// source doesn't have goes last.
-    pub fn arguments(&self) -> Vec<OsString> {
+    /// rsync's arguments, for two runs. In the first, files are transferred under temporary names (`--delay-updates`) and then renamed.
+    /// Symbolic links are not delayed by that, and would lead to files that have not got their names yet; they, and the removal of what
+    /// the source doesn't have, are left to the second run, which also finds what has changed meanwhile.
+    pub fn arguments(&self) -> [Vec<OsString>; 2] {
+        [self.run(&["--no-links"]), self.run(&["--delete-after"])]
+    }
+
+    fn run(&self, special: &[&str]) -> Vec<OsString> {
         let mut args: Vec<OsString> = [
             "--archive",
             "--hard-links",
@@ -150,11 +155,11 @@ impl Tree {
             "--sparse",
             "--one-file-system",
             "--delay-updates",
-            "--delete-after",
             "--force",
         ]
         .map(Into::into)
         .into();
+        args.extend(special.iter().map(Into::into));
         args.extend(self.rules.iter().map(|rule| format!("--filter={rule}").into()));
         args.push(self.source().into());
         args.push("./".into());
@@ -166,7 +171,10 @@ impl Tree {
     /// # Errors
     /// What rsync couldn't read or write; its messages are in the error. A source file that vanished meanwhile is none.
     pub fn copy(&self, target: &Below) -> Result<()> {
-        rsync(self.arguments(), target).with_context(|| format!("the copy of {}", self.source().display()))
+        for run in self.arguments() {
+            rsync(run, target).with_context(|| format!("the copy of {}", self.source().display()))?;
+        }
+        Ok(())
     }
 }
 
@@ -293,6 +301,25 @@ mod tests {
         assert_eq!(fs::read(to.path().join("etc/fstab")).unwrap(), b"of the spare");
         let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&fs::metadata(to.path().join(path)).unwrap());
         assert_eq!(inode("a"), inode("b"), "hard links stay hard links");
+    }
+
+    #[test]
+    fn f18_links_change_after_what_they_lead_to() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for (dir, name) in [(&from, "lib.2"), (&to, "lib.1")] {
+            fs::write(dir.path().join(name), name).unwrap();
+            std::os::unix::fs::symlink(name, dir.path().join("lib")).unwrap();
+        }
+        let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
+        tree.at = from.path().to_str().unwrap().to_owned();
+        let below = Below::open(to.path()).unwrap();
+        let [first, second] = tree.arguments();
+        rsync(first, &below).unwrap();
+        assert_eq!(fs::read(to.path().join("lib")).unwrap(), b"lib.1", "old, and whole");
+        assert_eq!(fs::read(to.path().join("lib.2")).unwrap(), b"lib.2");
+        rsync(second, &below).unwrap();
+        assert_eq!(fs::read(to.path().join("lib")).unwrap(), b"lib.2");
+        assert!(!to.path().join("lib.1").exists());
     }
 
     #[test]
