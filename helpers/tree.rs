@@ -156,6 +156,9 @@ impl Tree {
             "--one-file-system",
             "--delay-updates",
             "--force",
+            // What a transfer that was cut has staged: never copied, and removed with what the source doesn't have.
+            "--filter=H .~tmp~/",
+            "--filter=R .~tmp~/",
         ]
         .map(Into::into)
         .into();
@@ -320,6 +323,18 @@ mod tests {
         rsync(second, &below).unwrap();
         assert_eq!(fs::read(to.path().join("lib")).unwrap(), b"lib.2");
         assert!(!to.path().join("lib.1").exists());
+    }
+
+    #[test]
+    fn f21_what_a_cut_transfer_has_staged_is_removed_and_not_copied() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for path in [from.path().join("etc/.~tmp~"), to.path().join("etc/.~tmp~")] {
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("large"), "staged, and gone from the source since").unwrap();
+        }
+        fs::write(from.path().join("etc/hosts"), "new").unwrap();
+        copy(from.path(), to.path(), &[], &[]);
+        assert!(to.path().join("etc/hosts").exists() && !to.path().join("etc/.~tmp~").exists());
     }
 
     #[test]
