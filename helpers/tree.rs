@@ -1,8 +1,10 @@
 //! Copying root trees with rsync(1), and the files in them that name a disk.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
@@ -189,7 +191,7 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
     for dir in ["/usr/lib/modules", "/lib/modules"] {
         let Some(inner) = dir.strip_prefix(tree.at.as_str()).and_then(|d| d.strip_prefix('/')) else { continue };
         let source = PathBuf::from(dir);
-        if source.canonicalize().is_ok_and(|real| real == source) {
+        if source.canonicalize().is_ok_and(|real| real == source) && is_of_one(&tree.source(), &source) {
             let mut args: Vec<OsString> = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete"].map(Into::into).into();
             args.push(format!("{dir}/").into());
             args.push(format!("./{inner}/").into());
@@ -197,6 +199,12 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a directory of a tree is a part of it, and not of another file system that is mounted there.
+fn is_of_one(tree: &Path, dir: &Path) -> bool {
+    let device = |path: &Path| fs::symlink_metadata(path).map(|meta| meta.dev()).ok();
+    device(tree).is_some_and(|own| device(dir) == Some(own))
 }
 
 /// Exit status of rsync when source files vanished before they could be transferred (rsync(1), EXIT VALUES).
@@ -257,7 +265,6 @@ fn reanchor(rule: &str, at: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     #[test]
     fn rules_follow_the_tree() {
@@ -335,6 +342,13 @@ mod tests {
         fs::write(from.path().join("etc/hosts"), "new").unwrap();
         copy(from.path(), to.path(), &[], &[]);
         assert!(to.path().join("etc/hosts").exists() && !to.path().join("etc/.~tmp~").exists());
+    }
+
+    #[test]
+    fn f08_modules_of_a_separate_usr_are_none_of_the_roots() {
+        assert!(is_of_one(Path::new("/proc"), Path::new("/proc/self/fd")));
+        assert!(!is_of_one(Path::new("/"), Path::new("/proc")));
+        assert!(!is_of_one(Path::new("/"), Path::new("/nonexistent")));
     }
 
     #[test]
