@@ -41,7 +41,7 @@ pub fn repair(part: &Partition) -> Result<bool> {
     let table = mounts::table()?;
     let uses: Vec<_> = table.iter().filter(|m| m.is_on(part)).collect();
     // While somebody has it mounted for writing, the bit is set and means nothing.
-    if uses.iter().any(|m| !m.all_read_only) || !is_dirty(Path::new(&part.path))? {
+    if uses.iter().any(|m| m.is_writable()) || !is_dirty(Path::new(&part.path))? {
         return Ok(false);
     }
     for mount in uses {

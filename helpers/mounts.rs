@@ -30,9 +30,9 @@ pub struct Mount {
     /// The device, as it was given to mount(2).
     pub source: String,
     /// Whether this mount is read-only.
-    pub read_only: bool,
+    read_only: bool,
     /// Whether the file system is, for every mount of it.
-    pub all_read_only: bool,
+    all_read_only: bool,
 }
 
 impl Mount {
@@ -53,6 +53,11 @@ impl Mount {
             read_only: options.split(',').any(|o| o == "ro"),
             all_read_only: all.split(',').any(|o| o == "ro"),
         })
+    }
+
+    /// Whether anybody can write by this mount. A file system that a killed sync left writable behind a read-only mount isn't meant.
+    pub fn is_writable(&self) -> bool {
+        !self.read_only && !self.all_read_only
     }
 
     /// Whether the file system lies on this partition.
@@ -136,8 +141,10 @@ impl Held {
         if fstype == "vfat" {
             flags |= MsFlags::MS_NOEXEC;
         }
-        let existing = table()?.into_iter().rev().find(|m| m.root == "/" && m.is_on(part));
-        match &existing {
+        let mut uses = table()?;
+        uses.retain(|m| m.is_on(part));
+        let existing = uses.iter().rfind(|m| m.root == "/");
+        match existing {
             Some(there) => mount(Some(&there.at), place, None::<&str>, MsFlags::MS_BIND, None::<&str>),
             None => {
                 let data = (fstype == "vfat").then_some("umask=0077,utf8,tz=UTC,errors=remount-ro");
@@ -153,7 +160,7 @@ impl Held {
             place: place.to_owned(),
             device: part.path.clone(),
             flags,
-            rests_read_only: existing.is_none_or(|m| m.all_read_only),
+            rests_read_only: !uses.iter().any(Mount::is_writable),
             writable: false,
         })
     }
@@ -223,6 +230,10 @@ mod tests {
             (m.device, m.root.as_str(), m.at.as_path(), m.fstype.as_str(), m.read_only, m.all_read_only),
             (makedev(98, 0), "/mnt1", Path::new("/mnt 2"), "ext3", false, true)
         );
+        assert!(!m.is_writable());
+        let left_by_a_killed_sync = Mount::parse("36 35 98:0 / /mnt/root1 ro,nosuid - ext4 /dev/sdb2 rw").unwrap();
+        assert!(!left_by_a_killed_sync.is_writable());
+        assert!(Mount::parse("36 35 98:0 / /mnt rw - ext4 /dev/sdb2 rw").unwrap().is_writable());
         assert_eq!(Mount::parse("36 35 98:0 / /mnt rw - ext3 /dev/root rw").unwrap().root, "/");
         for bad in ["", "36 35 98 / /mnt rw - ext3 a rw", "36 35 98:0 / /mnt rw", "- - - -"] {
             assert!(Mount::parse(bad).is_none(), "{bad}");
