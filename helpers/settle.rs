@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use crate::bootfiles::{LINEAGE, fold};
+use crate::bootfiles::{Class, classify};
 
 /// Files that package managers lock with fcntl(2) while they work.
 const LOCKED: [&str; 4] =
@@ -24,7 +24,7 @@ const STATE: [&str; 5] = ["/var/lib/dpkg/status", "/etc/fstab", "/etc/crypttab",
 /// A source that is busy for longer is reported, so that someone looks at it.
 const PATIENCE: Duration = Duration::from_secs(20 * 60);
 
-/// What a file's name, size, times and inode say; equal prints mean that nothing was changed in between, as far as those can tell.
+/// What files' names, sizes and times say; equal prints mean that nothing was changed in between, as far as those can tell.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Print(blake3::Hash);
 
@@ -35,7 +35,7 @@ pub struct Print(blake3::Hash);
 pub fn print(boot: &[PathBuf]) -> Result<Print> {
     let mut hasher = blake3::Hasher::new();
     for dir in boot {
-        add_tree(&mut hasher, dir, 0).with_context(|| format!("{} can't be read", dir.display()))?;
+        add_tree(&mut hasher, dir, dir, 0).with_context(|| format!("{} can't be read", dir.display()))?;
     }
     for path in STATE {
         add(&mut hasher, Path::new(path))?;
@@ -50,27 +50,34 @@ fn add(hasher: &mut blake3::Hasher, path: &Path) -> std::io::Result<()> {
         Err(e) => return Err(e),
     };
     hasher.update(path.as_os_str().as_encoded_bytes());
-    // No access time, and no change time: the former changes by reading, and FAT makes up the latter.
-    for value in [meta.size(), meta.ino(), meta.mtime().cast_unsigned(), meta.mtime_nsec().cast_unsigned()] {
+    // No access time, no change time and no inode number: the first changes by reading, and FAT makes up the others. The number is
+    // another one whenever the kernel has forgotten the file, as it does while a large tree is copied.
+    for value in [meta.size(), meta.mtime().cast_unsigned(), meta.mtime_nsec().cast_unsigned()] {
         hasher.update(&value.to_le_bytes());
     }
     Ok(())
 }
 
-fn add_tree(hasher: &mut blake3::Hasher, dir: &Path, depth: u8) -> std::io::Result<()> {
+fn add_tree(hasher: &mut blake3::Hasher, top: &Path, dir: &Path, depth: u8) -> std::io::Result<()> {
     let mut paths = fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>()?;
     paths.sort();
     for path in paths {
-        // The sync's own; there is no need to follow itself.
-        if fold(&path.to_string_lossy()).ends_with(&fold(&format!("/{LINEAGE}"))) {
-            continue;
-        }
-        add(hasher, &path)?;
-        if depth < 16 && fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
-            add_tree(hasher, &path, depth + 1)?;
+        if fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
+            // The names in it are what matters.
+            hasher.update(path.as_os_str().as_encoded_bytes());
+            if depth < 16 {
+                add_tree(hasher, top, &path, depth + 1)?;
+            }
+        } else if !is_local(top, &path) {
+            add(hasher, &path)?;
         }
     }
     Ok(())
+}
+
+/// Whether a file is one that stays on its disk. The sync itself writes the lineage, which is no reason to copy again.
+fn is_local(top: &Path, path: &Path) -> bool {
+    path.strip_prefix(top).ok().and_then(Path::to_str).is_some_and(|path| classify(path) == Class::Local)
 }
 
 /// The package manager's lock that is held now, if any.
@@ -136,16 +143,22 @@ mod tests {
     }
 
     #[test]
-    fn what_a_sync_writes_itself_is_no_change() {
+    fn f10_prints_do_not_tell_what_is_no_change() {
         let tmp = tempfile::tempdir().unwrap();
-        let file = tmp.path().join(LINEAGE);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        let dirs = [tmp.path().join("EFI/dualroot")];
-        let before = print(&dirs).unwrap();
-        fs::write(&file, "boot=none").unwrap();
-        assert_eq!(print(&dirs).unwrap(), before);
-        fs::write(file.with_file_name("other"), "").unwrap();
-        assert_ne!(print(&dirs).unwrap(), before);
+        let dirs = [tmp.path().to_owned()];
+        let path = |name: &str| tmp.path().join(name);
+        fs::create_dir(path("loader")).unwrap();
+        fs::create_dir_all(path("EFI/dualroot")).unwrap();
+        fs::write(path("loader/linux"), "one").unwrap();
+        let first = print(&dirs).unwrap();
+        fs::write(path(crate::bootfiles::LINEAGE), "boot=none").unwrap();
+        assert_eq!(print(&dirs).unwrap(), first, "the lineage is the sync's own");
+        // The same file under another inode number, as FAT's are after a while.
+        let time = fs::metadata(path("loader/linux")).unwrap().modified().unwrap();
+        fs::copy(path("loader/linux"), path("loader/again")).unwrap();
+        fs::rename(path("loader/again"), path("loader/linux")).unwrap();
+        File::open(path("loader/linux")).unwrap().set_modified(time).unwrap();
+        assert_eq!(print(&dirs).unwrap(), first);
     }
 
     #[test]

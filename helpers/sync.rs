@@ -73,7 +73,7 @@ pub fn run(machine: &mut Machine, options: &Options, log: &mut Log) -> Result<Ou
         }
         log.info("the booted disk changed while it was copied; copying again");
     }
-    bail!("the booted disk changed during {ROUNDS} syncs in a row; the spares boot, but may not be up to date")
+    bail!("the booted disk changed during {ROUNDS} syncs in a row; the spares may not be up to date")
 }
 
 fn round(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome> {
