@@ -6,9 +6,10 @@
 //! 1. payloads (kernels, initrds, device trees) are written under names that no entry on the spare refers to. One that must keep its
 //!    name while its content changes is staged under a name of its own (`.dualroot-HASH-NAME`);
 //! 2. then entries are turned to what was written, each in one sector or by a rename; then loader.conf;
-//! 3. then staged files get their own names, and the entries are turned back to them;
-//! 4. then the boot loaders, one after the other;
-//! 5. then what nothing needs any more goes: entries, then files.
+//! 3. then entries that the booted disk doesn't have go: they may refer to names that get another content next;
+//! 4. then staged files get their own names, and the entries are turned back to them;
+//! 5. then the boot loaders, one after the other;
+//! 6. then files that nothing needs any more go.
 //!
 //! Between any two of these everything is flushed ([`Change::Barrier`]); facts about FAT that this rests on are in dualroot(7).
 
@@ -137,10 +138,10 @@ pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
         Work::payloads,
         Work::entries,
         Work::loader_conf,
+        Work::drop_entries,
         Work::settle_names,
         Work::entries,
         Work::loaders,
-        Work::drop_entries,
         Work::drop_files,
     ];
     for phase in phases {
@@ -528,6 +529,14 @@ mod tests {
         let steps = disks.sync();
         assert_eq!(disks.on_spare(), ["initramfs-linux.img", ENTRY, "vmlinuz-linux"]);
         assert!(steps.iter().any(|s| matches!(&s.change, Change::Create { path, .. } if path.starts_with(TEMPORARY))));
+    }
+
+    #[test]
+    fn f18_an_entry_that_goes_is_not_brought_to_other_files() {
+        let of = |name: &'static str, n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (name, FIXED)];
+        let disks = Disks::new(&of("loader/entries/b.conf", "2 new"), &of("loader/entries/a.conf", "1 old"));
+        disks.sync();
+        assert_eq!(disks.on_spare(), ["initramfs-linux.img", "loader/entries/b.conf", "vmlinuz-linux"]);
     }
 
     #[test]
