@@ -131,9 +131,27 @@ fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Result<Option<S
 /// # Errors
 /// Two wanted files of one name.
 pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
-    let mut works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
-    let mut steps = Steps::default();
-    let phases: [Phase<'_>; 9] = [
+    let works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
+    Ok(in_order(works, &phases()))
+}
+
+/// The steps for parts that can't hold old and new side by side (failure mode 19): what nothing needs any more goes first. None where no
+/// entry that the spare has whole would be left then, which is the one that it boots until the new ones are there.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_for_little_room(parts: &[Part<'_>]) -> Result<Option<Vec<Step>>> {
+    let works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
+    if !works.iter().any(Work::has_an_entry) {
+        return Ok(None);
+    }
+    let phases: Vec<Phase<'_>> =
+        [Work::sweep as Phase<'_>, Work::drop_entries, Work::drop_files].into_iter().chain(phases()).collect();
+    Ok(Some(in_order(works, &phases)))
+}
+
+fn phases<'a>() -> [Phase<'a>; 9] {
+    [
         Work::sweep,
         Work::payloads,
         Work::entries,
@@ -143,14 +161,18 @@ pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
         Work::entries,
         Work::loaders,
         Work::drop_files,
-    ];
+    ]
+}
+
+fn in_order<'a>(mut works: Vec<Work<'a>>, phases: &[Phase<'a>]) -> Vec<Step> {
+    let mut steps = Steps::default();
     for phase in phases {
         for work in &mut works {
             phase(work, &mut steps);
         }
         steps.barrier();
     }
-    Ok(steps.list)
+    steps.list
 }
 
 type Phase<'a> = fn(&mut Work<'a>, &mut Steps);
@@ -221,6 +243,16 @@ impl<'a> Work<'a> {
 
     fn has(&self, wanted: &Wanted) -> bool {
         self.files.get(&fold(&wanted.path)).is_some_and(|f| f.hash == wanted.hash)
+    }
+
+    /// Whether an entry that is to be there in the end has all its files already, as they are to be.
+    fn has_an_entry(&self) -> bool {
+        let is_whole = |path: &String| self.wanted.get(&fold(path)).is_some_and(|file| self.has(file));
+        self.files.iter().any(|(key, file)| match (classify(key), self.wanted.get(key), &file.text) {
+            (Class::Entry, Some(_), Some(text)) => entry::files(text).iter().all(is_whole),
+            (Class::Uki, Some(wanted), _) => self.has(wanted),
+            _ => false,
+        })
     }
 
     fn make_parents(&mut self, steps: &mut Steps, path: &str) {
@@ -384,7 +416,7 @@ impl<'a> Work<'a> {
                 && (self.known.contains(*key) || self.orphans.contains(*key))
         };
         let mut keys: Vec<_> = self.files.keys().filter(gone).cloned().collect();
-        keys.extend(self.temporary.keys().cloned());
+        keys.extend(self.temporary.keys().filter(|key| !referred.contains(*key)).cloned());
         let mut emptied = BTreeSet::new();
         for key in keys {
             let path = self.files.get(&key).or(self.temporary.get(&key)).map(|f| f.path.clone()).unwrap_or_default();
@@ -656,6 +688,32 @@ mod tests {
         // Two staged files and the entry's second copy, of a cluster each, are all that is needed at a time.
         assert_eq!(shortfall(&steps, &Role::Esp, &spare, 3 * 4096, 4096), 0);
         assert_eq!(shortfall(&steps, &Role::Esp, &spare, 4096, 4096), 2 * 4096);
+    }
+
+    #[test]
+    fn f19_what_goes_makes_room_where_there_is_none() {
+        let of = |n: &str| [format!("t/{n}/linux"), format!("loader/entries/{n}.conf"), format!("linux /t/{n}/linux\n")];
+        let ([l1, e1, t1], [l2, e2, t2], [l3, e3, t3]) = (of("1"), of("2"), of("3"));
+        let mut disks =
+            Disks::new(&[(&l2, "2"), (&e2, &t2), (&l3, "3"), (&e3, &t3)], &[(&l1, "1"), (&e1, &t1), (&l2, "2"), (&e2, &t2)]);
+        disks.known.insert(l1.clone());
+        let spare = disks.scan("spare");
+        let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let part = |wanted: &[Wanted]| Part { role: Role::Esp, wanted: wanted.to_vec(), spare: &spare, known: &disks.known };
+        // A directory for the new kernel, the kernel, and its entry; what goes is a directory, a kernel and an entry.
+        let short = |steps: &[Step]| shortfall(steps, &Role::Esp, &spare, 4096, 4096);
+        assert!(short(&plan(&[part(&wanted)]).unwrap()) > 0);
+        let steps = plan_for_little_room(&[part(&wanted)]).unwrap().unwrap();
+        assert_eq!(short(&steps), 0, "{steps:#?}");
+        for step in &steps {
+            disks.below("spare").apply(&step.change).unwrap();
+            disks.check(&format!("after {step:?}"));
+            assert!(disks.on_spare().contains(&e2), "there always is an entry");
+        }
+        assert_eq!(disks.plan(), []);
+        // With nothing in common there is nothing to boot meanwhile.
+        let new: Vec<Wanted> = wanted.into_iter().filter(|w| w.path.contains('3')).collect();
+        assert!(plan_for_little_room(&[part(&new)]).unwrap().is_none());
     }
 
     #[test]

@@ -319,18 +319,31 @@ impl Spare<'_> {
                 known: known.of(role).unwrap_or(&none),
             })
             .collect();
-        let steps = bootplan::plan(&parts)?;
-        for part in &parts {
-            let (free, cluster) = self.held(&part.role)?.below()?.free()?;
-            let short = bootplan::shortfall(&steps, &part.role, part.spare, free, cluster);
-            if short > 0 {
-                return Err(refused(format!(
-                    "{}: its {}= partition is too small to hold old and new side by side, by {short} bytes; remove an old kernel, or make it larger",
-                    self.disk.name, part.role
-                )));
-            }
+        let mut steps = bootplan::plan(&parts)?;
+        if self.shortfall(&parts, &steps)?.is_some()
+            && let Some(other) = bootplan::plan_for_little_room(&parts)?
+        {
+            steps = other;
+        }
+        if let Some((role, short)) = self.shortfall(&parts, &steps)? {
+            return Err(refused(format!(
+                "{}: its {role}= partition is too small to hold old and new side by side, by {short} bytes; remove an old kernel, or make it larger",
+                self.disk.name
+            )));
         }
         Ok((steps, wanted))
+    }
+
+    /// The first boot partition that has not enough room for the steps, and how many bytes it lacks.
+    fn shortfall(&self, parts: &[bootplan::Part<'_>], steps: &[Step]) -> Result<Option<(Role, u64)>> {
+        for part in parts {
+            let (free, cluster) = self.held(&part.role)?.below()?.free()?;
+            let short = bootplan::shortfall(steps, &part.role, part.spare, free, cluster);
+            if short > 0 {
+                return Ok(Some((part.role.clone(), short)));
+            }
+        }
+        Ok(None)
     }
 
     fn rewritten(&self) -> Result<Vec<Rewritten>> {
