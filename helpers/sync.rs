@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::below::{Below, Change, Kind};
-use crate::bootfiles::{BootFiles, Class};
+use crate::bootfiles::{BootFiles, Class, classify};
 use crate::bootplan::{self, Step, Wanted};
 use crate::conf::Disk;
 use crate::entry;
@@ -308,6 +308,14 @@ impl Spare<'_> {
             let mounted = places.get(role).context("a boot partition has no place")?;
             wanted.insert(role.clone(), bootplan::wanted(files, mounted, &found, rewrite)?);
             there.insert(role.clone(), found);
+        }
+        let boots = |w: &Wanted| matches!(classify(&w.path), Class::Entry | Class::Uki);
+        if !wanted.values().flatten().any(boots) {
+            return Err(refused(format!(
+                "the booted disk has no boot loader entry that could be copied, so {} would lose its own; install a kernel again, or \
+                 'kernel-install add', and see 'bootctl list'",
+                self.disk.name
+            )));
         }
         let none = BTreeSet::new();
         let parts: Vec<bootplan::Part<'_>> = there
