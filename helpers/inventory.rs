@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::conf::{Config, Disk};
 use crate::ident::{DiskIds, PartIds};
 use crate::program;
-use crate::types::{PartUuid, Role};
+use crate::types::{DirPath, DiskName, PartUuid, Role};
 
 /// The GPT type of an EFI system partition (UEFI specification, 5.3.3).
 const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
@@ -20,6 +20,9 @@ const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
 pub struct Partition {
     /// The kernel's name, as `sda2`.
     pub kname: String,
+    /// The kernel's name of the disk that it is a part of.
+    #[serde(default)]
+    pkname: Option<String>,
     /// The device node.
     pub path: String,
     #[serde(rename = "maj:min")]
@@ -70,7 +73,7 @@ impl Inventory {
     /// # Errors
     /// lsblk that fails or prints something else than expected.
     pub fn read() -> Result<Self> {
-        let columns = "KNAME,PATH,MAJ:MIN,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
+        let columns = "KNAME,PKNAME,PATH,MAJ:MIN,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
         Self::parse(&printed, links(Path::new("/dev/disk")))
     }
@@ -128,11 +131,13 @@ impl Inventory {
         Ok(found)
     }
 
-    /// The identifiers of a disk: of a partition that isn't there only what the configuration says, and no paths.
+    /// The identifiers of a disk: of a partition that isn't there only what the configuration says, and no paths. Partitions of the
+    /// same disk that the configuration doesn't name go by their device nodes: no other disk has anything to put in their place, but
+    /// what needs them needs this disk.
     ///
     /// # Errors
     /// As [`Inventory::find`].
-    pub fn ids(&self, disk: &Disk) -> Result<DiskIds> {
+    pub fn ids(&self, config: &Config, disk: &Disk) -> Result<DiskIds> {
         let mut parts = BTreeMap::new();
         for (role, &partuuid) in &disk.parts {
             let mut ids = PartIds { partuuid, uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
@@ -140,12 +145,52 @@ impl Inventory {
                 ids.uuid = part.uuid.clone();
                 ids.label = part.label.clone();
                 ids.partlabel = part.partlabel.clone();
-                ids.paths = self.links.get(&part.kname).cloned().unwrap_or_default();
-                ids.paths.insert(part.path.clone());
+                ids.paths = self.paths(part);
             }
             parts.insert(role.clone(), ids);
         }
+        for (role, ids) in self.unnamed(config, disk)? {
+            parts.insert(role, ids);
+        }
         Ok(DiskIds { name: disk.name, parts })
+    }
+
+    fn paths(&self, part: &Partition) -> BTreeSet<String> {
+        let links = self.links.get(&part.kname).cloned().unwrap_or_default();
+        links.into_iter().chain([part.path.clone()]).collect()
+    }
+
+    /// The partitions that lie beside those of a disk, and that the configuration doesn't name. An identifier that another partition
+    /// has too, as the members of a RAID have, says nothing about a disk.
+    fn unnamed(&self, config: &Config, disk: &Disk) -> Result<Vec<(Role, PartIds)>> {
+        let mut whole: BTreeMap<&str, BTreeSet<DiskName>> = BTreeMap::new();
+        let mut named = BTreeSet::new();
+        for (name, partuuid) in config.disks.iter().flat_map(|d| d.parts.values().map(|p| (d.name, p))) {
+            if let Some(part) = self.find(partuuid)? {
+                named.insert(part.path.as_str());
+                whole.entry(part.pkname.as_deref().unwrap_or_default()).or_default().insert(name);
+            }
+        }
+        let only = |value: &Option<String>, of: fn(&Partition) -> &Option<String>| {
+            let value = value.clone().filter(|v| !v.is_empty())?;
+            (self.parts.iter().filter(|p| of(p).as_ref() == Some(&value)).count() == 1).then_some(value)
+        };
+        let mut found = Vec::new();
+        for part in &self.parts {
+            let beside = part.pkname.as_deref().and_then(|disk| whole.get(disk));
+            let Some(partuuid) = only(&part.partuuid, |p| &p.partuuid).and_then(|p| PartUuid::parse(&p).ok()) else { continue };
+            if beside.is_some_and(|disks| disks.len() == 1 && disks.contains(&disk.name)) && !named.contains(part.path.as_str()) {
+                let ids = PartIds {
+                    partuuid,
+                    uuid: only(&part.uuid, |p| &p.uuid),
+                    label: only(&part.label, |p| &p.label),
+                    partlabel: only(&part.partlabel, |p| &p.partlabel),
+                    paths: self.paths(part),
+                };
+                found.push((Role::Dir(DirPath::parse(&part.path)?), ids));
+            }
+        }
+        Ok(found)
     }
 
     /// No two partitions of the pair, and no other partition of the machine, may share a file system UUID with a different role or
@@ -186,4 +231,61 @@ fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ident::Rewriter;
+    use crate::prove;
+
+    const CONF: &str = "[disk0]\nesp=aaaaaaaa-0000-4000-8000-000000000001\nroot=aaaaaaaa-0000-4000-8000-000000000002\n\
+        [disk1]\nesp=bbbbbbbb-0000-4000-8000-000000000001\nroot=bbbbbbbb-0000-4000-8000-000000000002\n";
+
+    fn line(kname: &str, start: &str, n: u32, uuid: &str, label: &str) -> String {
+        format!(
+            r#"{{"kname":"{kname}{n}","pkname":"{kname}","path":"/dev/{kname}{n}","maj:min":"8:{n}","fstype":"ext4","uuid":"{uuid}",
+               "label":{label},"partuuid":"{start}-0000-4000-8000-00000000000{n}","partlabel":null,"parttype":null,"log-sec":512}}"#
+        )
+    }
+
+    #[test]
+    fn f14_what_needs_a_partition_that_is_not_configured_needs_its_disk() {
+        let uuid = |n: u32| format!("cccccccc-0000-4000-8000-00000000000{n}");
+        let mut lines = Vec::new();
+        for (kname, start, first) in [("sda", "aaaaaaaa", 0), ("sdb", "bbbbbbbb", 4)] {
+            lines.push(line(kname, start, 1, &format!("AAAA-000{first}"), "null"));
+            lines.push(line(kname, start, 2, &uuid(first + 2), "null"));
+            lines.push(line(kname, start, 3, &uuid(first + 3), r#""data""#));
+            // A mirror over both disks.
+            lines.push(line(kname, start, 4, &uuid(9), r#""mirror""#));
+        }
+        let json = format!(r#"{{"blockdevices":[{}]}}"#, lines.join(","));
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new()).unwrap();
+        let config = Config::parse(&[("dualroot.conf".into(), CONF.into())]).unwrap().unwrap();
+        let ids: Vec<DiskIds> = config.disks.iter().map(|d| inventory.ids(&config, d).unwrap()).collect();
+        let rewriter = Rewriter::new(&ids[1], &ids).unwrap();
+        let fstab = |line: &str| {
+            let files = BTreeMap::from([("/etc/fstab".to_owned(), rewriter.rewrite(format!("{line}\n").as_bytes()))]);
+            prove::root_files(&files, &rewriter).len()
+        };
+        for (line, faults) in [
+            (format!("UUID={} / ext4 defaults 0 1", uuid(2)), 0),
+            (format!("UUID={} /data ext4 defaults 0 2", uuid(3)), 1),
+            (format!("UUID={} /data ext4 nofail 0 2", uuid(3)), 0),
+            (format!("UUID={} none swap sw 0 0", uuid(3)), 1),
+            ("/dev/sda3 none swap sw 0 0".to_owned(), 1),
+            ("LABEL=data /data ext4 defaults 0 2".to_owned(), 0),
+            (format!("UUID={} /mirror btrfs defaults 0 0", uuid(9)), 0),
+            (format!("UUID={} /data ext4 defaults 0 2", uuid(7)), 0),
+        ] {
+            assert_eq!(fstab(&line), faults, "{line}");
+        }
+        let crypttab = |line: &str| {
+            let files = BTreeMap::from([("/etc/crypttab".to_owned(), format!("{line}\n").into_bytes())]);
+            prove::root_files(&files, &rewriter).len()
+        };
+        assert_eq!(crypttab(&format!("swap UUID={} /dev/urandom swap", uuid(3))), 1);
+        assert_eq!(crypttab(&format!("data UUID={} none luks,nofail", uuid(3))), 0);
+    }
 }

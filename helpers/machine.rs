@@ -75,7 +75,7 @@ impl Machine {
     pub fn look_again(&mut self) -> Result<()> {
         self.inventory = Inventory::read()?;
         self.inventory.check_unique(&self.config).map_err(|e| refused(format!("{e:#}")))?;
-        let now = self.config.disks.iter().map(|disk| self.inventory.ids(disk)).collect::<Result<Vec<_>>>();
+        let now = self.config.disks.iter().map(|disk| self.inventory.ids(&self.config, disk)).collect::<Result<Vec<_>>>();
         self.ids = idstore::complete(&self.root, now.map_err(|e| refused(format!("{e:#}")))?)?;
         self.check_mounts(&mounts::table()?)
     }

@@ -1,6 +1,6 @@
 //! The proof that a spare boots: what lies on it is read again and held against the booted disk, whoever wrote it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::below::Content;
 use crate::bootfiles::{BootFiles, Class, fold};
@@ -60,13 +60,26 @@ fn same(wanted: &Wanted, found: &crate::bootfiles::BootFile) -> bool {
     }
 }
 
+/// Whether a line of crypttab(5) is about something that boot doesn't wait for.
+fn may_fail(line: &[u8]) -> bool {
+    let options = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).nth(3).unwrap_or_default();
+    options.split(|b| *b == b',').any(|option| matches!(option, b"nofail" | b"noauto"))
+}
+
 /// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system.
 pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter) -> Vec<String> {
     let mut faults = Vec::new();
     for (path, text) in files {
-        if path == "/etc/fstab" {
+        if path.starts_with("/etc/crypttab") {
+            // What boot doesn't wait for may be on another disk.
+            let lines = text.split(|b| *b == b'\n').filter(|line| !may_fail(line));
+            let names: BTreeSet<String> = lines.flat_map(|line| rewriter.foreign(line)).collect();
+            faults.extend(names.into_iter().map(|id| format!("{path} names {id}")));
+        } else if path == "/etc/fstab" {
             let lines = fstab::boot_needs_foreign(text, rewriter);
-            faults.extend(lines.into_iter().map(|line| format!("/etc/fstab would have the boot wait for another disk: {line}")));
+            let hint = "name the partition in dualroot.conf, or give the line nofail";
+            let fault = |line| format!("/etc/fstab would have the boot wait for another disk: {line}; {hint}");
+            faults.extend(lines.into_iter().map(fault));
         } else {
             faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{path} names {id}")));
         }
