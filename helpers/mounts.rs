@@ -112,6 +112,38 @@ pub fn enter_private_namespace() -> Result<()> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).context("/ can't be made private")
 }
 
+/// A file system of the booted disk without what is mounted in it: what lies below those mounts is seen, and nothing is seen twice.
+pub struct Alone {
+    place: PathBuf,
+}
+
+impl Alone {
+    /// Shows the file system that is seen at `dir`, read-only, at `place` (made if need be), in the private namespace only.
+    ///
+    /// # Errors
+    /// Those of mount(2).
+    pub fn open(dir: &Path, place: &Path) -> Result<Self> {
+        fs::create_dir_all(place).with_context(|| format!("{} can't be made", place.display()))?;
+        let bind = |flags| mount(Some(dir), place, None::<&str>, MsFlags::MS_BIND | flags, None::<&str>);
+        bind(MsFlags::empty()).with_context(|| format!("{} can't be bound to {}", dir.display(), place.display()))?;
+        let new = Self { place: place.to_owned() };
+        bind(MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY).with_context(|| format!("{} can't be made read-only", place.display()))?;
+        Ok(new)
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        // It goes with the namespace at the latest.
+        let _ = umount2(&self.place, MntFlags::MNT_DETACH);
+    }
+}
+
 /// A spare's file system, mounted for a sync.
 pub struct Held {
     below: Option<Below>,

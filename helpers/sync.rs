@@ -21,7 +21,7 @@ use crate::known::Known;
 use crate::lineage::Record;
 use crate::log::Log;
 use crate::machine::{Machine, Refused, refused};
-use crate::mounts::Held;
+use crate::mounts::{Alone, Held};
 use crate::opaque;
 use crate::prove;
 use crate::settle;
@@ -30,6 +30,8 @@ use crate::types::{DiskName, Role};
 
 /// Where spares are mounted during a sync, in a namespace of its own.
 const PLACES: &str = "/run/dualroot/spare";
+/// Where the booted disk's file systems are seen without what is mounted in them.
+const SOURCES: &str = "/run/dualroot/source";
 /// A source that changes during this many syncs in a row is reported.
 const ROUNDS: u32 = 3;
 
@@ -193,7 +195,7 @@ fn one(
     let source = spare.source()?;
     spare.boot_plan(&source, &known)?;
     let apart = spare.rewritten()?;
-    let trees: Vec<Tree> =
+    let mut trees: Vec<Tree> =
         disk.parts.keys().filter_map(|role| Tree::new(role, &machine.config.settings.exclude, &apart)).collect();
     spare.check_space(&trees)?;
     if of_spare.as_ref().is_ok_and(Record::is_new) && !options.discard.contains(&disk.name) {
@@ -202,6 +204,12 @@ fn one(
     if options.dry_run {
         spare.print(&trees, &apart, &spare.boot_plan(&source, &known)?.0);
         return Ok(Vec::new());
+    }
+    let mut alone = Vec::new();
+    for tree in &mut trees {
+        let seen = Alone::open(&tree.source(), &Path::new(SOURCES).join(tree.role.key().replace('/', "-")))?;
+        tree.from = Some(seen.place().to_owned());
+        alone.push(seen);
     }
     for (role, files) in &source {
         known.add(role, files);
@@ -218,7 +226,7 @@ fn one(
         of_spare.save(spare.held(&Role::Esp)?.below()?)?;
     }
     for tree in &trees {
-        log.status(&format!("{}: copying {}", disk.name, tree.source().display()));
+        log.status(&format!("{}: copying {}/", disk.name, tree.at));
         let target = spare.held(&tree.role)?.below()?;
         tree.copy(target)?;
         // Modules of a new kernel are on the medium before anything there boots it.

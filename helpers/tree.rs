@@ -1,10 +1,8 @@
 //! Copying root trees with rsync(1), and the files in them that name a disk.
 
 use std::ffi::OsString;
-use std::fs;
 use std::io::IsTerminal;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
@@ -118,6 +116,8 @@ pub struct Tree {
     pub role: Role,
     /// Where it is mounted in the running system: `""` for the root, `/home` and so on.
     pub at: String,
+    /// Where it is copied from, if not from there.
+    pub from: Option<PathBuf>,
     /// rsync's filter rules.
     pub rules: Vec<String>,
 }
@@ -132,12 +132,13 @@ impl Tree {
         let strings = |rules: &[&str]| rules.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
         let all = strings(&ALWAYS).into_iter().chain(apart).chain(user).chain(strings(&USUALLY)).chain(strings(&UNTIL_THE_END));
         let rules = all.filter_map(|rule| reanchor(&rule, at)).collect();
-        Some(Self { role: role.clone(), at: at.to_owned(), rules })
+        Some(Self { role: role.clone(), at: at.to_owned(), from: None, rules })
     }
 
-    /// Where the tree is in the running system.
+    /// Where the tree is copied from, with a slash behind it.
     pub fn source(&self) -> PathBuf {
-        format!("{}/", self.at).into()
+        let at = PathBuf::from(format!("{}/", self.at));
+        self.from.as_ref().map_or(at, |from| from.join(""))
     }
 
     /// rsync's arguments, for two runs. In the first, files are transferred under temporary names (`--delay-updates`) and then renamed.
@@ -190,21 +191,15 @@ impl Tree {
 pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
     for dir in ["/usr/lib/modules", "/lib/modules"] {
         let Some(inner) = dir.strip_prefix(tree.at.as_str()).and_then(|d| d.strip_prefix('/')) else { continue };
-        let source = PathBuf::from(dir);
-        if source.canonicalize().is_ok_and(|real| real == source) && is_of_one(&tree.source(), &source) {
+        let source = tree.source().join(inner);
+        if source.canonicalize().is_ok_and(|real| real == source) {
             let mut args: Vec<OsString> = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete"].map(Into::into).into();
-            args.push(format!("{dir}/").into());
+            args.push(source.join("").into());
             args.push(format!("./{inner}/").into());
             rsync(args, target).with_context(|| format!("the removal of old kernels' modules from {dir}"))?;
         }
     }
     Ok(())
-}
-
-/// Whether a directory of a tree is a part of it, and not of another file system that is mounted there.
-fn is_of_one(tree: &Path, dir: &Path) -> bool {
-    let device = |path: &Path| fs::symlink_metadata(path).map(|meta| meta.dev()).ok();
-    device(tree).is_some_and(|own| device(dir) == Some(own))
 }
 
 /// Exit status of rsync when source files vanished before they could be transferred (rsync(1), EXIT VALUES).
@@ -265,6 +260,7 @@ fn reanchor(rule: &str, at: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn rules_follow_the_tree() {
@@ -345,10 +341,36 @@ mod tests {
     }
 
     #[test]
-    fn f08_modules_of_a_separate_usr_are_none_of_the_roots() {
-        assert!(is_of_one(Path::new("/proc"), Path::new("/proc/self/fd")));
-        assert!(!is_of_one(Path::new("/"), Path::new("/proc")));
-        assert!(!is_of_one(Path::new("/"), Path::new("/nonexistent")));
+    fn what_is_mounted_in_a_tree_is_not_copied_and_what_is_below_it_is() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let path = |name: &str| tmp.path().join(name);
+        for (name, text) in
+            [("from/mnt/below", "b"), ("from/home/x", "x"), ("from/usr/lib/modules/2/m", "m"), ("to/usr/lib/modules/1/m", "m")]
+        {
+            fs::create_dir_all(path(name).parent().unwrap()).unwrap();
+            fs::write(path(name), text).unwrap();
+        }
+        fs::create_dir(path("from/again")).unwrap();
+        crate::mounts::enter_private_namespace().unwrap();
+        let bind = |from: &str, to: &str| {
+            use nix::mount::{MsFlags, mount};
+            mount(Some(&path(from)), &path(to), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        };
+        bind("from/home", "from/again");
+        bind("from/home", "from/mnt");
+        let alone = crate::mounts::Alone::open(&path("from"), &path("alone")).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
+        tree.from = Some(alone.place().to_owned());
+        let below = Below::open(&path("to")).unwrap();
+        tree.copy(&below).unwrap();
+        assert!(path("to/mnt/below").exists() && !path("to/mnt/x").exists() && !path("to/again/x").exists());
+        assert!(path("to/home/x").exists() && path("to/usr/lib/modules/1/m").exists());
+        drop_old_modules(&tree, &below).unwrap();
+        assert!(path("to/usr/lib/modules/2/m").exists() && !path("to/usr/lib/modules/1").exists());
+        assert!(fs::write(alone.place().join("new"), "").is_err(), "nothing is written to the booted disk by it");
     }
 
     #[test]
