@@ -1,6 +1,7 @@
 //! dualroot-sync(8): makes every spare a bootable copy of the booted disk.
 
 use std::fs::{self, File};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -106,6 +107,11 @@ fn start_mounts(log: &Log) {
     for unit in units.flatten() {
         let name = unit.file_name();
         let Some(name) = name.to_str().filter(|n| n.starts_with("mnt-root") && n.ends_with(".mount")) else { continue };
+        // systemd would wait for the device of an absent spare.
+        let text = fs::read_to_string(unit.path()).unwrap_or_default();
+        if !text.lines().filter_map(|line| line.strip_prefix("What=")).all(|device| Path::new(device).exists()) {
+            continue;
+        }
         if let Err(e) = dualroot::program::output("systemctl", ["start", "--no-block", name].map(Into::into)) {
             log.warning(&format!("{name} can't be started: {e:#}"));
         }
