@@ -65,30 +65,33 @@ pub struct Inventory {
     parts: Vec<Partition>,
     /// Kernel name → the links below /dev/disk that lead to it.
     links: BTreeMap<String, BTreeSet<String>>,
+    /// The UUIDs of mounted btrfs file systems that lie on several devices.
+    spread: BTreeSet<String>,
 }
 
 impl Inventory {
-    /// Asks lsblk, and reads udev's links.
+    /// Asks lsblk, and reads udev's links and what the kernel says of btrfs.
     ///
     /// # Errors
     /// lsblk that fails or prints something else than expected.
     pub fn read() -> Result<Self> {
         let columns = "KNAME,PKNAME,PATH,MAJ:MIN,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
-        Self::parse(&printed, links(Path::new("/dev/disk")))
+        Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))
     }
 
-    /// What `lsblk --json --list` printed, and the links to each device by its kernel name.
+    /// What `lsblk --json --list` printed, the links to each device by its kernel name, and the UUIDs of file systems that are known
+    /// to lie on several devices.
     ///
     /// # Errors
     /// Text that isn't what lsblk prints.
-    pub fn parse(json: &[u8], links: BTreeMap<String, BTreeSet<String>>) -> Result<Self> {
+    pub fn parse(json: &[u8], links: BTreeMap<String, BTreeSet<String>>, spread: BTreeSet<String>) -> Result<Self> {
         #[derive(Deserialize)]
         struct Printed {
             blockdevices: Vec<Partition>,
         }
         let printed: Printed = serde_json::from_slice(json).context("what lsblk printed can't be read")?;
-        Ok(Self { parts: printed.blockdevices, links })
+        Ok(Self { parts: printed.blockdevices, links, spread })
     }
 
     /// The partition of this PARTUUID, or None when it isn't there.
@@ -161,7 +164,8 @@ impl Inventory {
     }
 
     /// The partitions that lie beside those of a disk, and that the configuration doesn't name. An identifier that another partition
-    /// has too, as the members of a RAID have, says nothing about a disk.
+    /// has too, as the members of a RAID have, says nothing about a disk. That another device of a btrfs has it can't be told from the
+    /// partitions, when that device is missing or was added since udev looked at it.
     fn unnamed(&self, config: &Config, disk: &Disk) -> Result<Vec<(Role, PartIds)>> {
         let mut whole: BTreeMap<&str, BTreeSet<DiskName>> = BTreeMap::new();
         let mut named = BTreeSet::new();
@@ -180,10 +184,11 @@ impl Inventory {
             let beside = part.pkname.as_deref().and_then(|disk| whole.get(disk));
             let Some(partuuid) = only(&part.partuuid, |p| &p.partuuid).and_then(|p| PartUuid::parse(&p).ok()) else { continue };
             if beside.is_some_and(|disks| disks.len() == 1 && disks.contains(&disk.name)) && !named.contains(part.path.as_str()) {
+                let spread = part.uuid.as_ref().is_some_and(|uuid| self.spread.contains(uuid));
                 let ids = PartIds {
                     partuuid,
-                    uuid: only(&part.uuid, |p| &p.uuid),
-                    label: only(&part.label, |p| &p.label),
+                    uuid: only(&part.uuid, |p| &p.uuid).filter(|_| !spread),
+                    label: only(&part.label, |p| &p.label).filter(|_| !spread),
                     partlabel: only(&part.partlabel, |p| &p.partlabel),
                     paths: self.paths(part),
                 };
@@ -233,6 +238,14 @@ fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
     found
 }
 
+/// The UUIDs of mounted btrfs file systems of more than one device, missing ones counted: a directory below /sys/fs/btrfs each, with
+/// one for each device in its devinfo/ (fs/btrfs/sysfs.c of Linux).
+fn spread(dir: &Path) -> BTreeSet<String> {
+    let several = |uuid: &String| fs::read_dir(dir.join(uuid).join("devinfo")).is_ok_and(|devices| devices.count() > 1);
+    let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(several).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,7 +264,7 @@ mod tests {
 
     #[test]
     fn f14_what_needs_a_partition_that_is_not_configured_needs_its_disk() {
-        let uuid = |n: u32| format!("cccccccc-0000-4000-8000-00000000000{n}");
+        let uuid = |n: u32| format!("cccccccc-0000-4000-8000-0000000000{n:02}");
         let mut lines = Vec::new();
         for (kname, start, first) in [("sda", "aaaaaaaa", 0), ("sdb", "bbbbbbbb", 4)] {
             lines.push(line(kname, start, 1, &format!("AAAA-000{first}"), "null"));
@@ -260,8 +273,15 @@ mod tests {
             // A mirror over both disks.
             lines.push(line(kname, start, 4, &uuid(9), r#""mirror""#));
         }
+        // A mirror whose other half udev doesn't know, and a btrfs on one disk.
+        lines.push(line("sda", "aaaaaaaa", 5, &uuid(10), r#""half""#));
+        lines.push(line("sda", "aaaaaaaa", 6, &uuid(11), "null"));
+        let sys = tempfile::tempdir().unwrap();
+        for device in [uuid(10) + "/devinfo/1", uuid(10) + "/devinfo/2", uuid(11) + "/devinfo/1", "features".into()] {
+            fs::create_dir_all(sys.path().join(device)).unwrap();
+        }
         let json = format!(r#"{{"blockdevices":[{}]}}"#, lines.join(","));
-        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new()).unwrap();
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), spread(sys.path())).unwrap();
         let config = Config::parse(&[("dualroot.conf".into(), CONF.into())]).unwrap().unwrap();
         let ids: Vec<DiskIds> = config.disks.iter().map(|d| inventory.ids(&config, d).unwrap()).collect();
         let rewriter = Rewriter::new(&ids[1], &ids).unwrap();
@@ -277,6 +297,9 @@ mod tests {
             ("/dev/sda3 none swap sw 0 0".to_owned(), 1),
             ("LABEL=data /data ext4 defaults 0 2".to_owned(), 0),
             (format!("UUID={} /mirror btrfs defaults 0 0", uuid(9)), 0),
+            (format!("UUID={} /half btrfs defaults 0 0", uuid(10)), 0),
+            ("LABEL=half /half btrfs defaults 0 0".to_owned(), 0),
+            (format!("UUID={} /one btrfs defaults 0 0", uuid(11)), 1),
             (format!("UUID={} /data ext4 defaults 0 2", uuid(7)), 0),
         ] {
             assert_eq!(fstab(&line), faults, "{line}");
