@@ -244,10 +244,11 @@ class Fat:
 
     def walk(self, path="", entry=ROOT, above=()):
         """(path, entry) of all that there is; a directory comes before what is in it."""
-        if entry.cluster in above or len(above) > MAX_DEPTH:
+        cluster = self.root if entry.cluster is None else entry.cluster
+        if cluster in above or len(above) > MAX_DEPTH:
             raise Unreadable(f"{path}: it lies within itself")
         for child in self.content(path, entry.cluster):
             below = f"{path}/{child.name}"
             yield below, child
             if child.directory:
-                yield from self.walk(below, child, (*above, entry.cluster))
+                yield from self.walk(below, child, (*above, cluster))

@@ -169,7 +169,7 @@ class Scratch:
         image.trackers.append(self.changed)
 
     def close(self):
-        self.image.trackers.remove(self.changed)
+        self.image.trackers[:] = [tracker for tracker in self.image.trackers if tracker is not self.changed]
         self.mapped.close()
         self.file.close()
 
