@@ -6,6 +6,7 @@ digest(path), which raise fat.Unreadable.
 """
 
 import collections
+import functools
 import re
 import struct
 
@@ -14,6 +15,8 @@ from fat import Unreadable
 VERSIONS = (252, 257)
 FALLBACK, INSTALLED = "/EFI/BOOT/BOOTX64.EFI", "/EFI/systemd/systemd-bootx64.efi"
 INT_MAX = (1 << 31) - 1
+# Nothing but ASCII has a lower case there.
+LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 # `name` is the id without a boot counter; `files` are (role, path) on the file system `fs`.
 Entry = collections.namedtuple("Entry", "kind id name fs options files sort_key machine version left done")
@@ -22,17 +25,18 @@ Found = collections.namedtuple("Found", "esp xbootldr config type1 type2")
 
 
 def lower(text):
-    return "".join(chr(ord(c) + 32) if "A" <= c <= "Z" else c for c in text)
+    return text.translate(LOWER)
 
 
 def text(raw):
     return raw.split(b"\0", 1)[0].decode("utf-8", "ignore")
 
 
+@functools.lru_cache(1000)
 def pairs(content, separators, quotes):
     """The keys and values of a file, as line_get_key_value() sees them."""
     found = []
-    for line in re.split(b"[\n\r]", content.split(b"\0", 1)[0]):
+    for line in re.split(b"[\n\r]+", content.split(b"\0", 1)[0]):
         line = line.strip(b" \t")
         match = re.fullmatch(b"([^%b]*)[%b]+(.*)" % (separators, separators), line, re.DOTALL)
         if line.startswith(b"#") or not match:
