@@ -44,7 +44,8 @@ class Ext:
         self.file = tempfile.NamedTemporaryFile(dir=scratch_directory(size), suffix=".ext4")
         self.known = {}
         copy_out(buffer, start, size, self.file)
-        done = subprocess.run(["e2fsck", "-fy", self.file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(["e2fsck", "-fy", self.file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
         if done.returncode & ~3:
             raise Unreadable(f"e2fsck can't repair it: {done.stdout.decode(errors='replace').strip().splitlines()[-1:]}")
         self.repaired = done.returncode != 0

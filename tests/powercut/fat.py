@@ -90,8 +90,8 @@ class Fat:
         boot = bytes(buffer[start:start + 512])
         if len(boot) < 512:
             raise Unreadable("the file system has no boot sector")
-        self.sector, per_cluster, reserved, fats, root, few, media, length, _, _, _, many = struct.unpack_from("<HBHBHHBHHHII", boot, 11)
-        if self.sector not in (512, 1024, 2048, 4096) or not per_cluster or per_cluster & per_cluster - 1 or not reserved or not fats:
+        self.sector, per_cluster, reserved, fats, root, few, media, length, many = struct.unpack_from("<HBHBHHBH8xI", boot, 11)
+        if self.sector not in (512, 1024, 2048, 4096) or not per_cluster or per_cluster & per_cluster - 1 or not (reserved and fats):
             raise Unreadable("the boot sector is not that of a FAT file system")
         if media != 0xf0 and media < 0xf8:
             raise Unreadable("the boot sector names no medium")
@@ -151,7 +151,8 @@ class Fat:
             else:
                 runs.append([cluster, cluster + 1])
             cluster = link[cluster] & 0x0fffffff if link else self.next(table, cluster)
-        return [(self.data + (a - 2) * self.cluster, (b - a) * self.cluster) for a, b in runs], problem, not problem and cluster < end
+        found = [(self.data + (a - 2) * self.cluster, (b - a) * self.cluster) for a, b in runs]
+        return found, problem, not problem and cluster < end
 
     def chain(self, first, wanted):
         return self.memo(("chain", first, wanted), [self.table], lambda: self.follow(first, wanted))

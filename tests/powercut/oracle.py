@@ -195,8 +195,8 @@ class Scratch:
     def repair(self):
         """Runs fsck.fat as a boot does, and takes what it changed over into the image, to be undone there; returns a problem, or None."""
         self.follow()
-        done = subprocess.run(["fsck.fat", "-a", self.file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              timeout=60)
+        done = subprocess.run(["fsck.fat", "-a", self.file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)
         if done.returncode not in (0, 1):
             last = done.stdout.decode(errors="replace").strip().splitlines()[-1:]
             self.take_over()

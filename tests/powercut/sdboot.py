@@ -182,8 +182,8 @@ def compare_entries(a, b):
         if order:
             return order
     if a.sort_key is not None:
-        order = (compare(a.sort_key, b.sort_key) or compare((a.machine is not None, a.machine or ""), (b.machine is not None, b.machine or ""))
-                 or -compare_versions(a.version, b.version))
+        machines = [(e.machine is not None, e.machine or "") for e in (a, b)]
+        order = compare(a.sort_key, b.sort_key) or compare(*machines) or -compare_versions(a.version, b.version)
         if order:
             return order
     order = -compare_versions(a.id, b.id)
@@ -247,7 +247,8 @@ def listing(fs, directory, suffix):
         there = fs.list(directory)
     except Unreadable:
         return []
-    return [item.name for item in there if not item.directory and not item.name.startswith(".") and lower(item.name).endswith(suffix)]
+    files = [item.name for item in there if not item.directory and not item.name.startswith(".")]
+    return [name for name in files if lower(name).endswith(suffix)]
 
 
 def hidden(name, version):
@@ -299,7 +300,8 @@ def type1(found, fs, file, raw, version, loader):
     # the boot (initrd_prepare(), image_start(), run()).
     if not kind or not fs.exists(start):
         return None
-    files = [(kind, start)] + [("initrd", path) for path in initrds if kind == "linux"] + [("devicetree", tree)] * (tree is not None)
+    files = [(kind, start)] + [("initrd", path) for path in initrds if kind == "linux"]
+    files += [("devicetree", tree)] * (tree is not None)
     identity, name, left, done = names(file, ".conf", version)
     return Entry("type1", identity, name, fs, (options or "").rstrip(), files, fields.get("sort-key"), fields.get("machine-id"),
                  fields.get("version"), left, done)
@@ -322,7 +324,8 @@ def type2(fs, file, table, version):
     good_version = next((values[key] for key in ("IMAGE_VERSION", "VERSION", "VERSION_ID", "BUILD_ID") if key in values), None)
     identity, name, left, done = names(file, ".efi", version)
     # Its command line is a part of the file.
-    return Entry("type2", identity, name, fs, "", [("uki", path)], values.get("IMAGE_ID", values.get("ID")), None, good_version, left, done)
+    sort_key = values.get("IMAGE_ID", values.get("ID"))
+    return Entry("type2", identity, name, fs, "", [("uki", path)], sort_key, None, good_version, left, done)
 
 
 def automatic(found, version, loader):
@@ -338,8 +341,10 @@ def automatic(found, version, loader):
     off = ("0", "no", "n", "false", "f", "off")
     if switches.get("auto-entries") not in off:
         places = [("auto-osx", "\\System\\Library\\CoreServices\\boot.efi", [found.esp, found.xbootldr]),
-                  ("auto-windows", "\\EFI\\Microsoft\\Boot\\bootmgfw.efi", [found.esp]), ("auto-efi-shell", "\\shellx64.efi", [found.esp])]
-        if lower(efi_path(loader)) != lower(efi_path(FALLBACK)) and not is_sdboot(FALLBACK) and not is_sdboot("/EFI/BOOT/GRUBX64.EFI"):
+                  ("auto-windows", "\\EFI\\Microsoft\\Boot\\bootmgfw.efi", [found.esp]),
+                  ("auto-efi-shell", "\\shellx64.efi", [found.esp])]
+        itself = lower(efi_path(loader)) == lower(efi_path(FALLBACK))
+        if not itself and not is_sdboot(FALLBACK) and not is_sdboot("/EFI/BOOT/GRUBX64.EFI"):
             places.append(("auto-efi-default", efi_path(FALLBACK), [found.esp]))
         for name, path, systems in places:
             there = [fs for fs in systems if fs is not None and fs.exists(path)]
@@ -355,7 +360,8 @@ def listed(found, version=257, loader=FALLBACK):
         unified = (type2(*item, version) for item in found.type2 if item[0] is fs and not hidden(item[1], version))
         files = (type1(found, *item, version, loader) for item in found.type1 if item[0] is fs and not hidden(item[1], version))
         return [entry for entry in [*unified, *files] if entry]
-    return sort(on(found.esp) + (on(found.xbootldr) if found.xbootldr is not None else [])) + list(automatic(found, version, loader))
+    there = on(found.esp) + (on(found.xbootldr) if found.xbootldr is not None else [])
+    return sort(there) + list(automatic(found, version, loader))
 
 
 def choose(found, version=257, loader=FALLBACK):

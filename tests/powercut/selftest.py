@@ -120,7 +120,8 @@ class Tree:
 
     def list(self, path):
         start = f"{path}/".lstrip("/")
-        return [ext.Entry(name[len(start):], False, 0, 0) for name in self.files if name.startswith(start) and "/" not in name[len(start):]]
+        below = [name[len(start):] for name in self.files if name.startswith(start)]
+        return [ext.Entry(name, False, 0, 0) for name in below if "/" not in name]
 
     def digest(self, path):
         return ext.hashlib.sha256(self.read(path)).hexdigest()
@@ -162,7 +163,8 @@ def equal(found, expected):
 TREE = {"/EFI/BOOT/BOOTX64.EFI": noise(1, 70001), "/a.txt": b"a", "/empty": b"", "/Mixed Case Name.conf": b"x" * 511,
         "/loader/entries/6a9857a393724b7a981ebb5b8495b9ea-6.1.0-37-amd64.conf": b"y" * 513, "/ünïcödé-näme.txt": b"u" * 4097,
         "/UPPER.TXT": b"z" * 512, "/lower.txt": b"l", "/a/b/c/d/e/f/deep.file.name.with.dots": noise(2, 9000),
-        "/exactly-13-ch": b"13", "/exactly-26-characters-long": b"26", "/6a9857a393724b7a981ebb5b8495b9ea/6.1/linux": noise(3, 700000)}
+        "/exactly-13-ch": b"13", "/exactly-26-characters-long": b"26",
+        "/6a9857a393724b7a981ebb5b8495b9ea/6.1/linux": noise(3, 700000)}
 
 
 def test_reads_what_mtools_wrote():
@@ -221,7 +223,7 @@ def test_broken_chains():
     first, other = reader.find("/linux").cluster, reader.find("/other").cluster
     for value, problem in ((0, "there is a free cluster in its chain"), (0x0ffffff7, "there is a bad cluster in its chain"),
                            (0x0fffffff, "its chain ends after 4 clusters"), (0x0ffffff8, "its chain ends after 4 clusters"),
-                           (first + 1, "its chain runs in a circle"), (0x0abcdef, "cluster 11259375 in its chain does not exist")):
+                           (first + 1, "its chain runs in a circle"), (0xabcdef, "cluster 11259375 in its chain does not exist")):
         link(image, first + 3, value)
         equal(fails(Fat(image).read, "/linux"), f"/linux: {problem}")
         equal(fails(Fat(image).digest, "/linux"), f"/linux: {problem}")
@@ -458,7 +460,8 @@ def contents_of(image):
 
 def all_states(subsets=60, torn=1, seed=2):
     log, image = sample_log(), writelog.Image(bytearray(16 * 4096))
-    return log, image, [(what, contents_of(image)) for what in writelog.visit(image, log, writelog.states(log, random.Random(seed), subsets, torn))]
+    wanted = writelog.states(log, random.Random(seed), subsets, torn)
+    return log, image, [(what, contents_of(image)) for what in writelog.visit(image, log, wanted)]
 
 
 FULL = [1 if n % 3 == 0 else 8 for n in range(16)]
@@ -585,10 +588,13 @@ def test_oracle():
     equal(verdict({**OLD, "/loader/entries/arch.conf": OLD["/loader/entries/arch.conf"].replace(b" rw\n", b" rw  \t\n")}), None)
     # Staged under other names, and the entry turned to them.
     staged = OLD["/loader/entries/arch.conf"].replace(b"/vmlinuz-linux", b"/staged/1").replace(b"/initramfs-linux.img", b"/staged/2")
-    equal(verdict({**OLD, "/loader/entries/arch.conf": staged, "/staged/1": NEW["/vmlinuz-linux"], "/staged/2": NEW["/initramfs-linux.img"]}),
-          None)
-    says(verdict({**OLD, "/loader/entries/arch.conf": staged, "/staged/1": NEW["/vmlinuz-linux"], "/staged/2": NEW["/initramfs-linux.img"][:-1]}),
-         "initrd \\staged\\2 is neither")
+    turned = {**OLD, "/loader/entries/arch.conf": staged, "/staged/1": NEW["/vmlinuz-linux"], "/staged/2": NEW["/initramfs-linux.img"]}
+    equal(verdict(turned), None)
+    says(verdict({**turned, "/staged/2": NEW["/initramfs-linux.img"][:-1]}), "initrd \\staged\\2 is neither")
+    # One that was broken before is not good because it still is.
+    broken = {**OLD, "/loader/entries/broken.conf": b"linux /vmlinuz-linux\ninitrd /none\n"}
+    equal(verdict(broken, broken, broken), None)
+    says(verdict({**broken, "/loader/loader.conf": b"default broken.conf\n"}, broken, broken), "broken.conf: the initrd can't be read")
     # Another whole entry is good enough, unless told otherwise; an unknown one isn't.
     rescue = {**OLD, "/rescue": b"rescue", "/loader/entries/rescue.conf": b"linux /rescue\n"}
     lost = {path: c for path, c in rescue.items() if "arch.conf" not in path}
@@ -621,6 +627,13 @@ def test_oracle_on_a_first_sync():
     equal(verdict({}, {"/EFI/BOOT/BOOTX64.EFI": loader(1)}), None)
 
 
+def point(image, name, entry):
+    """Lets a directory entry name the clusters of another file."""
+    offset = name_records(image, name)
+    image.write(offset + 20, struct.pack("<H", entry.cluster >> 16))
+    image.write(offset + 26, struct.pack("<HI", entry.cluster & 0xffff, entry.size))
+
+
 def judged(before, after, image, fsck=True):
     scratches = [oracle.Scratch(image, ESP)] if fsck else []
     problem = oracle.judge_image(before, after, image, ESP, None, scratches)
@@ -637,10 +650,8 @@ def test_fsck_truncates_what_is_cross_linked():
     equal(judged(before, before, image), None)
     reader = Fat(image)
     # As in the middle of a rename: a second name, before the first one in the directory, for the same clusters.
-    offset = name_records(image, b"NEW        ")
     entry = reader.find("/initramfs-linux.img")
-    image.write(offset + 20, struct.pack("<H4xHI", entry.cluster >> 16, entry.cluster & 0xffff, entry.size).replace(bytes(4), image[offset + 22:offset + 26], 1)
-                if entry.cluster >> 16 else struct.pack("<H", 0) + image[offset + 22:offset + 26] + struct.pack("<HI", entry.cluster, entry.size))
+    point(image, b"NEW        ", entry)
     crossed = bytes(image.data)
     equal(Fat(image).read("/new"), OLD["/initramfs-linux.img"])
     equal(judged(before, before, image, fsck=False), None)
@@ -655,10 +666,8 @@ def test_fsck_truncates_what_is_cross_linked():
     image.rollback()
     assert bytes(image.data) == start
     # The other way round.
-    image.write(name_records(image, b"INITRA~1IMG") + 26, struct.pack("<H", reader.find("/new").cluster))
-    image.write(name_records(image, b"INITRA~1IMG") + 28, struct.pack("<I", 95000))
-    image.write(name_records(image, b"VMLINU~1   ") + 26, struct.pack("<H", reader.find("/new").cluster))
-    image.write(name_records(image, b"VMLINU~1   ") + 28, struct.pack("<I", 95000))
+    point(image, b"INITRA~1IMG", reader.find("/new"))
+    point(image, b"VMLINU~1   ", reader.find("/new"))
     twins = {**OLD, "/vmlinuz-linux": noise(12, 95000), "/initramfs-linux.img": noise(12, 95000)}
     equal(judged(boots(twins), boots(twins), image, fsck=False), None)
     says(judged(boots(twins), boots(twins), image), "after fsck")
@@ -736,10 +745,6 @@ def test_an_unsafe_order_is_found():
     flush = next(n for n, entry in enumerate(disk.entries) if entry[2])
     del disk.entries[flush]
     assert proven(disk, subsets=60, fsck=False)[1]
-    # Two entries where one was: the staged files must be there as long as one refers to them.
-    disk = staged_names()
-    del disk.entries[-4:-2]
-    assert disk.entries
 
 
 def main():
@@ -754,10 +759,8 @@ def main():
             print(f"ok   {title} ({time.monotonic() - begun:.1f} s)", flush=True)
         except Exception as problem:
             failed += 1
-            last = problem.__traceback__
-            while last.tb_next:
-                last = last.tb_next
-            print(f"FAIL {title}: {type(problem).__name__} in line {problem.__traceback__.tb_next.tb_lineno}: {problem}", flush=True)
+            line = problem.__traceback__.tb_next.tb_lineno
+            print(f"FAIL {title}: {type(problem).__name__} in line {line}: {problem}", flush=True)
     print(f"{passed} passed, {failed} failed")
     return failed > 0
 

@@ -165,7 +165,8 @@ def states(log, rng, subsets=40, torn=1):
         for index in range(first, last):
             if torn:
                 for what, sectors in tears(log.writes[index], rng, torn):
-                    yield State(f"the first {index} writes, and the next torn ({what})", index, pieces(log.writes[index], sectors))
+                    extra = pieces(log.writes[index], sectors)
+                    yield State(f"the first {index} writes, and the next torn ({what})", index, extra)
             yield State(f"the first {index + 1} writes", index + 1, [])
 
 
