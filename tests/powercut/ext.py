@@ -36,8 +36,8 @@ def copy_out(buffer, start, size, file):
 
 
 class Ext:
-    """The file system in a part of `buffer`, after its journal was replayed and errors were repaired, as the boot of another system
-    would; `repaired` says whether there were errors."""
+    """The file system in a part of `buffer`, after its journal was replayed and errors were repaired, as the boot of another
+    system would; `repaired` says whether there were errors."""
 
     def __init__(self, buffer, start=0, size=None):
         size = len(buffer) - start if size is None else size

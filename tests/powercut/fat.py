@@ -54,8 +54,8 @@ def long_name(parts, short):
 
 
 def entries(raw):
-    """The entries of a directory's content, and whether one that ends it was found: deleted ones, labels, and the names . and .. are left
-    out."""
+    """The entries of a directory's content, and whether one that ends it was found: deleted ones, labels, and the names . and ..
+    are left out."""
     found, parts = [], []
     for position in range(0, len(raw) - 31, 32):
         record = raw[position:position + 32]
@@ -82,7 +82,8 @@ def split(path):
 
 
 class Fat:
-    """A file system in `buffer`, which is anything that can be sliced, from `start` on. `notes` tells of what firmware wouldn't mind."""
+    """A file system in `buffer`, which is anything that can be sliced, from `start` on. `notes` tells of what firmware wouldn't
+    mind."""
 
     def __init__(self, buffer, start=0, size=None):
         self.buffer, self.start, self.notes = buffer, start, []
@@ -91,7 +92,7 @@ class Fat:
         if len(boot) < 512:
             raise Unreadable("the file system has no boot sector")
         self.sector, per_cluster, reserved, fats, root, few, media, length, many = struct.unpack_from("<HBHBHHBH8xI", boot, 11)
-        if self.sector not in (512, 1024, 2048, 4096) or not per_cluster or per_cluster & per_cluster - 1 or not (reserved and fats):
+        if self.sector not in (512, 1024, 2048, 4096) or per_cluster & per_cluster - 1 or not (per_cluster and reserved and fats):
             raise Unreadable("the boot sector is not that of a FAT file system")
         if media != 0xf0 and media < 0xf8:
             raise Unreadable("the boot sector names no medium")
@@ -126,7 +127,8 @@ class Fat:
         return pair >> 4 if cluster & 1 else pair & 0xfff
 
     def follow(self, first, wanted):
-        """(extents, problem, longer): where up to `wanted` clusters of a chain lie, what is wrong with it, and whether it goes on."""
+        """(extents, problem, longer): where up to `wanted` clusters of a chain lie, what is wrong with it, and whether it goes
+        on."""
         table = bytes(self.buffer[self.table[0]:sum(self.table)])
         last_cluster, end, bad = self.clusters + 1, (1 << min(self.bits, 28)) - 8, (1 << min(self.bits, 28)) - 9
         runs, cluster, count, seen, problem = [], first, 0, bytearray(self.clusters + 2), None

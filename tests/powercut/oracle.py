@@ -16,7 +16,8 @@ LOADERS = (sdboot.FALLBACK, sdboot.INSTALLED)
 
 # The file systems of a state: `xbootldr` is None where there is none, or where it can't be read.
 Volumes = collections.namedtuple("Volumes", "esp xbootldr")
-# What of a disk matters to the boot: the hashes of its boot loaders by path, the systems that are listed, whole, and those that are taken.
+# What of a disk matters to the boot: the hashes of its boot loaders by path, the systems that are listed, whole, and those that
+# are taken.
 Boots = collections.namedtuple("Boots", "loaders systems taken")
 # What an entry boots. Paths don't matter, but the contents of the files do.
 System = collections.namedtuple("System", "kind name options files")
@@ -130,8 +131,8 @@ def judge_entry(before, after, entry, strict):
 
 
 def judge(before, after, state, strict=False):
-    """None if the state boots, unattended, what was listed before or after; or a sentence about what would be wrong. `strict` allows
-    only what would be taken before or after, and not another entry that is whole."""
+    """None if the state boots, unattended, what was listed before or after; or a sentence about what would be wrong. `strict`
+    allows only what would be taken before or after, and not another entry that is whole."""
     loaders = boot_loaders(state.esp)
     if not bootable(before):
         # Nothing to lose: it is enough that a machine doesn't start what leads nowhere.
@@ -193,7 +194,8 @@ class Scratch:
             yield first, position
 
     def repair(self):
-        """Runs fsck.fat as a boot does, and takes what it changed over into the image, to be undone there; returns a problem, or None."""
+        """Runs fsck.fat as a boot does, and takes what it changed over into the image, to be undone there; returns a problem, or
+        None."""
         self.follow()
         done = subprocess.run(["fsck.fat", "-a", self.file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=60)
@@ -237,8 +239,8 @@ def judge_image(before, after, image, esp, xbootldr=None, scratches=None, strict
 
 
 def prove(image, log, esp, xbootldr=None, seed=1, subsets=40, torn=1, fsck=True, strict=False):
-    """(number of states, [(what, problem)]) of all the states that a cut may leave of these writes; the image is as it was before them,
-    and is left with all of them written."""
+    """(number of states, [(what, problem)]) of all the states that a cut may leave of these writes; the image is as it was before
+    them, and is left with all of them written."""
     before = survey(volumes(image, esp, xbootldr))
     for write in log.writes:
         image.write(*writelog.whole(write))

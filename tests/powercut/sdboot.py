@@ -1,8 +1,8 @@
 """Which entry systemd-boot takes when nobody presses a key, and no variable of the firmware says otherwise.
 
-Follows the source of systemd: src/boot/efi/boot.c of v252, src/boot/boot.c of v257. Where the two differ, `version` says which is meant.
-A file system is anything with exists(path), list(path) that gives things with `name` and `directory`, read(path, offset, size) and
-digest(path), which raise fat.Unreadable.
+Follows the source of systemd: src/boot/efi/boot.c of v252, src/boot/boot.c of v257. Where the two differ, `version` says which is
+meant. A file system is anything with exists(path), list(path) that gives things with `name` and `directory`, read(path, offset,
+size) and digest(path), which raise fat.Unreadable.
 """
 
 import collections
@@ -20,7 +20,8 @@ LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 # `name` is the id without a boot counter; `files` are (role, path) on the file system `fs`.
 Entry = collections.namedtuple("Entry", "kind id name fs options files sort_key machine version left done")
-# What the file systems hold: the content of loader.conf, (fs, file name, lines of the file) of type 1, (fs, file name, sections) of type 2.
+# What the file systems hold: the content of loader.conf, (fs, file name, lines of the file) of type 1, (fs, file name, sections)
+# of type 2.
 Found = collections.namedtuple("Found", "esp xbootldr config type1 type2")
 
 
@@ -61,7 +62,7 @@ def counter(name, suffix):
 
 
 def names(file, suffix, version):
-    """(id, id without counter, tries left, tries done). From 253 on the counter isn't part of the id, which then keeps its case."""
+    """(id, id without counter, tries left, tries done). For 257 the counter isn't part of the id, which then keeps its case."""
     found = counter(file, suffix)
     if not found:
         return lower(file), lower(file), -1, -1
@@ -70,7 +71,8 @@ def names(file, suffix, version):
 
 
 def tokens(pattern):
-    """The parts of a pattern between its asterisks, as lists of what a character may be: a list of ranges, or None for anything."""
+    """The parts of a pattern between its asterisks, as lists of what a character may be: a list of ranges, or None for
+    anything."""
     parts, position = [[]], 0
     while position < len(pattern):
         c = pattern[position]
@@ -296,8 +298,8 @@ def type1(found, fs, file, raw, version, loader):
             initrds.append(efi_path(value))
         elif key == "options":
             options = value if options is None else f"{options} {value}"
-    # Of the files only this one is looked for, and it is not read. An initrd that isn't there is noticed after the choice, and ends
-    # the boot (initrd_prepare(), image_start(), run()).
+    # Of the files only this one is looked for, and it is not read. An initrd that isn't there is noticed after the choice, and
+    # ends the boot (initrd_prepare(), image_start(), run()).
     if not kind or not fs.exists(start):
         return None
     files = [(kind, start)] + [("initrd", path) for path in initrds if kind == "linux"]

@@ -191,6 +191,19 @@ def test_reads_a_part_of_a_disk():
     whole = writelog.Image(bytearray(MIB) + disk.bytes() + bytearray(MIB))
     equal(Fat(whole, MIB, 40 * MIB).read("/a.txt"), b"a")
     assert fails(Fat, whole, 0, MIB) and fails(Fat, whole, MIB, 39 * MIB)
+    # From files, of which neither changes.
+    with tempfile.TemporaryDirectory() as tmp:
+        path, log = Path(tmp, "disk"), Path(tmp, "log")
+        path.write_bytes(whole.data)
+        log.write_bytes(make_log([(41 * MIB, b"x" * 512, 0), (0, b"y" * 512, 0)]))
+        for image, start in ((writelog.open_image(path), MIB), (writelog.open_image(path, MIB, 40 * MIB), 0)):
+            equal(Fat(image, start, 40 * MIB).read("/a.txt"), b"a")
+            image.write(start, bytes(512))
+            assert fails(Fat, image, start, 40 * MIB)
+            image.rollback()
+            equal(Fat(image, start, 40 * MIB).read("/a.txt"), b"a")
+        equal([(w.offset, w.size) for w in writelog.read_log(log, 40 * MIB).writes], [(MIB, 512)])
+        assert path.read_bytes() == bytes(whole.data)
 
 
 def name_records(image, name):
@@ -223,7 +236,7 @@ def test_broken_chains():
     first, other = reader.find("/linux").cluster, reader.find("/other").cluster
     for value, problem in ((0, "there is a free cluster in its chain"), (0x0ffffff7, "there is a bad cluster in its chain"),
                            (0x0fffffff, "its chain ends after 4 clusters"), (0x0ffffff8, "its chain ends after 4 clusters"),
-                           (first + 1, "its chain runs in a circle"), (0xabcdef, "cluster 11259375 in its chain does not exist")):
+                           (first + 1, "its chain runs in a circle"), (999999, "cluster 999999 in its chain does not exist")):
         link(image, first + 3, value)
         equal(fails(Fat(image).read, "/linux"), f"/linux: {problem}")
         equal(fails(Fat(image).digest, "/linux"), f"/linux: {problem}")
@@ -304,14 +317,16 @@ def test_reads_ext4():
 
 # From systemd's own test, src/boot/efi/test-efi-string.c.
 MATCHES = [("", "", 1), ("abc", "abc", 1), ("aBc", "abc", 0), ("b", "a", 0), ("b", "", 0), ("abc", "a", 0), ("a?c", "azc", 1),
-           ("???", "?.9", 1), ("1?", "1", 0), ("***", "", 1), ("*", "123", 1), ("**", "abcd", 1), ("*b*", "abcd", 1), ("abc*d", "abc", 0),
-           ("start*end", "startend", 1), ("start*end", "startendend", 1), ("start*end", "startenddne", 0),
+           ("???", "?.9", 1), ("1?", "1", 0), ("***", "", 1), ("*", "123", 1), ("**", "abcd", 1), ("*b*", "abcd", 1),
+           ("abc*d", "abc", 0), ("start*end", "startend", 1), ("start*end", "startendend", 1), ("start*end", "startenddne", 0),
            ("start*end", "startendstartend", 1), ("start*end", "starten", 0), ("*.conf", "arch.conf", 1), ("ab*cde", "abzcd", 0),
            ("debian-*.conf", "debian-wheezy.conf", 1), ("debian-*.*", "debian-wheezy.efi", 1), ("\\*\\a\\[", "*a[", 1),
-           ("[abc] [abc] [abc]", "a b c", 1), ("abc]", "abc]", 1), ("[abc]", "z", 0), ("[abc", "a", 0), ("[][!] [][!] [][!]", "[ ] !", 1),
+           ("[abc] [abc] [abc]", "a b c", 1), ("abc]", "abc]", 1), ("[abc]", "z", 0), ("[abc", "a", 0),
+           ("[][!] [][!] [][!]", "[ ] !", 1),
            ("[]-] []-]", "] -", 1), ("[1\\]] [1\\]]", "1 ]", 1), ("[$-\\+]", "&", 1), ("[1-3A-C] [1-3A-C]", "2 B", 1),
            ("[3-5] [3-5] [3-5]", "3 4 5", 1), ("[a-c-f] [a-c-f] [a-c-f] [a-c-f] [a-c-f]", "a b c - f", 1), ("[a-c-f]", "e", 0),
-           ("[--0] [--0] [--0]", "- . 0", 1), ("[+--] [+--] [+--]", "+ , -", 1), ("[f-l]", "m", 0), ("[b]", "z-a", 0), ("[a\\-z]", "b", 0),
+           ("[--0] [--0] [--0]", "- . 0", 1), ("[+--] [+--] [+--]", "+ , -", 1), ("[f-l]", "m", 0), ("[b]", "z-a", 0),
+           ("[a\\-z]", "b", 0),
            ("?a*b[.-0]c", "/a/b/c", 1), ("debian-*-*-*.*", "debian-jessie-2018-06-17-kernel-image-5.10.0-16-amd64.efi", 1),
            ("a*" * 30, "a" * 29, 0), ("a*" * 30, "a" * 300, 1)]
 
@@ -323,11 +338,13 @@ def test_patterns():
 
 def test_versions():
     # From the comment at strverscmp_improved(), the oldest first.
-    ordered = ["122.1", "123~rc1-1", "123", "123-a", "123-a.1", "123-1", "123-1.1", "123^post1", "123.a-1", "123.1-1", "123a-1", "124-1"]
+    ordered = ["122.1", "123~rc1-1", "123", "123-a", "123-a.1", "123-1", "123-1.1", "123^post1", "123.a-1", "123.1-1",
+               "123a-1", "124-1"]
     for i, a in enumerate(ordered):
         for j, b in enumerate(ordered):
             equal((a, b, sdboot.compare_versions(a, b)), (a, b, (i > j) - (i < j)))
-    for a, b, expected in (("", None, 0), ("a", "", 1), ("00123", "123", 0), ("123_a", "123a", 0), ("12", "9", 1), ("1.0", "1", 1),
+    for a, b, expected in (("", None, 0), ("a", "", 1), ("00123", "123", 0), ("123_a", "123a", 0), ("12", "9", 1),
+                           ("1.0", "1", 1),
                            ("a~", "a", -1), ("0", "a", 1), ("abc", "abcde", -1), ("x-6.1.0-37", "x-6.1.0-9", 1)):
         equal((a, b, sdboot.compare_versions(a, b)), (a, b, expected))
         equal(sdboot.compare_versions(b, a), -expected)
@@ -355,8 +372,10 @@ def entry_files(**files):
 def test_order():
     plain = {f"loader/entries/{name}.conf": conf() for name in ("a-1", "a-10", "a-9", "b")}
     equal(ids(plain), ["b.conf", "a-10.conf", "a-9.conf", "a-1.conf"])
-    sorted_ = {"loader/entries/z.conf": conf(sort_key="arch", version="2"), "loader/entries/y.conf": conf(sort_key="arch", version="10"),
-               "loader/entries/x.conf": conf(sort_key="arch", machine_id="1", version="99"), "loader/entries/w.conf": conf(sort_key="Arch")}
+    sorted_ = {"loader/entries/z.conf": conf(sort_key="arch", version="2"),
+               "loader/entries/y.conf": conf(sort_key="arch", version="10"),
+               "loader/entries/x.conf": conf(sort_key="arch", machine_id="1", version="99"),
+               "loader/entries/w.conf": conf(sort_key="Arch")}
     equal(ids({**plain, **sorted_}), ["w.conf", "y.conf", "z.conf", "x.conf", "b.conf", "a-10.conf", "a-9.conf", "a-1.conf"])
     counted = {f"loader/entries/{name}.conf": conf() for name in ("a-10+0-3", "a-9+2-1", "a-9+3", "a-1", "a-10+bad", "c+1-")}
     equal(ids(counted), ["c+1-.conf", "a-10+bad.conf", "a-9.conf", "a-9.conf", "a-1.conf", "a-10.conf"])
@@ -380,14 +399,16 @@ def test_listing():
         expected = ["u.efi", "x64.conf", "no-initrd.conf", "auto-upper.conf", "a.conf"]
         equal(ids(files, version), [e for e in expected if version == 252 or e != "auto-upper.conf"])
         equal("self.conf" in ids(files, version, loader=sdboot.INSTALLED), True)
-    found = sdboot.scan(Tree({"k": b"", "loader/entries/a.conf": b"\xef\xbb\xbftitle x\n# no\n\toptions  a  b \r\noptions 'c'\nlinux k\n"
+    found = sdboot.scan(Tree({"k": b"", "loader/entries/a.conf": b"\xef\xbb\xbftitle x\n"
+                              b"# no\n\toptions  a  b \r\noptions 'c'\nlinux k\n"
                               b"initrd //i1\ninitrd \\i2\ndevicetree d\nsort-key \"s\"\n\0options z\n"}))
     entry = sdboot.listed(found)[0]
     equal((entry.options, entry.files, entry.sort_key),
           ("a  b c", [("linux", "k"), ("initrd", "\\i1"), ("initrd", "\\i2"), ("devicetree", "d")], "s"))
     equal(sdboot.listed(found, 252)[0].options, "a  b 'c'")
-    equal([(role, digest, problem) for role, _, digest, problem in sdboot.contents(entry)][1], ("initrd", None, "\\i1: no such file"))
-    two = {"EFI/Linux/a.efi": uki(b"IMAGE_ID=m\nID=n\nVERSION_ID=2\nIMAGE_VERSION=10\n"), "EFI/Linux/b+3.efi": uki(b"ID=m\nVERSION_ID=9")}
+    equal(sdboot.contents(entry)[1], ("initrd", "\\i1", None, "\\i1: no such file"))
+    two = {"EFI/Linux/a.efi": uki(b"IMAGE_ID=m\nID=n\nVERSION_ID=2\nIMAGE_VERSION=10\n"),
+           "EFI/Linux/b+3.efi": uki(b"ID=m\nVERSION_ID=9")}
     equal([(e.id, e.sort_key, e.version, e.left) for e in sdboot.listed(sdboot.scan(Tree(two)))[:2]],
           [("a.efi", "m", "10", -1), ("b.efi", "m", "9", 3)])
     profiles = pe([(b".osrel", b"ID=base\n"), (b".profile", b"ID=main\n"), (b".osrel", b"ID=main\n"), (b".profile", b"ID=2\n"),
@@ -425,7 +446,8 @@ def test_choice():
 
 def test_log():
     for sector in (512, 4096):
-        log = writelog.parse(make_log([(0, b"", writelog.FLUSH), (sector * 2, b"a" * sector * 3, 0), (0, b"b" * sector, writelog.FUA),
+        log = writelog.parse(make_log([(0, b"", writelog.FLUSH), (sector * 2, b"a" * sector * 3, 0),
+                                       (0, b"b" * sector, writelog.FUA),
                                        (0, b"", writelog.FLUSH), (0, b"", writelog.FLUSH), (sector, b"x" * sector, writelog.MARK),
                                        (sector * 8, 4 * sector, writelog.DISCARD), (0, b"c" * sector, writelog.FLUSH),
                                        (0, b"d" * sector, 0)], sector))
@@ -546,11 +568,12 @@ def test_image():
 
 # The oracle
 
-OLD = {"/EFI/BOOT/BOOTX64.EFI": loader(1), "/EFI/systemd/systemd-bootx64.efi": loader(1), "/loader/loader.conf": b"default arch.conf\n",
-       "/loader/entries/arch.conf": b"title Arch\nlinux /vmlinuz-linux\ninitrd /initramfs-linux.img\noptions root=LABEL=a rw\n" + b"\n" * 400,
+OLD = {"/EFI/BOOT/BOOTX64.EFI": loader(1), "/EFI/systemd/systemd-bootx64.efi": loader(1),
+       "/loader/loader.conf": b"default arch.conf\n",
+       "/loader/entries/arch.conf": b"linux /vmlinuz-linux\ninitrd /initramfs-linux.img\noptions root=LABEL=a rw\n" + b"\n" * 400,
        "/vmlinuz-linux": noise(10, 90000), "/initramfs-linux.img": noise(11, 200000)}
-NEW = {**OLD, "/EFI/BOOT/BOOTX64.EFI": loader(2), "/EFI/systemd/systemd-bootx64.efi": loader(2), "/vmlinuz-linux": noise(12, 95000),
-       "/initramfs-linux.img": noise(13, 210000)}
+NEW = {**OLD, "/EFI/BOOT/BOOTX64.EFI": loader(2), "/EFI/systemd/systemd-bootx64.efi": loader(2),
+       "/vmlinuz-linux": noise(12, 95000), "/initramfs-linux.img": noise(13, 210000)}
 ESP = oracle.Part(0, 40 * MIB)
 
 
@@ -587,21 +610,25 @@ def test_oracle():
     says(verdict({**OLD, "/loader/entries/arch.conf": changed}, after=after), "neither the old nor the new one")
     equal(verdict({**OLD, "/loader/entries/arch.conf": OLD["/loader/entries/arch.conf"].replace(b" rw\n", b" rw  \t\n")}), None)
     # Staged under other names, and the entry turned to them.
-    staged = OLD["/loader/entries/arch.conf"].replace(b"/vmlinuz-linux", b"/staged/1").replace(b"/initramfs-linux.img", b"/staged/2")
-    turned = {**OLD, "/loader/entries/arch.conf": staged, "/staged/1": NEW["/vmlinuz-linux"], "/staged/2": NEW["/initramfs-linux.img"]}
+    staged = OLD["/loader/entries/arch.conf"].replace(b"/vmlinuz-linux", b"/staged/1")
+    staged = staged.replace(b"/initramfs-linux.img", b"/staged/2")
+    turned = {**OLD, "/loader/entries/arch.conf": staged, "/staged/1": NEW["/vmlinuz-linux"],
+              "/staged/2": NEW["/initramfs-linux.img"]}
     equal(verdict(turned), None)
     says(verdict({**turned, "/staged/2": NEW["/initramfs-linux.img"][:-1]}), "initrd \\staged\\2 is neither")
     # One that was broken before is not good because it still is.
     broken = {**OLD, "/loader/entries/broken.conf": b"linux /vmlinuz-linux\ninitrd /none\n"}
     equal(verdict(broken, broken, broken), None)
-    says(verdict({**broken, "/loader/loader.conf": b"default broken.conf\n"}, broken, broken), "broken.conf: the initrd can't be read")
+    chosen = {**broken, "/loader/loader.conf": b"default broken.conf\n"}
+    says(verdict(chosen, broken, broken), "broken.conf: the initrd can't be read")
     # Another whole entry is good enough, unless told otherwise; an unknown one isn't.
     rescue = {**OLD, "/rescue": b"rescue", "/loader/entries/rescue.conf": b"linux /rescue\n"}
     lost = {path: c for path, c in rescue.items() if "arch.conf" not in path}
     equal(verdict(lost, rescue, rescue), None)
     says(verdict(lost, rescue, rescue, strict=True), "is taken neither before nor after")
     says(verdict(lost), "rescue.conf is listed neither")
-    says(verdict({**lost, "/shellx64.efi": b"s", "/loader/entries/rescue.conf": b""}, {**rescue, "/shellx64.efi": b"s"}), "auto-efi-shell")
+    shell = {"/shellx64.efi": b"s"}
+    says(verdict({**lost, **shell, "/loader/entries/rescue.conf": b""}, {**rescue, **shell}), "auto-efi-shell")
     # Counters are not a part of what an entry is.
     counted = {path.replace("arch.conf", "arch+2-1.conf"): c for path, c in OLD.items()}
     equal(verdict(counted), None)
@@ -682,7 +709,7 @@ def test_fsck_follows_the_image():
     reader, scratch, outcomes = Fat(image), oracle.Scratch(image, part), set()
     for _ in range(25):
         for _ in range(random_.randrange(3)):
-            image.write(reader.table[0] + 4 * random_.randrange(3, 700), struct.pack("<I", random_.choice((0, 5, 0x0fffffff, 300))))
+            link(image, random_.randrange(3, 700), random_.choice((0, 5, 0x0fffffff, 300)))
         fresh = oracle.Scratch(image, part)
         mark = image.mark()
         results = []

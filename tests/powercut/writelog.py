@@ -1,8 +1,8 @@
 """Logs of what a disk was told to write, and the states in which a power cut may leave the disk.
 
-The log is QEMU's (the driver blklogwrites), in the format of Linux' dm-log-writes. QEMU writes an entry when the write is done, counts
-in sectors of the log's own size, writes the data of a "write zeroes" as zeros, and writes neither data for a discard nor the FUA flag:
-a guest's FUA write is followed by a flush.
+The log is QEMU's (the driver blklogwrites), in the format of Linux' dm-log-writes. QEMU writes an entry when the write is done,
+counts in sectors of the log's own size, writes the data of a "write zeroes" as zeros, and writes neither data for a discard nor
+the FUA flag: a guest's FUA write is followed by a flush.
 """
 
 import collections
@@ -16,8 +16,8 @@ CHUNK = 1 << 16
 MAGIC = 0x6a736677736872
 FLUSH, FUA, DISCARD, MARK = 1, 2, 4, 8
 
-# `data` is None for a discard, after which the sectors read as zeros, as they do with a file below. `after` is the number of writes
-# that a flush has made durable before this one began.
+# `data` is None for a discard, after which the sectors read as zeros, as they do with a file below. `after` is the number of
+# writes that a flush has made durable before this one began.
 Write = collections.namedtuple("Write", "offset size data fua after")
 # The first `prefix` writes are on the disk, and then these (offset, data) too.
 State = collections.namedtuple("State", "what prefix extra")
@@ -93,7 +93,8 @@ def whole(write):
 
 
 def tears(write, rng, count):
-    """(what, sectors) for ways in which only some sectors of a write reach the disk; a single sector is written whole or not at all."""
+    """(what, sectors) for ways in which only some sectors of a write reach the disk; a single sector is written whole or not at
+    all."""
     total = -(-write.size // SECTOR)
     if write.data is None or total < 2:
         return
@@ -157,8 +158,8 @@ def subset_states(log, rng, number, count, torn):
 
 
 def states(log, rng, subsets=40, torn=1):
-    """Yields the states, by growing prefix: every prefix; prefixes with a part of the next write, in two ways and `torn` random ones
-    (0: never); and of each epoch up to `subsets` selections of its writes, on top of all that was flushed before it."""
+    """Yields the states, by growing prefix: every prefix; prefixes with a part of the next write, in two ways and `torn` random
+    ones (0: never); and of each epoch up to `subsets` selections of its writes, on top of all that was flushed before it."""
     yield State("nothing written", 0, [])
     for number, (first, last) in enumerate(zip(log.bounds, log.bounds[1:])):
         yield from subset_states(log, rng, number, subsets, torn)
@@ -171,8 +172,8 @@ def states(log, rng, subsets=40, torn=1):
 
 
 class Image:
-    """A disk in memory that changes can be undone on. What was computed from a part of it is kept for as long, and again as soon, as
-    that part has the same content."""
+    """A disk in memory that changes can be undone on. What was computed from a part of it is kept for as long, and again as soon,
+    as that part has the same content."""
 
     def __init__(self, data):
         self.data = data
