@@ -24,12 +24,27 @@ System = collections.namedtuple("System", "kind name options files")
 Part = collections.namedtuple("Part", "start size kind", defaults=["fat"])
 
 
+# The last ext4 file system that was read, which takes long: most writes are to others.
+LAST = {}
+
+
+def ext_volume(image, part):
+    key = (part, image.identities(part.start, part.size))
+    if key not in LAST:
+        LAST.clear()
+        LAST[key] = ext.Ext(image, part.start, part.size)
+    return LAST[key]
+
+
 def volumes(image, esp, xbootldr=None):
     """The file systems in these parts of an image; raises Unreadable if the ESP can't be read."""
     second = None
     if xbootldr:
         try:
-            second = (ext.Ext if xbootldr.kind == "ext" else Fat)(image, xbootldr.start, xbootldr.size)
+            if xbootldr.kind == "ext":
+                second = ext_volume(image, xbootldr)
+            else:
+                second = Fat(image, xbootldr.start, xbootldr.size)
         except Unreadable:
             pass
     return Volumes(Fat(image, esp.start, esp.size), second)

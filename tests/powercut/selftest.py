@@ -727,6 +727,33 @@ def test_fsck_follows_the_image():
     says(judged(before, before, image), "the ESP can't be read")
 
 
+def test_an_xbootldr_partition():
+    on_esp = {path: content for path, content in OLD.items() if "EFI" in path or "loader.conf" in path}
+    esp, rest = oracle.Part(MIB, 36 * MIB), {path: content for path, content in OLD.items() if path not in on_esp}
+    for kind in ("fat", "ext"):
+        second = oracle.Part(37 * MIB, 36 * MIB, kind)
+        if kind == "fat":
+            content = Disk(rest, 36).bytes()
+        else:
+            with tempfile.TemporaryDirectory() as tmp:
+                for path, data in rest.items():
+                    (Path(tmp, "tree") / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(tmp, "tree") / path[1:]).write_bytes(data)
+                sh("mke2fs", "-q", "-t", "ext4", "-d", Path(tmp, "tree"), Path(tmp, "image"), "36M")
+                content = Path(tmp, "image").read_bytes()
+        image = writelog.Image(bytearray(MIB) + bytearray(Disk(on_esp, 36).bytes()) + bytearray(content))
+        before = oracle.survey(oracle.volumes(image, esp, second))
+        equal(([s.name for s in before.systems], before.taken), (["arch.conf"], before.systems))
+        equal(oracle.judge_image(before, before, image, esp, second), None)
+        image.write(bytes(image.data).index(OLD["/initramfs-linux.img"][:512]) + 5, b"other")
+        says(oracle.judge_image(before, before, image, esp, second), "arch.conf: initrd \\initramfs-linux.img is neither old nor new")
+        image.rollback()
+        image.write(second.start, 36 * MIB)
+        says(oracle.judge_image(before, before, image, esp, second), "auto-reboot-to-firmware-setup would be taken")
+        image.rollback()
+        equal(oracle.judge_image(before, before, image, esp, second), None)
+
+
 def fixed_names():
     """As cp does: one file after the other, in place."""
     disk = Disk(OLD)
