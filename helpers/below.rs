@@ -20,6 +20,13 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
 
 /// What the names of files that a write leaves behind when it is cut begin with. The boot loader skips names that begin with a dot.
 pub const TEMPORARY: &str = ".dualroot-";
+/// What they begin with on FAT when a cut has left only the short name (8.3) of the two that a file has there, in lower case.
+const SHORTENED: &str = "dualro~";
+
+/// Whether a name is one of a file that a write has left behind.
+pub fn is_temporary(name: &str) -> bool {
+    name.starts_with(TEMPORARY) || name.to_lowercase().starts_with(SHORTENED)
+}
 
 /// One change to a file system, by a path relative to the handle.
 #[derive(Clone, PartialEq, Eq)]
@@ -329,8 +336,12 @@ impl Below {
 
     fn replace(&self, path: &str, content: &Content, like: Option<&Path>) -> Result<()> {
         let (dir, name) = self.parent(path)?;
-        let temporary = format!("{TEMPORARY}{name}");
+        let mut names = self.names_behind(&dir, name)?;
+        let temporary = names.pop().context("there is no temporary name")?;
         let fresh = self.write_new(&dir, &temporary, content)?;
+        for name in names {
+            unlinkat(&dir, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
+        }
         // Kept open until the rename has reached the medium: vfat then leaves its clusters alone.
         let old = self.file(path)?;
         let model = match (&old, like) {
@@ -348,6 +359,27 @@ impl Below {
         self.barrier()?;
         drop(old);
         Ok(())
+    }
+
+    /// Temporary names, of which the last is for what is to be renamed to `name`. On FAT both have the same clusters for a moment, and
+    /// fsck.fat(8) then empties the one that comes second in the directory: that has to be the temporary one. Where it comes is found out
+    /// by making it; the names before it in the list only keep the places in front taken. None ends in `.efi`: a cut can leave the short
+    /// name alone, and the boot loader would list that.
+    fn names_behind(&self, dir: &OwnedFd, name: &str) -> Result<Vec<String>> {
+        let mut tried = vec![format!("{TEMPORARY}{name}.new")];
+        if nix::sys::statfs::fstatfs(dir)?.filesystem_type() != nix::sys::statfs::MSDOS_SUPER_MAGIC {
+            return Ok(tried);
+        }
+        while let Some(last) = tried.last() {
+            self.write_new(dir, last, &Content::Bytes(Vec::new()))?;
+            let names = names_in_order(dir)?;
+            let place = |wanted: &str| names.iter().position(|n| n.eq_ignore_ascii_case(wanted.as_bytes()));
+            if place(last) > place(name) {
+                break;
+            }
+            tried.push(format!("{TEMPORARY}{}-{name}.new", tried.len()));
+        }
+        Ok(tried)
     }
 
     fn remove(&self, path: &str) -> Result<()> {
@@ -374,6 +406,12 @@ impl Below {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// The names in a directory, as they follow each other there.
+fn names_in_order(dir: &OwnedFd) -> Result<Vec<Vec<u8>>> {
+    let mut dir = Dir::openat(dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    dir.iter().map(|entry| Ok(entry?.file_name().to_bytes().to_vec())).collect()
 }
 
 /// Owner, mode and extended attributes (ACLs and security labels are among them) of `from`, put on `to`. A file system that has

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
 
-use crate::below::{Below, Kind, TEMPORARY};
+use crate::below::{Below, Kind, is_temporary};
 
 /// Where an ESP says which boots its disk has seen; see [`crate::lineage`]. In a directory that isn't watched: writing it is no change
 /// that a spare has to follow.
@@ -104,7 +104,7 @@ impl BootFiles {
                     // A file that is gone again by now was never there.
                     let Some(hash) = below.hash(&path)? else { continue };
                     let file = BootFile { path: path.clone(), size, hash, text };
-                    if name.starts_with(TEMPORARY) {
+                    if is_temporary(&name) {
                         self.temporary.insert(fold(&path), file);
                     } else if let Some(twin) = self.files.insert(fold(&path), file) {
                         bail!("{} and {path} differ only in case, which FAT can't hold; rename one", twin.path);
@@ -151,11 +151,12 @@ mod tests {
         fs::write(tmp.path().join("loader/entries/a.conf"), "title a\n").unwrap();
         fs::write(tmp.path().join("linux"), "kernel").unwrap();
         fs::write(tmp.path().join(".dualroot-linux"), "ker").unwrap();
+        fs::write(tmp.path().join("DUALRO~1.NEW"), "ker").unwrap();
         let found = BootFiles::scan(&Below::open(tmp.path()).unwrap()).unwrap();
         assert_eq!(found.files.keys().collect::<Vec<_>>(), ["linux", "loader/entries/a.conf"]);
         assert_eq!(found.files["loader/entries/a.conf"].text.as_deref(), Some(&b"title a\n"[..]));
         assert_eq!(found.files["linux"].hash, blake3::hash(b"kernel"));
-        assert_eq!(found.temporary.len(), 1);
+        assert_eq!(found.temporary.len(), 2);
         assert_eq!(found.dirs.len(), 2);
     }
 

@@ -136,9 +136,16 @@ class Machine:
                 return
         raise Failure(f"no {name} within {limit} s{self.tail()}")
 
-    def plug(self, serial, image):
+    def plug(self, serial, image, log=None):
+        """Puts a disk in; with a log, a raw image of which every write and flush is logged (dm-log-writes format)."""
         slot = next(s for s in range(SLOTS) if s not in self.slots.values())
-        self.command("blockdev-add", **self._node(serial, image))
+        node = self._node(serial, image)
+        if log:
+            Path(log).touch()
+            node = {"driver": "blklogwrites", "node-name": node["node-name"], "file": node["file"],
+                    "log": node["file"] | {"filename": str(log)}, "log-sector-size": 512,
+                    "log-super-update-interval": 1}
+        self.command("blockdev-add", **node)
         self.command("device_add", driver="virtio-blk-pci", id=f"dev-{serial}", drive=f"disk-{serial}", serial=serial, bus=f"slot{slot}")
         self.slots[serial] = slot
 
