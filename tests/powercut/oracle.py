@@ -253,10 +253,10 @@ def judge_image(before, after, image, esp, xbootldr=None, scratches=None, strict
         return f"the ESP can't be read: {problem}"
 
 
-def prove(image, log, esp, xbootldr=None, seed=1, subsets=40, torn=1, fsck=True, strict=False):
+def prove(image, log, esp, xbootldr=None, seed=1, subsets=40, torn=1, fsck=True, strict=False, before=None):
     """(number of states, [(what, problem)]) of all the states that a cut may leave of these writes; the image is as it was before
-    them, and is left with all of them written."""
-    before = survey(volumes(image, esp, xbootldr))
+    them, and is left with all of them written. `before` says what booted before, where the image isn't what was there then."""
+    before = before or survey(volumes(image, esp, xbootldr))
     for write in log.writes:
         image.write(*writelog.whole(write))
     after = survey(volumes(image, esp, xbootldr))

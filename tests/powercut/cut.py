@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Cuts the power at every write of a sync, and asks what would boot: tests/powercut/run [--seed N] [--subsets N] [--keep DIR] [--peers]
+
+The real programs sync in a guest, onto a disk of which every write and flush is logged. Then the log is replayed: every prefix, torn
+writes, and random subsets of what no flush had made durable yet. Each of these states is judged as it is, and as fsck.fat leaves it.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import multiprocessing
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vm"))
+from run import install  # noqa: E402  # noqa: E402
+
+import oracle  # noqa: E402
+import record  # noqa: E402
+import scenes  # noqa: E402
+import writelog  # noqa: E402
+
+# A sync: its writes are those of the log from `first` to `last`, on what was there after those before.
+Sync = collections.namedtuple("Sync", "kind name base log places first last")
+# Of so many interrupted syncs the next one is recorded, and cut, too.
+AGAIN = ("fixed names", "new comes, old goes", "unified, same name", "everything")
+# A writer that is broken on purpose has to be found out in each of these.
+BROKEN = ("fixed names", "new comes, old goes")
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def parts(places, kind):
+    kinds = ["ext" if fs == "ext4" else "fat" for fs in record.KINDS[kind]]
+    return [oracle.Part(*place, name) for place, name in zip(places.values(), kinds)]
+
+
+def length(spare):
+    return len(writelog.read_log(spare.log).writes)
+
+
+def cut_out(log, first, last):
+    """The part of a log from one write to another, as a log."""
+    bounds = sorted({0, last - first} | {bound - first for bound in log.bounds if first < bound < last})
+    moved = [write._replace(after=max(0, write.after - first)) for write in log.writes[first:last]]
+    return writelog.Log(moved, bounds)
+
+
+def load(sync):
+    """The image as it was before a sync, and its writes."""
+    log = writelog.read_log(sync.log)
+    image = writelog.open_image(sync.base)
+    for write in log.writes[:sync.first]:
+        image.write(*writelog.whole(write))
+    image.keep()
+    return image, cut_out(log, sync.first, sync.last)
+
+
+def interrupted(sync, rng):
+    """What the disk may hold after a cut of that sync, somewhere in its middle."""
+    image, log = load(sync)
+    wanted = list(writelog.states(log, rng, 8, 1))
+    state = rng.choice(wanted[len(wanted) // 4:])
+    for write in log.writes[:state.prefix]:
+        image.write(*writelog.whole(write))
+    for change in state.extra:
+        image.write(*change)
+    return bytes(image[0:len(image)]), state.what
+
+
+def record_kind(kind, directory, staging, seed):
+    """All syncs of one kind of spare."""
+    states = scenes.ESP if kind == "esp" else scenes.XBOOTLDR
+    trees = [{"boot": s} if kind == "esp" else {"efi": s[0], "boot": s[1]} for s in states.values()]
+    recorder = record.Recorder(directory / kind, kind, staging, trees)
+    syncs, rng = {}, random.Random(seed)
+
+    def sync(spare, name, first):
+        recorder.sync()
+        done = Sync(kind, name, spare.base, spare.log, spare.places, first, length(spare))
+        say(f"recorded {kind}, {name}: {done.last - done.first} writes")
+        return done
+
+    try:
+        spare, before = recorder.spare(), 0
+        for number, name in enumerate(states):
+            recorder.turn_to(number)
+            syncs[name] = sync(spare, name, before)
+            before = syncs[name].last
+        recorder.remove()
+        for name in AGAIN if kind == "esp" else AGAIN[:2]:
+            recorder.turn_to(list(states).index(name))
+            latest = syncs[name]
+            for times in ("once", "twice"):
+                content, what = interrupted(latest, rng)
+                spare = recorder.spare(content)
+                latest = sync(spare, f"{name}, interrupted {times} ({what})", 0)
+                recorder.remove()
+                # It may be judged by what was there before the first of them.
+                yield latest, syncs[name]
+    finally:
+        recorder.machine.kill()
+    for done in syncs.values():
+        yield done, done
+
+
+def record_peers(directory, staging):
+    """The syncs of other tools."""
+    trees = [{"boot": files} for pair in scenes.PEERS.values() for files in pair]
+    recorder = record.Recorder(directory / "peers", "esp", staging, trees)
+    try:
+        for tool, command in record.PEERS.items():
+            for number, name in enumerate(scenes.PEERS):
+                recorder.turn_to(number * 2)
+                spare = recorder.spare()
+                recorder.peer(command)
+                before = length(spare)
+                recorder.turn_to(number * 2 + 1)
+                recorder.peer(command)
+                recorder.remove()
+                done = Sync("esp", f"{tool}, {name}", spare.base, spare.log, spare.places, before, length(spare))
+                yield done, done
+    finally:
+        recorder.machine.kill()
+
+
+def judge(pair, seed, subsets):
+    """(name, states, faults) of one sync. `origin` is the sync that was interrupted, or the same."""
+    sync, origin = pair
+    before = oracle.survey(oracle.volumes(load(origin)[0], *parts(origin.places, origin.kind)))
+    image, log = load(sync)
+    count, faults = oracle.prove(image, log, *parts(sync.places, sync.kind), seed=f"{seed} {sync.name}", subsets=subsets, before=before)
+    return f"{sync.kind}: {sync.name}", count, len(log.writes), len(log.bounds) - 1, faults
+
+
+def mutants(log):
+    """(what, log) of writers that leave out the flushes, one flush, or do two things in the wrong order. A log that begins and ends with
+    what is written around the changes has some flushes that nothing depends on."""
+    writes, bounds = log
+    yield "without flushes", writelog.Log([write._replace(after=0) for write in writes], [0, len(writes)])
+    for number in range(1, len(bounds) - 1):
+        yield "without one flush", writelog.Log(writes, bounds[:number] + bounds[number + 1:])
+        first, middle, last = bounds[number - 1:number + 2]
+        swapped = writes[:first] + writes[middle:last] + writes[first:middle] + writes[last:]
+        yield "with two steps swapped", writelog.Log(swapped, bounds[:number] + [first + last - middle] + bounds[number + 1:])
+
+
+def judge_mutants(sync, seed, subsets):
+    """{what: number of cuts that don't boot} of broken writers that make the same changes as a sync."""
+    found = collections.Counter()
+    image, log = load(sync)
+    before = oracle.survey(oracle.volumes(image, *parts(sync.places, sync.kind)))
+    start = bytes(image[0:len(image)])
+    for what, broken in mutants(log):
+        image = writelog.Image(bytearray(start))
+        found[what] += len(oracle.prove(image, broken, *parts(sync.places, sync.kind), seed=seed, subsets=subsets, before=before)[1])
+    return f"{sync.kind}: {sync.name}", found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", default=None)
+    parser.add_argument("--subsets", type=int, default=16, help="random subsets of each run of writes between two flushes")
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--peers", action="store_true", help="other tools instead of dualroot, for comparison")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("kind", nargs="*", default=list(record.KINDS))
+    arguments = parser.parse_args()
+    seed = arguments.seed or random.SystemRandom().randrange(1 << 32)
+    say(f"seed {seed}")
+    directory = arguments.keep or Path(tempfile.mkdtemp(prefix="dualroot-powercut-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = install(directory)
+    failed = passed = total = 0
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as threads, \
+            concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        def recorded(kind):
+            made = record_peers(directory, staging) if kind == "peers" else record_kind(kind, directory, staging, seed)
+            jobs, broken = [], []
+            for sync, origin in made:
+                jobs.append(pool.submit(judge, (sync, origin), seed, arguments.subsets))
+                if kind == "esp" and sync.name in BROKEN:
+                    broken.append(pool.submit(judge_mutants, sync, seed, 8))
+            return jobs, broken
+
+        for jobs, broken in threads.map(recorded, ["peers"] if arguments.peers else arguments.kind):
+            for job in broken:
+                name, found = job.result()
+                for what, count in found.items():
+                    say(f"{'ok  ' if count else 'FAIL'} {name}, by a writer {what}: {count} cuts do not boot, as it should be")
+                    passed, failed = passed + bool(count), failed + (not count)
+            for job in jobs:
+                name, count, writes, epochs, faults = job.result()
+                total += count
+                result = f"{len(faults)} of {count} cuts do not boot ({writes} writes, {epochs} flushes)"
+                say(f"{'ok  ' if not faults else 'FAIL'} {name}: {result}")
+                for what, problem in faults[:3]:
+                    say(f"     {what}: {problem}")
+                passed, failed = passed + (not faults), failed + bool(faults)
+    say(f"{total} cuts; seed {seed}")
+    say(f"{passed} passed, {failed} failed")
+    if not arguments.keep and not failed:
+        shutil.rmtree(directory)
+    return 1 if failed and not arguments.peers else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

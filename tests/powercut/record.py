@@ -1,0 +1,129 @@
+"""A machine that syncs to a spare whose every write is logged, through all scenes; and other tools that do the same."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vm"))
+import images  # noqa: E402
+from machine import Machine, overlay  # noqa: E402
+
+import scenes  # noqa: E402
+
+MIB = 1 << 20
+SIZE = 34
+KINDS = {"esp": ["vfat"], "xbootldr-vfat": ["vfat", "vfat"], "xbootldr-ext4": ["vfat", "ext4"]}
+PEERS = {
+    "rsync -a --delete": "rsync -a --delete {0}/ {1}/",
+    "rsync --delay-updates --delete-after --fsync": "rsync -a --delay-updates --delete-after --fsync {0}/ {1}/",
+    "cp -a": "cp -a {0}/. {1}/ && {{ cd {1}; find . -type f | while read -r f; do [ -e \"{0}/$f\" ] || rm \"$f\"; done; cd /; }}",
+    "bootctl update, cp": "SYSTEMD_RELAX_ESP_CHECKS=1 bootctl --no-variables --esp-path={1} update; "
+                          "mkdir -p {1}/loader/entries; cd {0}; find . -path ./EFI -prune -o -type f -print | while read -r f; do "
+                          "mkdir -p \"$(dirname \"{1}/$f\")\"; cp -a \"$f\" \"{1}/$f.new\" && mv \"{1}/$f.new\" \"{1}/$f\" && "
+                          "sync -f {1}; done; cd /",
+}
+
+
+def archive(path, states):
+    """The scenes' files, as a tar archive to be given to the guest as a disk."""
+    with tarfile.open(path, "w") as tar:
+        for number, trees in enumerate(states):
+            for place, files in trees.items():
+                for name, data in files.items():
+                    info = tarfile.TarInfo(f"{number}/{place}/{name}")
+                    info.size, info.mode, info.mtime = len(data), 0o755, 1700000000 + number * 100
+                    tar.addfile(info, io.BytesIO(data))
+    with open(path, "r+b") as tar:
+        tar.truncate(-(-path.stat().st_size // MIB) * MIB)
+
+
+class Spare:
+    """The disk that is written: its image, its log, and where in it each partition is."""
+
+    def __init__(self, directory, name, kinds, disk, content=None):
+        self.image, self.log = directory / f"{name}.raw", directory / f"{name}.log"
+        self.base = directory / f"{name}.base"
+        self.places = {role: ((1 + number * SIZE) * MIB, SIZE * MIB) for number, role in enumerate(kinds)}
+        if content is None:
+            self.format(directory, name, kinds, disk)
+        else:
+            self.image.write_bytes(content)
+        subprocess.run(["cp", "--sparse=always", self.image, self.base], check=True)
+
+    def format(self, directory, name, kinds, disk):
+        lines = ["label: gpt"]
+        with open(self.image, "wb") as image:
+            image.truncate((len(kinds) * SIZE + 2) * MIB)
+        for role, (start, size) in self.places.items():
+            lines.append(f"start={start // 512}, size={size // 512}, type={images.TYPES[role]}, uuid={disk.partuuid[role]}")
+        images.sh("sfdisk", "-q", self.image, input="\n".join(lines).encode())
+        for role, kind in kinds.items():
+            part = directory / f"{name}.part"
+            with open(part, "wb") as image:
+                image.truncate(SIZE * MIB)
+            if kind == "vfat":
+                images.sh("mkfs.vfat", "-F32", "-s1", "-i", disk.uuid[role].replace("-", ""), part)
+            else:
+                images.sh("mke2fs", "-q", "-t", kind, "-b", "1024", "-I", "256", part)
+            images.sh("dd", f"if={part}", f"of={self.image}", "bs=1M", f"seek={self.places[role][0] // MIB}", "conv=notrunc")
+            part.unlink()
+
+    def logged(self):
+        """How long the log is now, in bytes."""
+        return os.path.getsize(self.log)
+
+
+class Recorder:
+    """A guest that boots from disk A, and what is done in it. `kind` is a key of KINDS."""
+
+    def __init__(self, directory, kind, staging, states, say=print):
+        self.directory, self.kind, self.say = directory, kind, say
+        directory.mkdir(parents=True, exist_ok=True)
+        layout = "own-esp" if kind == "esp" else "own-xbootldr"
+        self.a, self.b = images.pair(layout)
+        self.roles = ["esp"] if kind == "esp" else ["esp", "xbootldr"]
+        system = images.system(12, "initramfs-tools", layout, staging)
+        archive(directory / "scenes.tar", states)
+        self.machine = Machine(directory, 1536)
+        self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "scenes": directory / "scenes.tar"})
+        # One root for both disks, of which no file names a disk: what is synced is the boot partitions.
+        text = "[dualroot]\nsettle=0\nefi-entries=no\n"
+        for disk in (self.a, self.b):
+            text += f"[disk{disk.number}]\n" + "".join(f"{role}={disk.partuuid[role]}\n" for role in self.roles)
+        self.machine.run(
+            "systemctl stop dualroot-sync.path dualroot-entries.path dualroot-sync.timer; swapoff -a; : >/etc/fstab; "
+            f"echo root=LABEL=shared >/etc/kernel/cmdline; printf '{text}' >/etc/dualroot.conf; "
+            "mkdir /run/scenes; tar -xf /dev/disk/by-id/virtio-scenes -C /run/scenes; rm -rf /run/systemd/generator/mnt-root1*")
+        self.number = 0
+
+    def spare(self, content=None):
+        """Puts in a spare, empty or with this content."""
+        self.number += 1
+        spare = Spare(self.directory, f"spare{self.number}", dict(zip(self.roles, KINDS[self.kind])), self.b, content)
+        self.machine.plug("B", spare.image, spare.log)
+        self.machine.run("".join(f"udevadm wait -t 30 /dev/disk/by-partuuid/{self.b.partuuid[role]}; " for role in self.roles) +
+                         "udevadm settle")
+        return spare
+
+    def remove(self):
+        self.machine.run("for m in $(findmnt -rno TARGET | grep ^/mnt/root1 | sort -r); do umount $m; done; udevadm settle")
+        self.machine.unplug("B")
+
+    def turn_to(self, number):
+        """Gives the booted disk what it holds in a scene."""
+        for place in ("efi", "boot") if self.kind != "esp" else ("boot",):
+            self.machine.run(f"mkdir -p /run/scenes/{number}/{place}; "
+                             f"rsync -rt --delete --exclude /EFI/dualroot /run/scenes/{number}/{place}/ /{place}/")
+
+    def sync(self):
+        """One sync by the product; raises where it isn't a success."""
+        return self.machine.run("dualroot-sync 2>&1", 300)
+
+    def peer(self, command):
+        """One sync by another tool, with the mount that it would have."""
+        device = f"/dev/disk/by-partuuid/{self.b.partuuid['esp']}"
+        return self.machine.run(f"mkdir -p /run/peer && mount -t vfat {device} /run/peer && "
+                                f"{{ {command.format('/boot', '/run/peer')}; }} && umount /run/peer", 300)
