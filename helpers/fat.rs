@@ -52,12 +52,27 @@ pub fn repair(part: &Partition) -> Result<bool> {
     if mounts::table()?.iter().any(|m| m.is_on(part)) {
         bail!("{} was left dirty and can't be unmounted for repair; unmount it, and start the sync again", part.path);
     }
-    // 1: errors were corrected (fsck.fat(8), EXIT STATUS).
-    let done = program::command("fsck.fat")?.args(["-a", &part.path]).output().context("fsck.fat can't be run")?;
-    match done.status.code() {
-        Some(0 | 1) => Ok(true),
-        _ => bail!("fsck.fat can't repair {}: {}", part.path, String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; ")),
+    check(Path::new(&part.path))?;
+    Ok(true)
+}
+
+/// Has fsck.fat correct errors until it finds none: what it makes of one (a directory whose cluster is free becomes an empty one that lies
+/// nowhere, and can't be read) may be the next.
+fn check(device: &Path) -> Result<()> {
+    const RUNS: u32 = 5;
+    for _ in 0..RUNS {
+        let done = program::command("fsck.fat")?.arg("-a").arg(device).output().context("fsck.fat can't be run")?;
+        // 1: errors were corrected (fsck.fat(8), EXIT STATUS).
+        match done.status.code() {
+            Some(0) => return Ok(()),
+            Some(1) => {}
+            _ => {
+                let said = String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; ");
+                bail!("fsck.fat can't repair {}: {said}", device.display());
+            }
+        }
     }
+    bail!("fsck.fat finds errors in {} again and again; make a new file system there (mkfs.vfat -F32)", device.display());
 }
 
 #[cfg(test)]
@@ -79,5 +94,28 @@ mod tests {
         assert!(is_dirty(none.path()).is_err());
         none.as_file().set_len(4096).unwrap();
         assert!(is_dirty(none.path()).is_err());
+    }
+
+    #[test]
+    fn f24_what_fsck_makes_of_an_error_is_repaired_too() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(64 << 20).unwrap();
+        let run = |name: &str, args: &[&str]| {
+            let done = program::command(name).unwrap().args(args).output().unwrap();
+            assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stdout));
+        };
+        let path = image.path().to_str().unwrap();
+        run("mkfs.vfat", &["-F", "32", path]);
+        run("mmd", &["-i", path, "::/d"]);
+        // A directory that was being removed: its cluster, the first behind that of the root, is free already.
+        let mut sector = [0; 512];
+        image.as_file().read_exact_at(&mut sector, 0).unwrap();
+        let reserved = u64::from(u16::from_le_bytes([sector[14], sector[15]]));
+        let fat = u64::from(u32::from_le_bytes([sector[36], sector[37], sector[38], sector[39]]));
+        for table in [reserved, reserved + fat] {
+            image.as_file().write_all_at(&[0; 4], table * 512 + 3 * 4).unwrap();
+        }
+        check(image.path()).unwrap();
+        run("fsck.fat", &["-n", path]);
     }
 }

@@ -197,13 +197,15 @@ impl Held {
         })
     }
 
-    /// Makes it writable, here and nowhere else.
+    /// Makes it writable, here and nowhere else. That it is being written is on the medium before anything else: a cut that takes FAT's
+    /// dirty bit, and leaves what was written after it, would not be noticed.
     ///
     /// # Errors
     /// A medium that can't be written.
     pub fn make_writable(&mut self) -> Result<()> {
         self.writable = true;
-        self.remount(MsFlags::empty()).with_context(|| format!("{} can't be made writable", self.device))
+        self.remount(MsFlags::empty()).with_context(|| format!("{} can't be made writable", self.device))?;
+        self.below()?.apply(&Change::Barrier)
     }
 
     fn remount(&self, more: MsFlags) -> nix::Result<()> {
