@@ -57,7 +57,11 @@ def uki(name, version, generation):
 def fixed(kernel, initrd, options="quiet", microcode=None):
     """A kernel in files that keep their names, as Arch Linux has it."""
     entry = "title Arch Linux\nlinux /vmlinuz-linux\n"
-    files = {"vmlinuz-linux": noise(f"kernel {kernel}", 600 * KIB + 100), "initramfs-linux.img": cpio(f"initrd {initrd}", 1100 * KIB + 37)}
+    files = {"vmlinuz-linux": noise(f"kernel {kernel}", 600 * KIB + 100),
+             "initramfs-linux.img": cpio(f"initrd {initrd}", 1100 * KIB + 37),
+             "initramfs-linux-fallback.img": cpio(f"fallback {initrd}", 300 * KIB + 5)}
+    # What else lies there, so that not all names are in one sector.
+    files |= {f"memtest86+x{bits}.bin": noise(f"memtest {bits}", 9 * KIB) for bits in (32, 64)}
     if microcode:
         entry += "initrd /intel-ucode.img\n"
         files["intel-ucode.img"] = cpio(f"microcode {microcode}", 60 * KIB)
@@ -71,7 +75,8 @@ def versioned(version, tree=None, options="quiet"):
     entry = f"title      Debian GNU/Linux\nversion    {version}\nmachine-id {TOKEN}\nsort-key   debian\n"
     entry += f"options    root=LABEL=shared {options}\n"
     entry += f"linux      /{directory}/linux\ninitrd     /{directory}/initrd.img\n"
-    files = {f"{directory}/linux": noise(f"kernel {version}", 700 * KIB), f"{directory}/initrd.img": cpio(f"initrd {version}", 900 * KIB)}
+    files = {f"{directory}/linux": noise(f"kernel {version}", 700 * KIB),
+             f"{directory}/initrd.img": cpio(f"initrd {version}", 900 * KIB)}
     if tree:
         entry += f"devicetree /{directory}/board.dtb\n"
         files[f"{directory}/board.dtb"] = noise(f"tree {tree}", 30 * KIB)

@@ -1,9 +1,19 @@
 """The cases: what a user of two disks lives through, on real firmware."""
 
+import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
-import images
-from machine import Machine, overlay
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "powercut"))
+import images  # noqa: E402
+import writelog  # noqa: E402
+from machine import Failure, Machine, overlay  # noqa: E402
+
+# Of the cuts of a kernel's sync, so many are booted; the seed is printed.
+CUTS = 6
+SEED = random.SystemRandom().randrange(1 << 32)
 
 # Until the spare has this kernel's entry, no change is waiting to be synced, and no sync is running. The guest has no event for all
 # of that together.
@@ -47,22 +57,27 @@ class Report:
 class Pair:
     """A machine with two disks of one layout, and what is asked of it again and again."""
 
-    def __init__(self, report, directory, staging, release, initrd, layout):
+    def __init__(self, report, directory, staging, release, initrd, layout, logged):
         self.report, self.layout = report, layout
         system = images.system(release, initrd, layout, staging)
         directory.mkdir(parents=True, exist_ok=True)
         self.a, self.b = images.pair(layout)
         self.disks = {"A": overlay(system / "disk0.raw", directory / "a.qcow2"),
                       "B": overlay(system / "disk1.raw", directory / "b.qcow2")}
+        self.base, self.logs = system / "disk1.raw", {}
+        if logged:
+            # The format of which QEMU can log the writes.
+            self.disks["B"] = copy(self.base, directory / "b.raw")
+            self.logs = {"B": directory / "b.log"}
         self.kernels = images.kernel_versions(release)
         self.extra = {"kernels": overlay(images.kernels(release), directory / "kernels.qcow2")}
         self.machine = Machine(directory)
         self.own = layout.startswith("own")
 
-    def boot(self, *names):
+    def boot(self, *names, logs=None):
         """Boots with these disks, and returns the seconds from the start of user space until people could log in."""
         self.report.step(f"power on with {' and '.join(names)}")
-        self.machine.start({name: self.disks[name] for name in names} | self.extra)
+        self.machine.start({name: self.disks[name] for name in names} | self.extra, logs=logs)
         reached = self.machine.run("systemctl show -P ActiveEnterTimestampMonotonic multi-user.target")
         begun = self.machine.run("systemctl show -P UserspaceTimestampMonotonic")
         return (int(reached) - int(begun)) / 1e6
@@ -124,6 +139,43 @@ class Pair:
         said = self.machine.run(AWAIT_SYNC % f"/mnt/root1/boot/loader/entries/*{kernel}*.conf", 900)
         self.report.equal(what, said, "success")
 
+    def written(self):
+        """How many writes to the spare have been logged."""
+        return len(writelog.read_log(self.logs["B"]).writes) if self.logs else 0
+
+    def boot_cuts(self, begun, kernels):
+        """Boots the spare alone as power cuts would have left it, at writes from the number `begun` on."""
+        log = writelog.read_log(self.logs["B"])
+        start, end = 1 << 20, images.SIZES["esp"] + 1 << 20
+        rng = random.Random(SEED)
+        states = [state for state in writelog.states(log, rng, 8, 1) if state.prefix >= begun]
+
+        def in_esp(state):
+            at = state.extra[-1][0] if state.extra else log.writes[state.prefix - 1].offset
+            return start <= at < end
+        chosen = rng.sample([s for s in states if in_esp(s)], CUTS - 2) + rng.sample([s for s in states if not in_esp(s)], 2)
+        for number, state in enumerate(chosen):
+            self.report.step(f"the power is cut: {state.what} (seed {SEED})")
+            directory = self.machine.directory / "cut"
+            # With firmware that has never seen this disk.
+            (directory / "vars.fd").unlink(missing_ok=True)
+            machine = Machine(directory)
+            try:
+                disk = copy(self.base, directory / "b.raw")
+                with open(disk, "r+b") as image:
+                    for offset, data in [*map(writelog.whole, log.writes[:state.prefix]), *state.extra]:
+                        image.seek(offset)
+                        image.write(bytes(data) if isinstance(data, int) else data)
+                machine.start({"B": disk})
+                found = machine.run("uname -r")
+                self.report.check("what is left boots", found in kernels, found)
+                failed = machine.run("systemctl list-units --failed --no-legend --plain")
+                self.report.equal("no unit has failed", failed, "")
+            except Failure as error:
+                self.report.check("what is left boots", False, error)
+            finally:
+                machine.kill()
+
     def manual_sync(self):
         self.machine.run("systemctl start dualroot-entries.service", 300)
         code, said = self.machine.status("systemctl start dualroot-sync.service", 900)
@@ -131,22 +183,31 @@ class Pair:
         self.report.check("systemctl start dualroot-sync.service", code == 0, said + log)
 
 
-def degraded(report, directory, staging, release, initrd, layout):
+def copy(base, path):
+    """A raw disk with the same content, and the same holes."""
+    subprocess.run(["cp", "--sparse=always", base, path], check=True)
+    return path
+
+
+def degraded(report, directory, staging, release, initrd, layout, logged):
     """One root on both disks: A goes, B boots with half of the mirror and is upgraded, A comes back and is healed, B goes."""
-    pair = Pair(report, directory, staging, release, initrd, layout)
+    pair = Pair(report, directory, staging, release, initrd, layout, logged)
     first, second, third = pair.kernels
     machine = pair.machine
     try:
-        pair.boot("A", "B")
+        pair.boot("A", "B", logs=pair.logs)
         pair.check_booted(pair.a, first)
         report.step("the root is mirrored to B")
         machine.run(f"btrfs device add -f /dev/disk/by-partuuid/{pair.b.partuuid['root']} / && "
                     "btrfs balance start --full-balance -dconvert=raid1 -mconvert=raid1 /", 900)
         pair.manual_sync()
         pair.check_spare(pair.b)
+        begun = pair.written()
         pair.install_and_await_sync(second)
         machine.run("echo 'written on both' >/root/note")
         machine.power_off()
+        if logged:
+            pair.boot_cuts(begun, (first, second))
 
         both = pair.boot("A", "B")
         pair.check_booted(pair.a, second)
@@ -189,9 +250,9 @@ def degraded(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
-def failover(report, directory, staging, release, initrd, layout):
+def failover(report, directory, staging, release, initrd, layout, logged):
     """A boots, B becomes a copy by itself, A goes, B boots and is upgraded, A comes back."""
-    pair = Pair(report, directory, staging, release, initrd, layout)
+    pair = Pair(report, directory, staging, release, initrd, layout, logged)
     first, second, third = pair.kernels
     machine = pair.machine
     try:
@@ -199,7 +260,7 @@ def failover(report, directory, staging, release, initrd, layout):
             pair.boot("A")
             report.step("B is put in, while the machine runs")
             machine.run("systemctl stop dualroot-sync.timer")
-            machine.plug("B", pair.disks["B"])
+            machine.plug("B", pair.disks["B"], pair.logs.get("B"))
             pair.await_sync("a disk that is put in is synced by itself", first)
         else:
             pair.boot("A", "B")
@@ -207,10 +268,13 @@ def failover(report, directory, staging, release, initrd, layout):
         pair.check_booted(pair.a, first)
         pair.check_spare(pair.b)
         machine.run("echo 'written on disk0' >/home/note")
+        begun = pair.written()
         pair.install_and_await_sync(second)
         report.equal("the spare is clean at rest", machine.status(
             "for p in /dev/disk/by-partuuid/" + pair.b.partuuid["esp"] + "; do od -An -tx1 -j65 -N1 $p; done")[1], "00")
         machine.power_off()
+        if logged:
+            pair.boot_cuts(begun, (first, second))
 
         both = pair.boot("A", "B")
         pair.check_booted(pair.a, second)
@@ -249,6 +313,7 @@ def failover(report, directory, staging, release, initrd, layout):
 
 # The longest first.
 CASES = {
-    f"{layout}-{release}": (degraded if layout == "shared-btrfs" else failover, release, initrd, layout)
+    f"{layout}-{release}": (degraded if layout == "shared-btrfs" else failover, release, initrd, layout,
+                          release == 12 and layout != "own-xbootldr")
     for layout in ("shared-btrfs", "own-xbootldr", "own-esp") for release, initrd in ((13, "dracut"), (12, "initramfs-tools"))
 }

@@ -67,8 +67,9 @@ class Machine:
         self.boots = 0
         self.process = None
 
-    def start(self, disks, limit=180):
-        """Powers on with these disks ({serial: image}), and waits until the guest has booted. Returns the seconds that took."""
+    def start(self, disks, limit=180, logs=None):
+        """Powers on with these disks ({serial: image}; logs of writes as for `plug`), and waits until the guest has booted. Returns the
+        seconds that took."""
         self.boots += 1
         self.serial = self.directory / f"serial-{self.boots}.log"
         qmp, agent = self.directory / "qmp", self.directory / "agent"
@@ -88,7 +89,7 @@ class Machine:
             command += ["-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1}"]
         self.slots = {}
         for slot, (serial, image) in enumerate(disks.items()):
-            command += ["-blockdev", json.dumps(self._node(serial, image)), "-device", self._device(serial, slot)]
+            command += ["-blockdev", json.dumps(self._node(serial, image, (logs or {}).get(serial))), "-device", self._device(serial, slot)]
             self.slots[serial] = slot
         begun = time.monotonic()
         log = open(self.directory / "qemu.log", "ab")
@@ -103,12 +104,18 @@ class Machine:
         return time.monotonic() - begun
 
     @staticmethod
-    def _node(serial, image):
+    def _node(serial, image, log=None):
         kind = "qcow2" if str(image).endswith(".qcow2") else "raw"
         # What the guest flushes needn't reach this machine's own disk.
         cache = {"direct": False, "no-flush": True}
-        return {"driver": kind, "node-name": f"disk-{serial}", "cache": cache,
-                "file": {"driver": "file", "filename": str(image), "cache": cache}}
+
+        def file(name):
+            return {"driver": "file", "filename": str(name), "cache": cache}
+        if log:
+            Path(log).touch()
+            return {"driver": "blklogwrites", "node-name": f"disk-{serial}", "file": file(image), "log": file(log),
+                    "log-sector-size": 512, "log-super-update-interval": 1}
+        return {"driver": kind, "node-name": f"disk-{serial}", "cache": cache, "file": file(image)}
 
     @staticmethod
     def _device(serial, slot):
@@ -139,13 +146,7 @@ class Machine:
     def plug(self, serial, image, log=None):
         """Puts a disk in; with a log, a raw image of which every write and flush is logged (dm-log-writes format)."""
         slot = next(s for s in range(SLOTS) if s not in self.slots.values())
-        node = self._node(serial, image)
-        if log:
-            Path(log).touch()
-            node = {"driver": "blklogwrites", "node-name": node["node-name"], "file": node["file"],
-                    "log": node["file"] | {"filename": str(log)}, "log-sector-size": 512,
-                    "log-super-update-interval": 1}
-        self.command("blockdev-add", **node)
+        self.command("blockdev-add", **self._node(serial, image, log))
         self.command("device_add", driver="virtio-blk-pci", id=f"dev-{serial}", drive=f"disk-{serial}", serial=serial, bus=f"slot{slot}")
         self.slots[serial] = slot
 
