@@ -171,6 +171,10 @@ class Pair:
                 self.report.check("what is left boots", found in kernels, found)
                 failed = machine.run("systemctl list-units --failed --no-legend --plain")
                 self.report.equal("no unit has failed", failed, "")
+                if self.own:
+                    # What the package manager knows to be installed is there, and whole.
+                    verify = "dpkg --audit; dpkg --verify 'linux-image-*' | grep -v ' /usr/share/' || true"
+                    self.report.equal("the root is of one generation", machine.run(verify), "")
             except Failure as error:
                 self.report.check("what is left boots", False, error)
             finally:
