@@ -57,7 +57,7 @@ class Report:
 class Pair:
     """A machine with two disks of one layout, and what is asked of it again and again."""
 
-    def __init__(self, report, directory, staging, release, initrd, layout, logged):
+    def __init__(self, report, directory, staging, release, initrd, layout, logged=False):
         self.report, self.layout = report, layout
         system = images.system(release, initrd, layout, staging)
         directory.mkdir(parents=True, exist_ok=True)
@@ -180,6 +180,24 @@ class Pair:
             finally:
                 machine.kill()
 
+    def upgrade_and_lose_a(self, first, second):
+        """A kernel arrives and is synced, what cuts would have left of that is booted, and A goes. Seconds that a boot took with B alone,
+        and with both."""
+        begun = self.written()
+        self.install_and_await_sync(second)
+        state = self.machine.status(f"od -An -tx1 -j65 -N1 /dev/disk/by-partuuid/{self.b.partuuid['esp']}")[1]
+        self.report.equal("the spare is clean at rest", state, "00")
+        self.machine.power_off()
+        if self.logs:
+            self.boot_cuts(begun, (first, second))
+        both = self.boot("A", "B")
+        self.check_booted(self.a, second)
+        self.machine.power_off()
+        self.report.step("A is removed")
+        alone = self.boot("B")
+        self.check_booted(self.b, second)
+        return alone, both
+
     def manual_sync(self):
         self.machine.run("systemctl start dualroot-entries.service", 300)
         code, said = self.machine.status("systemctl start dualroot-sync.service", 900)
@@ -206,19 +224,8 @@ def degraded(report, directory, staging, release, initrd, layout, logged):
                     "btrfs balance start --full-balance -dconvert=raid1 -mconvert=raid1 /", 900)
         pair.manual_sync()
         pair.check_spare(pair.b)
-        begun = pair.written()
-        pair.install_and_await_sync(second)
         machine.run("echo 'written on both' >/root/note")
-        machine.power_off()
-        if logged:
-            pair.boot_cuts(begun, (first, second))
-
-        both = pair.boot("A", "B")
-        pair.check_booted(pair.a, second)
-        machine.power_off()
-        report.step("A is removed")
-        alone = pair.boot("B")
-        pair.check_booted(pair.b, second)
+        alone, both = pair.upgrade_and_lose_a(first, second)
         # dualroot.degraded-timeout=, and what it takes to look at disks under emulation.
         report.compare_boots(layout, alone, both, 15)
         report.check("it says that it is degraded", machine.status("cat /run/dualroot/degraded")[0] == 0)
@@ -272,20 +279,7 @@ def failover(report, directory, staging, release, initrd, layout, logged):
         pair.check_booted(pair.a, first)
         pair.check_spare(pair.b)
         machine.run("echo 'written on disk0' >/home/note")
-        begun = pair.written()
-        pair.install_and_await_sync(second)
-        report.equal("the spare is clean at rest", machine.status(
-            "for p in /dev/disk/by-partuuid/" + pair.b.partuuid["esp"] + "; do od -An -tx1 -j65 -N1 $p; done")[1], "00")
-        machine.power_off()
-        if logged:
-            pair.boot_cuts(begun, (first, second))
-
-        both = pair.boot("A", "B")
-        pair.check_booted(pair.a, second)
-        machine.power_off()
-        report.step("A is removed")
-        alone = pair.boot("B")
-        pair.check_booted(pair.b, second)
+        alone, both = pair.upgrade_and_lose_a(first, second)
         report.equal("what was written on the first disk is here", machine.run("cat /home/note"), "written on disk0")
         pair.names_only(pair.b, pair.a)
         report.compare_boots(layout, alone, both)
