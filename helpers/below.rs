@@ -1,21 +1,24 @@
 //! Reading and writing below one directory handle.
 //!
-//! Everything that dualroot writes to a disk goes through [`Below::apply`] (rsync's copying of trees, which works below the same
-//! kind of handle, aside). Paths are resolved by the kernel with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV`
+//! Everything that dualroot writes to a disk goes through [`Below`] (rsync, which stages trees below the same kind of handle,
+//! aside). Paths are resolved by the kernel with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV`
 //! (openat2(2)), so that nothing that is swapped, linked or mounted underneath can lead a write elsewhere.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
-use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, RenameFlags, ResolveFlag, openat2, renameat, renameat2};
+use nix::sys::stat::{FileStat, Mode, fchmod, fstatat, futimens, mkdirat};
+use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
 
 /// What the names of files that a write leaves behind when it is cut begin with. The boot loader skips names that begin with a dot.
@@ -219,7 +222,7 @@ impl Below {
             if matches!(name.to_bytes(), b"." | b"..") {
                 continue;
             }
-            let stat = nix::sys::stat::fstatat(&dir, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+            let stat = fstatat(&dir, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                 .with_context(|| format!("{}/{}", self.show(path), name.to_string_lossy().escape_debug()))?;
             let kind = match stat.st_mode & nix::libc::S_IFMT {
                 nix::libc::S_IFREG => Kind::File(u64::try_from(stat.st_size).unwrap_or_default()),
@@ -245,6 +248,150 @@ impl Below {
         Ok(Some(hasher.finalize()))
     }
 
+    /// A directory below this one, as a handle of its own; None where there is no directory.
+    ///
+    /// # Errors
+    /// Those of opening it, symbolic links on the way among them.
+    pub fn sub(&self, path: &OsStr) -> Result<Option<Self>> {
+        match self.dir(path) {
+            Ok(dir) => Ok(Some(Self { dir, shown: self.shown.join(path) })),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("{} can't be opened", self.shown.join(path).display())),
+        }
+    }
+
+    /// The directory itself as a file, for its attributes.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn file_of(&self) -> Result<File> {
+        Ok(self.dir.try_clone().with_context(|| self.shown.display().to_string())?.into())
+    }
+
+    /// What bears this name, or None. What lies behind a symbolic link doesn't count as there.
+    ///
+    /// # Errors
+    /// Those of the system calls; a path that leads out.
+    pub fn stat(&self, path: &OsStr) -> Result<Option<FileStat>> {
+        self.at(path, |dir, name| fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))
+    }
+
+    /// The names in a directory (`"."` for the handle itself), whatever bytes are in them, sorted.
+    ///
+    /// # Errors
+    /// Those of reading a directory.
+    pub fn names(&self, path: &OsStr) -> Result<Vec<OsString>> {
+        let shown = || self.shown.join(path).display().to_string();
+        let mut dir = Dir::from_fd(self.dir(path).with_context(shown)?).with_context(shown)?;
+        let mut names = Vec::new();
+        for entry in dir.iter() {
+            let name = entry.with_context(shown)?.file_name().to_bytes().to_vec();
+            if !matches!(&*name, b"." | b"..") {
+                names.push(OsString::from_vec(name));
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Makes a directory that only its owner can enter.
+    ///
+    /// # Errors
+    /// Those of mkdirat(2), also where something of that name is there.
+    pub fn make_private(&self, path: &OsStr) -> Result<()> {
+        let make = || -> Result<()> {
+            let (dir, name) = self.parent(path)?;
+            Ok(mkdirat(&dir, name, Mode::S_IRWXU)?)
+        };
+        make().with_context(|| format!("{} can't be made", self.shown.join(path).display()))
+    }
+
+    /// Gives what bears the name `path` below `from` that name here, in one step: in the place of what isn't a directory either,
+    /// or in exchange with what is there. Where its directory isn't there, nothing is done.
+    ///
+    /// # Errors
+    /// Those of renameat2(2).
+    pub fn take(&self, from: &Self, path: &OsStr, exchange: bool) -> Result<()> {
+        let flags = if exchange { RenameFlags::RENAME_EXCHANGE } else { RenameFlags::empty() };
+        let take = || -> Result<()> {
+            let ((old, name), (new, _)) = (from.parent(path)?, self.parent(path)?);
+            Ok(renameat2(&old, name, &new, name, flags)?)
+        };
+        take()
+            .or_else(|e| if is_absent(&e) { Ok(()) } else { Err(e) })
+            .with_context(|| format!("{} can't be put into its place", self.shown.join(path).display()))
+    }
+
+    /// Removes a file, or a directory if it is empty. What isn't there, is not of that kind, or holds something is left as it is.
+    ///
+    /// # Errors
+    /// Those of unlinkat(2); a path that leads out.
+    pub fn unlink(&self, path: &OsStr, directory: bool) -> Result<()> {
+        let flag = if directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
+        let removed = self.at(path, |dir, name| match unlinkat(dir, name, flag) {
+            Err(Errno::EISDIR | Errno::ENOTEMPTY | Errno::EEXIST) => Ok(()),
+            // What unlink(2) says of a directory on some file systems.
+            Err(Errno::EPERM) if fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|s| is_dir(&s)) => Ok(()),
+            done => done,
+        });
+        removed.map(|_| ()).with_context(|| format!("{} can't be removed", self.shown.join(path).display()))
+    }
+
+    /// Removes whatever bears this name, with all that is in it. Symbolic links are removed, not followed.
+    ///
+    /// # Errors
+    /// Those of the system calls; something mounted in it.
+    pub fn clear(&self, path: &OsStr) -> Result<()> {
+        let mut dirs = Vec::new();
+        let mut found = vec![path.to_owned()];
+        while let Some(path) = found.pop() {
+            match self.stat(&path)? {
+                Some(stat) if is_dir(&stat) => {
+                    found.extend(self.names(&path)?.iter().map(|name| join(&path, name)));
+                    dirs.push(path);
+                }
+                Some(_) => self.unlink(&path, false)?,
+                None => {}
+            }
+        }
+        dirs.iter().rev().try_for_each(|dir| self.unlink(dir, true))
+    }
+
+    /// Gives the directory `path` (`"."` for the handle itself) the owner, mode and extended attributes of another directory, and
+    /// a time of change: seconds and nanoseconds.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn dress(&self, path: &OsStr, like: &File, time: (i64, i64)) -> Result<()> {
+        let dress = || -> Result<()> {
+            let dir = match self.dir(path) {
+                Ok(dir) => File::from(dir),
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
+                Err(e) => return Err(e.into()),
+            };
+            use xattr::FileExt as _;
+            let wanted: Vec<OsString> = like.list_xattr().into_iter().flatten().collect();
+            // First: an ACL that goes would change what the mode means. Security labels can't be removed, only changed.
+            let unwanted = |name: &OsString| !wanted.contains(name) && !name.as_bytes().starts_with(b"security.");
+            for name in dir.list_xattr().into_iter().flatten().filter(unwanted) {
+                dir.remove_xattr(&name).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
+            }
+            copy_attributes(like, &dir)?;
+            Ok(futimens(&dir, &TimeSpec::UTIME_OMIT, &TimeSpec::new(time.0, time.1))?)
+        };
+        dress().with_context(|| format!("the attributes of {} can't be set", self.shown.join(path).display()))
+    }
+
+    /// Does something with the directory that holds `path` and the name in it; None if either isn't there.
+    fn at<T>(&self, path: &OsStr, act: impl FnOnce(&OwnedFd, &OsStr) -> nix::Result<T>) -> Result<Option<T>> {
+        let done: Result<T> = self.parent(path).and_then(|(dir, name)| Ok(act(&dir, name)?));
+        match done {
+            Ok(found) => Ok(Some(found)),
+            Err(e) if is_absent(&e) => Ok(None),
+            Err(e) => Err(e.context(self.shown.join(path).display().to_string())),
+        }
+    }
+
     /// Makes one change. Whatever is interrupted in a [`Change::Create`] or [`Change::Replace`], no name ends up with half a
     /// content that something relies on.
     ///
@@ -267,12 +414,20 @@ impl Below {
     }
 
     /// The directory that holds `path`, and the last component.
-    fn parent<'p>(&self, path: &'p str) -> Result<(OwnedFd, &'p str)> {
-        let (dir, name) = path.rsplit_once('/').unwrap_or((".", path));
-        if name.is_empty() || name == "." || name == ".." {
-            bail!("'{path}' names no file");
+    fn parent<'p>(&self, path: &'p (impl AsRef<OsStr> + ?Sized)) -> Result<(OwnedFd, &'p OsStr)> {
+        let path = path.as_ref().as_bytes();
+        let (dir, name) = match path.iter().rposition(|b| *b == b'/') {
+            Some(slash) => (path.get(..slash).unwrap_or_default(), path.get(slash + 1..).unwrap_or_default()),
+            None => (&b"."[..], path),
+        };
+        if matches!(name, b"" | b"." | b"..") {
+            bail!("'{}' names no file", path.escape_ascii());
         }
-        Ok((openat2(&self.dir, dir, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY))?, name))
+        Ok((self.dir(OsStr::from_bytes(dir))?, OsStr::from_bytes(name)))
+    }
+
+    fn dir(&self, path: &OsStr) -> nix::Result<OwnedFd> {
+        openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY))
     }
 
     fn make_dir(&self, path: &str) -> Result<()> {
@@ -291,7 +446,8 @@ impl Below {
         Ok(())
     }
 
-    fn write_new(&self, dir: &OwnedFd, name: &str, content: &Content) -> Result<File> {
+    fn write_new(&self, dir: &OwnedFd, name: impl AsRef<OsStr>, content: &Content) -> Result<File> {
+        let name = name.as_ref();
         match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
             Err(e) => return Err(e.into()),
@@ -336,6 +492,7 @@ impl Below {
 
     fn replace(&self, path: &str, content: &Content, like: Option<&Path>) -> Result<()> {
         let (dir, name) = self.parent(path)?;
+        let name = name.to_str().context("a name that isn't UTF-8")?;
         let mut names = self.names_behind(&dir, name)?;
         let temporary = names.pop().context("there is no temporary name")?;
         let fresh = self.write_new(&dir, &temporary, content)?;
@@ -412,6 +569,26 @@ impl Below {
 fn names_in_order(dir: &OwnedFd) -> Result<Vec<Vec<u8>>> {
     let mut dir = Dir::openat(dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     dir.iter().map(|entry| Ok(entry?.file_name().to_bytes().to_vec())).collect()
+}
+
+/// Whether something on the way to a path isn't there, or is no directory.
+fn is_absent(e: &anyhow::Error) -> bool {
+    matches!(e.downcast_ref(), Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP))
+}
+
+/// A name in a directory, as a path.
+pub fn join(dir: &OsStr, name: &OsStr) -> OsString {
+    if dir == "." { name.to_owned() } else { Path::new(dir).join(name).into_os_string() }
+}
+
+/// Whether it is a directory.
+pub fn is_dir(stat: &FileStat) -> bool {
+    stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFDIR
+}
+
+/// Whether it is a symbolic link.
+pub fn is_link(stat: &FileStat) -> bool {
+    stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFLNK
 }
 
 /// Owner, mode and extended attributes (ACLs and security labels are among them) of `from`, put on `to`. A file system that has

@@ -28,6 +28,7 @@ pub mod program;
 pub mod prove;
 pub mod root;
 pub mod settle;
+pub mod stage;
 pub mod sync;
 pub mod tree;
 pub mod types;

@@ -423,10 +423,9 @@ impl Spare<'_> {
 
     fn print(&self, trees: &[Tree], apart: &[Rewritten], steps: &[Step]) {
         for tree in trees {
-            for args in tree.arguments() {
-                let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
-                println!("{} {}: rsync {}", self.disk.name, tree.role, args.join(" "));
-            }
+            // It changes nothing, and says what the copy would.
+            let args: Vec<_> = tree.comparison().iter().map(|a| a.to_string_lossy().into_owned()).collect();
+            println!("{} {}: rsync {}", self.disk.name, tree.role, args.join(" "));
         }
         for file in apart {
             println!("{} root: replace {} ({} bytes)", self.disk.name, file.path, file.bytes.len());

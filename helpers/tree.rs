@@ -1,8 +1,12 @@
 //! Copying root trees with rsync(1), and the files in them that name a disk.
 
-use std::ffi::OsString;
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +16,7 @@ use crate::fstab;
 use crate::ident::Rewriter;
 use crate::program;
 use crate::root::Root;
+use crate::stage::{self, Found, unescape};
 use crate::types::{DirPath, Role};
 
 /// What is never copied, as rsync filter rules by the path in the running system. Rules of `exclude=` come between the first part
@@ -141,47 +146,169 @@ impl Tree {
         self.from.as_ref().map_or(at, |from| from.join(""))
     }
 
-    /// rsync's arguments, for two runs. In the first, files are transferred under temporary names (`--delay-updates`) and then renamed.
-    /// Symbolic links are not delayed by that, and would lead to files that have not got their names yet; they, and the removal of what
-    /// the source doesn't have, are left to the second run, which also finds what has changed meanwhile.
-    pub fn arguments(&self) -> [Vec<OsString>; 2] {
-        [self.run(&["--no-links"]), self.run(&["--delete-after"])]
+    /// rsync's arguments for comparing the source with a tree: a line for everything that is to change, and nothing is written.
+    pub fn comparison(&self) -> Vec<OsString> {
+        // Between two slashes, as these are in no path.
+        let own = ["--dry-run", "--delete", "--force", "--out-format=//%i//%n//%L", "--filter=- /.dualroot"];
+        let rules = self.rules.iter().map(|rule| format!("--filter={rule}"));
+        let all = own.iter().map(|arg| (*arg).to_owned()).chain(rules);
+        self.run(all.map(Into::into), "./")
     }
 
-    fn run(&self, special: &[&str]) -> Vec<OsString> {
-        let mut args: Vec<OsString> = [
-            "--archive",
-            "--hard-links",
-            "--acls",
-            "--xattrs",
-            "--numeric-ids",
-            "--sparse",
-            "--one-file-system",
-            "--delay-updates",
-            "--force",
-            // What a transfer that was cut has staged: never copied, and removed with what the source doesn't have.
-            "--filter=H .~tmp~/",
-            "--filter=R .~tmp~/",
-        ]
-        .map(Into::into)
-        .into();
-        args.extend(special.iter().map(Into::into));
-        args.extend(self.rules.iter().map(|rule| format!("--filter={rule}").into()));
-        args.push(self.source().into());
-        args.push("./".into());
-        args
+    /// rsync's arguments for staging what is listed on standard input. What is listed but hasn't changed, the other names of
+    /// files that have got a new one, becomes another name of the tree's own file.
+    fn staging(&self) -> Vec<OsString> {
+        let own = ["--files-from=-", "--from0", "--ignore-missing-args", "--link-dest=../.."];
+        self.run(own.into_iter().map(Into::into), &format!("./{}/", stage::NEW))
     }
 
-    /// Copies the tree to below the handle.
+    fn run(&self, own: impl Iterator<Item = OsString>, target: &str) -> Vec<OsString> {
+        let same = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse", "--one-file-system"];
+        let all = same.into_iter().map(Into::into).chain(own);
+        all.chain([self.source().into_os_string(), target.into()]).collect()
+    }
+
+    /// Copies the tree to below the handle: what differs is staged there, whole, and then put into its place. Where nothing
+    /// differs, nothing is written.
     ///
     /// # Errors
     /// What rsync couldn't read or write; its messages are in the error. A source file that vanished meanwhile is none.
     pub fn copy(&self, target: &Below) -> Result<()> {
-        for run in self.arguments() {
-            rsync(run, target).with_context(|| format!("the copy of {}", self.source().display()))?;
+        self.copy_with(target, stage::complete).with_context(|| format!("the copy of {}", self.source().display()))
+    }
+
+    fn copy_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
+        // What a sync that was cut has left comes first, if it is whole. If not, all that differs is found anyway.
+        complete(target)?;
+        let changes = Changes::parse(&rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)?);
+        if changes == Changes::default() {
+            return Ok(());
+        }
+        changes.check_room(&self.source(), target)?;
+        stage::begin(target)?;
+        let staged = self.stage(&changes, target);
+        if staged.is_err() {
+            // It takes room that the spare may need when it is booted.
+            let _ = stage::discard(target);
+        }
+        staged?;
+        complete(target)?;
+        Ok(())
+    }
+
+    fn stage(&self, changes: &Changes, target: &Below) -> Result<()> {
+        let list = [&*changes.list, &*changes.links, &*changes.parents(&self.source())].concat();
+        if !list.is_empty() {
+            let path = format!("{}/list", stage::DIRECTORY);
+            target.apply(&Change::Create { path: path.clone(), content: Content::Bytes(list) })?;
+            let list = target.file(&path)?.with_context(|| format!("{path} has gone"))?;
+            let mut args = self.staging();
+            let mut shown = Stdio::null();
+            if std::io::stdout().is_terminal() {
+                args.insert(0, "--info=progress2".into());
+                shown = Stdio::inherit();
+            }
+            rsync(args, list.into(), shown, target)?;
+        }
+        let source = self.source();
+        let top = File::open(&source).with_context(|| source.display().to_string())?;
+        stage::seal(target, &changes.gone, &top)
+    }
+}
+
+/// What rsync found to be different.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Changes {
+    /// The paths that are to be staged, each with NUL behind it.
+    list: Vec<u8>,
+    /// Likewise, further names of files.
+    links: Vec<u8>,
+    /// What the source doesn't have: directories with a slash behind them, and after what is in them.
+    gone: Vec<OsString>,
+    /// Whether the attributes of the top directory differ.
+    top: bool,
+}
+
+impl Changes {
+    fn parse(said: &[u8]) -> Self {
+        let mut found = Self::default();
+        for line in said.split(|b| *b == b'\n') {
+            let Some([item, path, link]) = fields(line) else { continue };
+            let path = unescape(path);
+            match item {
+                [b'*', b'd', ..] => found.gone.push(path),
+                [b'*', ..] => {}
+                [b'h', ..] => {
+                    append(&mut found.links, &path);
+                    // The first name is listed, too, although that file may be the same as before.
+                    append(&mut found.links, &unescape(link.strip_prefix(b" => ").unwrap_or_default()));
+                }
+                _ if path == "./" => found.top = true,
+                // By a slash, rsync would understand all that is in a directory.
+                _ => append(&mut found.list, OsStr::from_bytes(path.as_bytes().strip_suffix(b"/").unwrap_or(path.as_bytes()))),
+            }
+        }
+        found
+    }
+
+    /// The directories from which something goes, and which stay: their times change by that.
+    fn parents(&self, source: &Path) -> Vec<u8> {
+        let parents: BTreeSet<&Path> = self.gone.iter().filter_map(|path| Path::new(path).parent()).collect();
+        let gone: BTreeSet<&Path> = self.gone.iter().map(Path::new).collect();
+        let mut list = Vec::new();
+        for dir in parents.difference(&gone) {
+            // One that is something else now is listed already.
+            if source.join(dir).symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+                append(&mut list, dir.as_os_str());
+            }
+        }
+        list
+    }
+
+    /// What is staged lies beside what it will replace.
+    fn check_room(&self, source: &Path, target: &Below) -> Result<()> {
+        let mut needed: u64 = 0;
+        for path in self.list.split(|b| *b == 0).filter(|path| !path.is_empty()) {
+            // What has gone meanwhile needs no room.
+            let Ok(meta) = source.join(OsStr::from_bytes(path)).symlink_metadata() else { continue };
+            if meta.is_file() {
+                needed = needed.saturating_add(meta.len().min(meta.blocks().saturating_mul(512)));
+            }
+        }
+        let s = nix::sys::statvfs::fstatvfs(target.fd())?;
+        let free = s.fragment_size().saturating_mul(s.blocks_free());
+        if needed > free {
+            bail!(
+                "{needed} bytes are to be staged on the spare before anything there is replaced, but only {free} are free, {} too \
+                 few; nothing was changed; remove on the booted disk what isn't needed, or make the spare's partition larger, or \
+                 make a new file system there",
+                needed - free
+            );
         }
         Ok(())
     }
+}
+
+fn append(list: &mut Vec<u8>, path: &OsStr) {
+    if !path.is_empty() {
+        list.extend_from_slice(path.as_bytes());
+        list.push(0);
+    }
+}
+
+/// The fields of a line of [`Tree::comparison`]; other lines are messages.
+fn fields(line: &[u8]) -> Option<[&[u8]; 3]> {
+    let cut = |text: &'_ [u8]| text.windows(2).position(|two| two == b"//");
+    let line = line.strip_prefix(b"//")?;
+    let (item, rest) = line.split_at_checked(cut(line)?)?;
+    let rest = rest.get(2..)?;
+    let mut at = cut(rest)?;
+    // A directory's own slash comes first.
+    if rest.get(at + 2) == Some(&b'/') {
+        at += 1;
+    }
+    let (path, link) = rest.split_at_checked(at)?;
+    Some([item, path, link.get(2..)?])
 }
 
 /// Makes the modules directory of the spare's tree that of the booted disk, old kernels' modules gone.
@@ -193,10 +320,13 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
         let Some(inner) = dir.strip_prefix(tree.at.as_str()).and_then(|d| d.strip_prefix('/')) else { continue };
         let source = tree.source().join(inner);
         if source.canonicalize().is_ok_and(|real| real == source) {
-            let mut args: Vec<OsString> = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete"].map(Into::into).into();
+            // What differs otherwise is for the next sync to stage.
+            let only = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete", "--existing", "--ignore-existing"];
+            let mut args: Vec<OsString> = only.map(Into::into).into();
             args.push(source.join("").into());
             args.push(format!("./{inner}/").into());
-            rsync(args, target).with_context(|| format!("the removal of old kernels' modules from {dir}"))?;
+            rsync(args, Stdio::null(), Stdio::null(), target)
+                .with_context(|| format!("the removal of old kernels' modules from {dir}"))?;
         }
     }
     Ok(())
@@ -205,18 +335,14 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
 /// Exit status of rsync when source files vanished before they could be transferred (rsync(1), EXIT VALUES).
 const VANISHED: i32 = 24;
 
-fn rsync(args: Vec<OsString>, target: &Below) -> Result<()> {
+fn rsync(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Vec<u8>> {
     let mut command = program::command("rsync")?;
-    if std::io::stdout().is_terminal() {
-        command.arg("--info=progress2").stdout(Stdio::inherit());
-    } else {
-        command.stdout(Stdio::null());
-    }
+    command.args(args).stdin(input).stdout(output).stderr(Stdio::piped());
     // The child changes to the directory by our handle, before it becomes rsync: no path can lead it elsewhere.
-    let done = command.args(args).current_dir(target.proc_path()).stderr(Stdio::piped()).spawn().context("rsync can't be run")?;
+    let done = command.current_dir(target.proc_path()).spawn().context("rsync can't be run")?;
     let done = done.wait_with_output().context("rsync can't be waited for")?;
     match done.status.code() {
-        Some(0 | VANISHED) => Ok(()),
+        Some(0 | VANISHED) => Ok(done.stdout),
         _ => {
             let said = String::from_utf8_lossy(&done.stderr);
             let said: Vec<&str> = said.lines().rev().take(8).collect();
@@ -260,7 +386,13 @@ fn reanchor(rule: &str, at: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::cell::Cell;
+    use std::collections::BTreeMap;
     use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+    use std::time::{Duration, UNIX_EPOCH};
 
     #[test]
     fn rules_follow_the_tree() {
@@ -309,35 +441,392 @@ mod tests {
         assert_eq!(inode("a"), inode("b"), "hard links stay hard links");
     }
 
-    #[test]
-    fn f18_links_change_after_what_they_lead_to() {
-        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        for (dir, name) in [(&from, "lib.2"), (&to, "lib.1")] {
-            fs::write(dir.path().join(name), name).unwrap();
-            std::os::unix::fs::symlink(name, dir.path().join("lib")).unwrap();
+    /// What may be at a path of a tree. The size of a file follows from its content, as rsync looks at sizes and times.
+    #[derive(Clone, Debug)]
+    enum Node {
+        File {
+            size: u8,
+            mode: u32,
+            time: i64,
+            attribute: bool,
+        },
+        Dir {
+            mode: u32,
+            time: i64,
+        },
+        Link(u8),
+        Pipe,
+        /// Another name of a file before it.
+        Name(usize),
+    }
+
+    const NAMES: [&[u8]; 18] = [
+        b"a",
+        b"b",
+        b"c",
+        b"d",
+        b"d/a",
+        b"d/b",
+        b"d/e",
+        b"d/e/f",
+        b"d/e/g",
+        b"g",
+        b"g/a",
+        b"g/.dualroot",
+        b"new\nline",
+        br"d/back\#012slash",
+        b"d/inv\xff => \xc3\xbc",
+        b"-d",
+        b" # *[x]",
+        b"d/;",
+    ];
+
+    type Listing = Vec<(usize, Node)>;
+
+    fn listing() -> impl Strategy<Value = Listing> {
+        let file = (0u8..4, prop_oneof![Just(0o644), Just(0o4755)], 0i64..3, any::<bool>())
+            .prop_map(|(size, mode, time, attribute)| Node::File { size, mode, time, attribute });
+        let dir = (prop_oneof![Just(0o755), Just(0o2770)], 0i64..3).prop_map(|(mode, time)| Node::Dir { mode, time });
+        let node = prop_oneof![
+            5 => file,
+            4 => dir,
+            1 => (0u8..3).prop_map(Node::Link),
+            1 => Just(Node::Pipe),
+            3 => (0..NAMES.len()).prop_map(Node::Name),
+        ];
+        proptest::collection::vec((0..NAMES.len(), node), 0..16).prop_map(|mut nodes| {
+            nodes.sort_by_key(|(name, _)| *name);
+            nodes
+        })
+    }
+
+    /// Makes the tree, as far as it can be made: nothing lies below what isn't a directory.
+    fn make(root: &Path, listing: &Listing) {
+        let path = |name: usize| root.join(OsStr::from_bytes(NAMES[name]));
+        let times =
+            |time: i64| fs::FileTimes::new().set_modified(UNIX_EPOCH + Duration::from_secs(1_000_000 + time.unsigned_abs()));
+        for (name, node) in listing {
+            let path_of = path(*name);
+            match node {
+                Node::File { size, mode, time, attribute } => {
+                    let Ok(mut file) = File::create_new(&path_of) else { continue };
+                    file.write_all(&vec![*size; *size as usize * 3000]).unwrap();
+                    file.set_permissions(fs::Permissions::from_mode(*mode)).unwrap();
+                    if *attribute {
+                        // Not every file system has them.
+                        let _ = xattr::FileExt::set_xattr(&file, "user.test", &[*size]);
+                    }
+                    file.set_times(times(*time)).unwrap();
+                }
+                Node::Dir { .. } => {
+                    let _ = fs::create_dir(&path_of);
+                }
+                Node::Link(to) => {
+                    let _ = symlink(["a", "d", "../b"][*to as usize], &path_of);
+                }
+                Node::Pipe => {
+                    let _ = nix::unistd::mkfifo(&path_of, nix::sys::stat::Mode::S_IRUSR);
+                }
+                Node::Name(of) => {
+                    if path(*of).symlink_metadata().is_ok_and(|m| m.is_file()) {
+                        let _ = fs::hard_link(path(*of), &path_of);
+                    }
+                }
+            }
         }
-        let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
-        tree.at = from.path().to_str().unwrap().to_owned();
-        let below = Below::open(to.path()).unwrap();
-        let [first, second] = tree.arguments();
-        rsync(first, &below).unwrap();
-        assert_eq!(fs::read(to.path().join("lib")).unwrap(), b"lib.1", "old, and whole");
-        assert_eq!(fs::read(to.path().join("lib.2")).unwrap(), b"lib.2");
-        rsync(second, &below).unwrap();
-        assert_eq!(fs::read(to.path().join("lib")).unwrap(), b"lib.2");
-        assert!(!to.path().join("lib.1").exists());
+        for (name, node) in listing.iter().rev() {
+            if let Node::Dir { mode, time } = node
+                && path(*name).symlink_metadata().is_ok_and(|m| m.is_dir())
+            {
+                let dir = File::open(path(*name)).unwrap();
+                dir.set_permissions(fs::Permissions::from_mode(*mode)).unwrap();
+                dir.set_times(times(*time)).unwrap();
+            }
+        }
+        File::open(root).unwrap().set_times(times(0)).unwrap();
+    }
+
+    /// Everything in a tree but `.dualroot`, by its path: what it is, whole, and what other names it has.
+    fn look(root: &Path) -> BTreeMap<PathBuf, (String, BTreeSet<PathBuf>)> {
+        let (mut found, mut names) = (BTreeMap::new(), BTreeMap::<u64, BTreeSet<PathBuf>>::new());
+        let mut paths = vec![root.to_owned()];
+        while let Some(path) = paths.pop() {
+            let meta = path.symlink_metadata().unwrap();
+            let inner = path.strip_prefix(root).unwrap().to_owned();
+            let mut text = format!("{:o} {}:{} ", meta.mode(), meta.uid(), meta.gid());
+            if meta.is_dir() {
+                paths.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()).filter(|p| *p != root.join(".dualroot")));
+            } else {
+                names.entry(meta.ino()).or_default().insert(inner.clone());
+            }
+            if meta.is_symlink() {
+                text += &format!("-> {:?}", fs::read_link(&path).unwrap());
+            } else {
+                // rsync doesn't set the times of pipes.
+                if meta.is_file() {
+                    text += &format!("{}.{} ", meta.mtime(), meta.mtime_nsec());
+                }
+                for name in xattr::list(&path).into_iter().flatten() {
+                    text += &format!("{name:?}={:?} ", xattr::get(&path, &name).unwrap());
+                }
+            }
+            if meta.is_file() {
+                text += &format!("{:?}", fs::read(&path).unwrap());
+            }
+            found.insert(inner, (text, meta.ino()));
+        }
+        found.into_iter().map(|(path, (text, ino))| (path, (text, names.get(&ino).cloned().unwrap_or_default()))).collect()
+    }
+
+    /// The source is all in the spare, with nothing else there. Names that were one file on the spare and aren't in the source
+    /// are left so by rsync while they are equal.
+    fn assert_same(source: &Path, spare: &Path) {
+        let (wanted, found) = (look(source), look(spare));
+        assert_eq!(wanted.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
+        for (path, (text, names)) in &wanted {
+            let (found_text, found_names) = &found[path];
+            assert_eq!(text, found_text, "{}", path.display());
+            assert!(names.is_subset(found_names), "{}: {names:?} {found_names:?}", path.display());
+        }
+        assert!(!spare.join(".dualroot").exists());
+    }
+
+    struct Pair {
+        tmp: tempfile::TempDir,
+        tree: Tree,
+        below: Below,
+    }
+
+    impl Pair {
+        fn new(source: &Listing, spare: &Listing) -> Self {
+            // Where flushing costs nothing, if there is such a place.
+            let tmp = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+            for (name, listing) in [("source", source), ("spare", spare)] {
+                fs::create_dir(tmp.path().join(name)).unwrap();
+                make(&tmp.path().join(name), listing);
+            }
+            let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
+            tree.at = tmp.path().join("source").to_str().unwrap().to_owned();
+            let below = Below::open(&tmp.path().join("spare")).unwrap();
+            Self { tmp, tree, below }
+        }
+
+        fn source(&self) -> PathBuf {
+            self.tmp.path().join("source")
+        }
+
+        fn spare(&self) -> PathBuf {
+            self.tmp.path().join("spare")
+        }
+
+        fn differences(&self) -> Vec<u8> {
+            rsync(self.tree.comparison(), Stdio::null(), Stdio::piped(), &self.below).unwrap()
+        }
+    }
+
+    /// Completes a tree up to this many steps.
+    fn cut_after(steps: usize) -> impl Fn(&Below) -> Result<Found> {
+        let left = Cell::new(steps);
+        move |tree: &Below| {
+            stage::complete_with(tree, &mut || match left.get().checked_sub(1) {
+                Some(rest) => {
+                    left.set(rest);
+                    Ok(())
+                }
+                None => bail!("cut"),
+            })
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn f18_any_tree_becomes_any_other_wherever_that_is_cut(source in listing(), spare in listing(), steps in 0usize..40) {
+            let pair = Pair::new(&source, &spare);
+            let old = look(&pair.spare());
+            // Staged whole, and nothing more.
+            pair.tree.copy_with(&pair.below, |_| Ok(Found::Nothing)).unwrap();
+            let mut staged = look(&pair.spare());
+            staged.insert(PathBuf::new(), old[Path::new("")].clone());
+            prop_assert_eq!(&old, &staged);
+            // The cut, and what the spare does when it is booted.
+            let cut = cut_after(steps)(&pair.below);
+            if let Err(e) = cut {
+                prop_assert_eq!(format!("{e:#}"), "cut");
+            }
+            stage::complete(&pair.below).unwrap();
+            assert_same(&pair.source(), &pair.spare());
+            let left = pair.differences();
+            // A cut at the very end leaves the time of the top directory to the next sync.
+            prop_assert!(left.is_empty() || left == b"//.d..t......//.///\n", "{}", left.escape_ascii());
+            pair.tree.copy(&pair.below).unwrap();
+            assert_eq!(pair.differences().escape_ascii().to_string(), "");
+        }
     }
 
     #[test]
-    fn f21_what_a_cut_transfer_has_staged_is_removed_and_not_copied() {
-        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        for path in [from.path().join("etc/.~tmp~"), to.path().join("etc/.~tmp~")] {
-            fs::create_dir_all(&path).unwrap();
-            fs::write(path.join("large"), "staged, and gone from the source since").unwrap();
+    fn f18_links_lead_to_something_at_every_step() {
+        let build = |pair: &Pair| {
+            for (dir, files) in [
+                // A library whose link changes, and the directories of all libraries merged, or parted again.
+                (pair.source(), [("usr/lib/ld.so", "newer"), ("lib.2", "newer"), ("bin/sh", "newer")]),
+                (pair.spare(), [("lib/ld.so", "old"), ("lib.1", "old"), ("usr/bin/sh", "old")]),
+            ] {
+                for (path, text) in files {
+                    fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
+                    fs::write(dir.join(path), text).unwrap();
+                }
+            }
+            for (dir, link, to) in [
+                (pair.source(), "lib", "usr/lib"),
+                (pair.source(), "lib.so", "lib.2"),
+                (pair.spare(), "bin", "usr/bin"),
+                (pair.spare(), "lib.so", "lib.1"),
+            ] {
+                symlink(to, dir.join(link)).unwrap();
+            }
+        };
+        let mut exchanged = false;
+        for steps in 0.. {
+            let pair = Pair::new(&Vec::new(), &Vec::new());
+            build(&pair);
+            let done = pair.tree.copy_with(&pair.below, cut_after(steps)).is_ok();
+            for path in ["lib/ld.so", "lib.so", "bin/sh"] {
+                let text =
+                    fs::read_to_string(pair.spare().join(path)).unwrap_or_else(|e| panic!("{path} after {steps} steps: {e}"));
+                assert!(text == "newer" || text == "old" && !done);
+            }
+            exchanged |=
+                pair.spare().join(".dualroot/new/bin").is_symlink() && pair.spare().join(".dualroot/new/lib/ld.so").exists();
+            // The next sync goes on where this one was cut.
+            pair.tree.copy(&pair.below).unwrap();
+            assert_same(&pair.source(), &pair.spare());
+            if done {
+                assert!(exchanged, "there is no instant without the directory and without the link");
+                break;
+            }
         }
-        fs::write(from.path().join("etc/hosts"), "new").unwrap();
-        copy(from.path(), to.path(), &[], &[]);
-        assert!(to.path().join("etc/hosts").exists() && !to.path().join("etc/.~tmp~").exists());
+    }
+
+    #[test]
+    fn f18_a_cut_while_staging_leaves_the_old_tree() {
+        let node = |size, time| Node::File { size, mode: 0o644, time, attribute: false };
+        let pair = Pair::new(&vec![(0, node(1, 1)), (1, node(2, 2))], &vec![(0, node(3, 1)), (9, node(1, 1))]);
+        let old = look(&pair.spare());
+        stage::begin(&pair.below).unwrap();
+        fs::write(pair.spare().join(".dualroot/new/a"), "half of").unwrap();
+        assert_eq!(stage::complete(&pair.below).unwrap(), Found::Half);
+        let mut found = look(&pair.spare());
+        found.insert(PathBuf::new(), old[Path::new("")].clone());
+        assert_eq!(old, found);
+        assert!(!pair.spare().join(".dualroot").exists());
+        // And the next sync doesn't mind either.
+        stage::begin(&pair.below).unwrap();
+        fs::write(pair.spare().join(".dualroot/new/a"), "half of").unwrap();
+        pair.tree.copy(&pair.below).unwrap();
+        assert_same(&pair.source(), &pair.spare());
+    }
+
+    #[test]
+    fn a_directory_with_directories_becomes_something_else() {
+        for file in [true, false] {
+            let dir = |name| (name, Node::Dir { mode: 0o755, time: 1 });
+            let pair = Pair::new(&vec![dir(9)], &vec![dir(3), dir(6), (7, Node::Pipe)]);
+            match file {
+                true => fs::write(pair.source().join("d"), "").unwrap(),
+                false => symlink("g", pair.source().join("d")).unwrap(),
+            }
+            fs::create_dir(pair.source().join("g/e")).unwrap();
+            pair.tree.copy(&pair.below).unwrap();
+            assert_same(&pair.source(), &pair.spare());
+        }
+    }
+
+    #[test]
+    fn a_directory_keeps_its_time_when_something_goes_from_it() {
+        let pair = Pair::new(&vec![(3, Node::Dir { mode: 0o755, time: 1 })], &vec![(3, Node::Dir { mode: 0o755, time: 1 })]);
+        let dir = File::open(pair.spare().join("d")).unwrap();
+        fs::write(pair.spare().join("d/x"), "").unwrap();
+        dir.set_times(fs::FileTimes::new().set_modified(pair.source().join("d").metadata().unwrap().modified().unwrap()))
+            .unwrap();
+        pair.tree.copy(&pair.below).unwrap();
+        assert!(!pair.spare().join("d/x").exists());
+        assert_eq!(pair.differences().escape_ascii().to_string(), "");
+    }
+
+    #[test]
+    fn only_what_differs_is_written_and_once() {
+        let pair = Pair::new(&Vec::new(), &Vec::new());
+        for name in ["large", "small", "d/same"] {
+            let path = pair.source().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, vec![7; 1 << 20]).unwrap();
+        }
+        pair.tree.copy(&pair.below).unwrap();
+        assert_eq!(pair.differences(), b"");
+        let before = look(&pair.spare());
+        let looks = Cell::new(0);
+        let look_only = |_: &Below| Ok((looks.set(looks.get() + 1), Found::Nothing).1);
+        pair.tree.copy_with(&pair.below, look_only).unwrap();
+        assert_eq!(looks.get(), 1, "there is nothing to put into its place");
+        assert_eq!(before, look(&pair.spare()));
+        fs::write(pair.source().join("small"), vec![8; 1 << 16]).unwrap();
+        fs::hard_link(pair.source().join("large"), pair.source().join("d/large")).unwrap();
+        pair.tree.copy_with(&pair.below, |_| Ok(Found::Nothing)).unwrap();
+        let (new, old) = (pair.spare().join(".dualroot/new"), pair.spare().join("large").metadata().unwrap().ino());
+        let is_written = |path: &PathBuf| new.join(path).metadata().is_ok_and(|m| m.is_file() && m.ino() != old);
+        let written: Vec<PathBuf> = look(&new).into_keys().filter(is_written).collect();
+        assert_eq!(written, [Path::new("small")], "another name of a file is not another copy of it");
+        assert_eq!(fs::metadata(new.join("small")).unwrap().len(), 1 << 16);
+        stage::complete(&pair.below).unwrap();
+        assert_same(&pair.source(), &pair.spare());
+    }
+
+    #[test]
+    fn f19_what_does_not_fit_beside_the_old_is_not_begun() {
+        let pair = Pair::new(&Vec::new(), &Vec::new());
+        let free = {
+            let s = nix::sys::statvfs::fstatvfs(pair.below.fd()).unwrap();
+            s.fragment_size() * s.blocks_free()
+        };
+        let file = File::create(pair.source().join("large")).unwrap();
+        // Sparse, it takes no room.
+        file.set_len(free * 2).unwrap();
+        let changes = Changes::parse(&pair.differences());
+        changes.check_room(&pair.source(), &pair.below).unwrap();
+        let too_much = Changes { list: b"large\0".repeat(3), ..Changes::default() };
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&vec![1; 1 << 20], 0).unwrap();
+        let tmpfs = Path::new("/dev/shm");
+        if nix::unistd::geteuid().is_root() && tmpfs.exists() {
+            crate::mounts::enter_private_namespace().unwrap();
+            use nix::mount::{MsFlags, mount};
+            mount(Some("none"), &pair.spare(), Some("tmpfs"), MsFlags::empty(), Some("size=2m")).unwrap();
+            let below = Below::open(&pair.spare()).unwrap();
+            let error = format!("{:#}", too_much.check_room(&pair.source(), &below).unwrap_err());
+            assert!(error.starts_with("3145728 bytes are to be staged") && error.contains("1048576 too few"), "{error}");
+            pair.tree.copy(&below).unwrap();
+        }
+    }
+
+    #[test]
+    fn f22_what_is_excluded_keeps_its_directory_and_that_is_said() {
+        let pair = Pair::new(&Vec::new(), &Vec::new());
+        fs::write(pair.source().join("mnt"), "").unwrap();
+        fs::create_dir_all(pair.spare().join("mnt/root1/x")).unwrap();
+        let error = format!("{:#}", pair.tree.copy(&pair.below).unwrap_err());
+        assert!(error.contains("could not make way for new regular file: mnt"), "{error}");
+        assert!(pair.spare().join("mnt/root1/x").exists() && !pair.spare().join(".dualroot").exists());
+    }
+
+    #[test]
+    fn what_is_staged_in_the_source_is_not_copied() {
+        let pair = Pair::new(&Vec::new(), &Vec::new());
+        fs::create_dir_all(pair.source().join(".dualroot/new")).unwrap();
+        fs::create_dir_all(pair.source().join("home/.dualroot")).unwrap();
+        pair.tree.copy(&pair.below).unwrap();
+        assert!(!pair.spare().join(".dualroot").exists() && pair.spare().join("home/.dualroot").exists());
     }
 
     #[test]
