@@ -36,7 +36,7 @@ pub struct Mount {
 }
 
 impl Mount {
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let (mount, fs) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(2);
         let (major, minor) = mount.next()?.split_once(':')?;

@@ -6,15 +6,20 @@
 //! more: whoever finds it carries it out, be it the next sync or the spare itself while it boots. Every operation may be done
 //! again, so that it doesn't matter how far somebody else has come.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
 use crate::below::{Below, Change, Content, is_dir, is_link, join};
+use crate::conf::Config;
+use crate::mounts::{self, Mount};
+use crate::types::Role;
 
 /// Where everything is, at the top of a tree.
 pub const DIRECTORY: &str = ".dualroot";
@@ -250,6 +255,34 @@ impl Plan {
     }
 }
 
+/// The trees of the running system in which something is staged: the root, and what is mounted where a disk of the
+/// configuration has a tree. Each comes with its path.
+///
+/// # Errors
+/// Those of the system calls.
+pub fn left_here(config: Option<&Config>) -> Result<Vec<(PathBuf, Below)>> {
+    // /usr is mounted before anything is read, and may hold the configuration.
+    let roles = config.iter().flat_map(|config| &config.disks).flat_map(|disk| disk.parts.keys());
+    let dirs = [&Role::Root, &Role::Usr].into_iter().chain(roles).filter_map(Role::tree);
+    left_in(&mounts::table()?, dirs.collect())
+}
+
+fn left_in(table: &[Mount], dirs: BTreeSet<&str>) -> Result<Vec<(PathBuf, Below)>> {
+    let mut found = Vec::new();
+    for dir in dirs {
+        let dir = PathBuf::from(if dir.is_empty() { "/" } else { dir });
+        // Where nothing is mounted, `.dualroot` would be somebody's own directory.
+        if mounts::at(table, &dir).is_none() {
+            continue;
+        }
+        let tree = Below::open(&dir)?;
+        if tree.stat(OsStr::new(DIRECTORY))?.is_some() {
+            found.push((dir, tree));
+        }
+    }
+    Ok(found)
+}
+
 /// The bytes of the names in rsync's output, which writes some as `\#ooo`.
 pub fn unescape(text: &[u8]) -> OsString {
     let mut out = Vec::new();
@@ -385,6 +418,20 @@ mod tests {
         }
         assert_eq!(read(&tree, "file"), "kept");
         assert!(tmp.path().join("outside/new/deep").exists() && tmp.path().join("outside/plan").exists());
+    }
+
+    #[test]
+    fn what_is_staged_is_found_where_a_tree_is_mounted() {
+        let (tmp, _) = staged(b"");
+        let (tree, outside) = (tmp.path().join("tree"), tmp.path().join("outside"));
+        let table: Vec<Mount> = [&tree, &outside]
+            .iter()
+            .map(|dir| Mount::parse(&format!("36 35 98:0 / {} rw - ext4 /dev/sdb2 rw", dir.display())).unwrap())
+            .collect();
+        let dirs: BTreeSet<&str> = [&tree, &outside].iter().map(|dir| dir.to_str().unwrap()).collect();
+        let found = |table: &[Mount]| left_in(table, dirs.clone()).unwrap().into_iter().map(|(dir, _)| dir).collect::<Vec<_>>();
+        assert_eq!(found(&table), std::slice::from_ref(&tree));
+        assert!(found(&table[1..]).is_empty(), "somebody's directory of that name in another file system");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::mounts::{Alone, Held};
 use crate::opaque;
 use crate::prove;
 use crate::settle;
+use crate::stage;
 use crate::tree::{self, Rewritten, Tree};
 use crate::types::{DiskName, Role};
 
@@ -90,6 +91,15 @@ fn round(machine: &Machine, options: &Options, log: &mut Log) -> Result<Outcome>
             }
         }
         own.save(&esp)?;
+        for (dir, tree) in stage::left_here(Some(&machine.config))? {
+            // It is older than what has been done here since.
+            log.warning(&format!(
+                "{}: a copy to this disk was cut, and was not completed while it booted; what was staged is removed, and files of \
+                 two generations may be there",
+                dir.display()
+            ));
+            stage::discard(&tree)?;
+        }
     }
     let mut outcome = Outcome::Whole;
     let mut error: Option<anyhow::Error> = None;
