@@ -202,8 +202,11 @@ fn one(
     }
     let mut known = Known::load(&machine.root)?;
     // Whatever doesn't fit is refused before the first byte is written.
-    let source = spare.source()?;
-    spare.boot_plan(&source, &known)?;
+    let boot_dirs = machine.boot_dirs();
+    let before = settle::print(&boot_dirs)?;
+    let mut source = spare.source()?;
+    let there = spare.boot_files(source.keys())?;
+    let (expected, _) = spare.boot_plan(&source, &there, &known)?;
     let apart = spare.rewritten()?;
     let mut trees: Vec<Tree> =
         disk.parts.keys().filter_map(|role| Tree::new(role, &machine.config.settings.exclude, &apart)).collect();
@@ -212,7 +215,7 @@ fn one(
         spare.check_empty(&trees)?;
     }
     if options.dry_run {
-        spare.print(&trees, &apart, &spare.boot_plan(&source, &known)?.0);
+        spare.print(&trees, &apart, &expected);
         return Ok(Vec::new());
     }
     let mut alone = Vec::new();
@@ -245,12 +248,17 @@ fn one(
     if machine.own_roots() {
         let root = spare.held(&Role::Root)?.below()?;
         for file in &apart {
-            root.apply(&file.change(&machine.root))?;
+            if root.read(file.path.trim_start_matches('/'))?.as_ref() != Some(&file.bytes) {
+                root.apply(&file.change(&machine.root))?;
+            }
         }
         root.apply(&Change::Barrier)?;
     }
-    let source = spare.source()?;
-    let (steps, wanted) = spare.boot_plan(&source, &known)?;
+    // That took its time. On the spare's boot partitions, nobody else writes.
+    if settle::print(&boot_dirs)? != before {
+        source = spare.source()?;
+    }
+    let (steps, wanted) = spare.boot_plan(&source, &there, &known)?;
     let writes = steps.iter().filter(|s| s.change != Change::Barrier).count();
     log.status(&format!("{}: {writes} changes to its boot partitions", disk.name));
     for step in &steps {
@@ -263,7 +271,10 @@ fn one(
     of_spare.save(spare.held(&Role::Esp)?.below()?)?;
     own.save(&esp)?;
     log.status(&format!("{}: reading it again", disk.name));
-    let faults = spare.prove(&wanted)?;
+    let faults = match writes {
+        0 => spare.prove(&wanted, &there)?,
+        _ => spare.prove(&wanted, &spare.boot_files(source.keys())?)?,
+    };
     for held in std::mem::take(&mut spare.held).into_values() {
         held.release()?;
     }
@@ -310,8 +321,22 @@ impl Spare<'_> {
         Ok(all)
     }
 
+    /// The spare's boot partitions, read whole.
+    fn boot_files<'r>(&self, roles: impl Iterator<Item = &'r Role>) -> Result<BTreeMap<Role, BootFiles>> {
+        let scan = |role: &Role| -> Result<_> {
+            let found = BootFiles::scan(self.held(role)?.below()?).with_context(|| format!("{role}= of {}", self.disk.name))?;
+            Ok((role.clone(), found))
+        };
+        roles.map(scan).collect()
+    }
+
     /// The steps for the boot partitions, and what is to be on them in the end.
-    fn boot_plan(&self, source: &BTreeMap<Role, BootFiles>, known: &Known) -> Result<(Vec<Step>, AllWanted)> {
+    fn boot_plan(
+        &self,
+        source: &BTreeMap<Role, BootFiles>,
+        there: &BTreeMap<Role, BootFiles>,
+        known: &Known,
+    ) -> Result<(Vec<Step>, AllWanted)> {
         let titles = self.machine.titles(self.disk);
         let rewrite = |class: Class, text: &[u8]| match class {
             Class::Entry => entry::rewrite(text, &self.rewriter, &titles),
@@ -319,13 +344,11 @@ impl Spare<'_> {
         };
         let places: BTreeMap<Role, PathBuf> =
             self.machine.booted.boot_places().into_iter().map(|(role, _, dir)| (role, dir.as_str().into())).collect();
-        let mut there = BTreeMap::new();
         let mut wanted = BTreeMap::new();
         for (role, files) in source {
-            let found = BootFiles::scan(self.held(role)?.below()?).with_context(|| format!("{role}= of {}", self.disk.name))?;
+            let found = there.get(role).with_context(|| format!("{role}= was not read"))?;
             let mounted = places.get(role).context("a boot partition has no place")?;
-            wanted.insert(role.clone(), bootplan::wanted(files, mounted, &found, rewrite)?);
-            there.insert(role.clone(), found);
+            wanted.insert(role.clone(), bootplan::wanted(files, mounted, found, rewrite)?);
         }
         let boots = |w: &Wanted| matches!(classify(&w.path), Class::Entry | Class::Uki);
         if !wanted.values().flatten().any(boots) {
@@ -445,15 +468,11 @@ impl Spare<'_> {
         }
     }
 
-    /// Reads the spare again, and says why it would not boot.
-    fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<String>> {
-        let mut found = BTreeMap::new();
-        for role in wanted.keys() {
-            found.insert(role, BootFiles::scan(self.held(role)?.below()?)?);
-        }
+    /// Says why the spare would not boot, from what was read of its boot partitions since they were last written.
+    fn prove(&self, wanted: &AllWanted, found: &BTreeMap<Role, BootFiles>) -> Result<Vec<String>> {
         let parts: Vec<prove::Part<'_>> = found
             .iter()
-            .filter_map(|(role, found)| Some(prove::Part { role: (*role).clone(), wanted: wanted.get(*role)?, found }))
+            .filter_map(|(role, found)| Some(prove::Part { role: role.clone(), wanted: wanted.get(role)?, found }))
             .collect();
         let mut faults = prove::boot_partitions(&parts, &self.rewriter);
         for part in &parts {
