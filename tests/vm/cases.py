@@ -220,8 +220,9 @@ def degraded(report, directory, staging, release, initrd, layout, logged):
         pair.boot("A", "B", logs=pair.logs)
         pair.check_booted(pair.a, first)
         report.step("the root is mirrored to B")
-        machine.run(f"btrfs device add -f /dev/disk/by-partuuid/{pair.b.partuuid['root']} / && "
-                    "btrfs balance start --full-balance -dconvert=raid1 -mconvert=raid1 /", 900)
+        # Now and then the last of the old chunks finds no room on so small a disk, before those that were moved are given back.
+        balance = "btrfs balance start -dconvert=raid1,soft -mconvert=raid1,soft /"
+        machine.run(f"btrfs device add -f /dev/disk/by-partuuid/{pair.b.partuuid['root']} / && {{ {balance} || {balance}; }}", 900)
         pair.manual_sync()
         pair.check_spare(pair.b)
         machine.run("echo 'written on both' >/root/note")
