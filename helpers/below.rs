@@ -358,7 +358,7 @@ impl Below {
     }
 
     /// Gives the directory `path` (`"."` for the handle itself) the owner, mode and extended attributes of another directory, and
-    /// a time of change: seconds and nanoseconds.
+    /// a time of change: seconds and nanoseconds. One that something is mounted on is left alone.
     ///
     /// # Errors
     /// Those of the system calls.
@@ -366,7 +366,7 @@ impl Below {
         let dress = || -> Result<()> {
             let dir = match self.dir(path) {
                 Ok(dir) => File::from(dir),
-                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EXDEV) => return Ok(()),
                 Err(e) => return Err(e.into()),
             };
             use xattr::FileExt as _;

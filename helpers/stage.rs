@@ -383,6 +383,26 @@ mod tests {
     }
 
     #[test]
+    fn f18_what_is_mounted_in_a_running_system_keeps_nothing_from_being_completed() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let (tmp, _) = staged(b"dualroot 1\0F file\x001234.5 dev\x001234.5 etc\x001234.5 .\0.");
+        for dir in ["dev", "etc", ".dualroot/new/dev", ".dualroot/new/etc"] {
+            fs::create_dir(tmp.path().join("tree").join(dir)).unwrap();
+        }
+        crate::mounts::enter_private_namespace().unwrap();
+        use nix::mount::{MsFlags, mount};
+        mount(Some("none"), &tmp.path().join("tree/dev"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let below = Below::open(&tmp.path().join("tree")).unwrap();
+        assert_eq!(complete(&below).unwrap(), Found::Whole);
+        assert_eq!(read(tmp.path(), "tree/file"), "new");
+        let time = |dir: &str| fs::metadata(tmp.path().join("tree").join(dir)).unwrap().mtime();
+        assert!(time("etc") == 1234 && time("dev") != 1234);
+        assert!(!tmp.path().join("tree/.dualroot").exists());
+    }
+
+    #[test]
     fn f26_what_somebody_else_has_put_there_is_removed_and_not_followed() {
         let tmp = tempfile::tempdir().unwrap();
         fs::create_dir_all(tmp.path().join("outside/new/deep")).unwrap();
