@@ -276,6 +276,24 @@ impl Below {
         self.at(path, |dir, name| fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))
     }
 
+    /// Whether chattr(1) has made what bears this name (`"."` for the handle itself) immutable, or append-only: then it can't be
+    /// replaced or removed, nor what is in it.
+    ///
+    /// # Errors
+    /// As [`Below::stat`].
+    pub fn is_fixed(&self, path: &OsStr) -> Result<bool> {
+        use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, statx};
+        let look = |dir: &OwnedFd, name: &OsStr| {
+            let found = statx(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH, StatxFlags::empty());
+            let found = found.map_err(|e| Errno::from_raw(e.raw_os_error()))?;
+            Ok(found.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND))
+        };
+        match path == "." {
+            true => look(&self.dir, OsStr::new("")).with_context(|| self.shown.display().to_string()),
+            false => Ok(self.at(path, look)?.unwrap_or_default()),
+        }
+    }
+
     /// The names in a directory (`"."` for the handle itself), whatever bytes are in them, sorted.
     ///
     /// # Errors

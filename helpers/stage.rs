@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -170,7 +170,29 @@ fn plan(new: &Below, tree: &Below, gone: &[OsString]) -> Result<Vec<Op>> {
         [dir @ .., b'/'] => Op::Remove { path: OsStr::from_bytes(dir).to_owned(), directory: true },
         _ => Op::Remove { path: path.clone(), directory: false },
     });
-    Ok(fresh.into_iter().chain(changed).chain(links).chain(gone).chain(dress).collect())
+    let ops: Vec<Op> = fresh.into_iter().chain(changed).chain(links).chain(gone).chain(dress).collect();
+    check_free(&ops, tree)?;
+    Ok(ops)
+}
+
+/// What nobody may change would stop the renames in their middle, now and whenever they are tried again.
+fn check_free(ops: &[Op], tree: &Below) -> Result<()> {
+    let mut paths: BTreeSet<&OsStr> = BTreeSet::from([OsStr::new(".")]);
+    for op in ops {
+        let (Op::Put { path, .. } | Op::Remove { path, .. } | Op::Dress { path, .. }) = op;
+        let dir = Path::new(path).parent().map(Path::as_os_str).filter(|dir| !dir.is_empty());
+        paths.extend([Some(path.as_os_str()), dir].into_iter().flatten());
+    }
+    for path in paths {
+        if tree.is_fixed(path)? {
+            bail!(
+                "'{}' on the spare is immutable or append-only; nothing was replaced; boot that disk or mount it for writing, and \
+                 remove that attribute by 'chattr -ia', or name the path in exclude=",
+                path.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// A plan, and what it is about.
@@ -305,7 +327,6 @@ mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
-    use std::path::Path;
 
     /// A tree with something staged in it, and a directory that is none of its business.
     fn staged(plan: &[u8]) -> (tempfile::TempDir, Below) {

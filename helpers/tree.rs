@@ -729,6 +729,36 @@ mod tests {
     }
 
     #[test]
+    fn f18_what_cannot_be_replaced_is_found_before_anything_is() {
+        for fixed in ["etc/resolv.conf", "etc", "gone"] {
+            let pair = Pair::new(&Vec::new(), &Vec::new());
+            for (dir, text) in [(pair.source(), "newer"), (pair.spare(), "old")] {
+                fs::create_dir(dir.join("etc")).unwrap();
+                fs::write(dir.join("etc/resolv.conf"), text).unwrap();
+                fs::write(dir.join("a"), text).unwrap();
+            }
+            fs::write(pair.spare().join("gone"), "").unwrap();
+            let chattr = |how: &str| {
+                let mut command = program::command("chattr").unwrap();
+                command.arg(how).arg(pair.spare().join(fixed)).output().unwrap().status.success()
+            };
+            // Not every file system knows it.
+            if !chattr("+i") {
+                return;
+            }
+            let result = pair.tree.copy(&pair.below);
+            let old = fs::read_to_string(pair.spare().join("a")).unwrap();
+            assert!(chattr("-i"));
+            let error = format!("{:#}", result.unwrap_err());
+            assert!(error.contains(&format!("'{fixed}' on the spare is immutable")), "{error}");
+            assert_eq!(old, "old");
+            assert!(!pair.spare().join(".dualroot").exists());
+            pair.tree.copy(&pair.below).unwrap();
+            assert_same(&pair.source(), &pair.spare());
+        }
+    }
+
+    #[test]
     fn a_directory_with_directories_becomes_something_else() {
         for file in [true, false] {
             let dir = |name| (name, Node::Dir { mode: 0o755, time: 1 });
