@@ -146,6 +146,10 @@ fn plan(new: &Below, tree: &Below, gone: &[OsString]) -> Result<Vec<Op>> {
                 && is_dir(there)
             {
                 if there.st_dev != device {
+                    if new.names(&path)?.is_empty() {
+                        // Only its attributes differ. What it holds is its own matter.
+                        continue;
+                    }
                     bail!(
                         "'{}' on the spare is a file system or subvolume of its own, where nothing can be put by a rename; \
                          replace it by a plain directory with what it holds",

@@ -851,6 +851,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_a_file_system_of_its_own_on_the_spare_stays() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let mut pair = Pair::new(&Vec::new(), &Vec::new());
+        for dir in [pair.source(), pair.spare()] {
+            fs::create_dir(dir.join("own")).unwrap();
+        }
+        fs::write(pair.source().join("file"), "new").unwrap();
+        crate::mounts::enter_private_namespace().unwrap();
+        use nix::mount::{MsFlags, mount};
+        // As a subvolume of btrfs, such as systemd-tmpfiles makes of /var/lib/machines.
+        mount(Some("none"), &pair.spare().join("own"), Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
+        fs::write(pair.spare().join("own/kept"), "").unwrap();
+        pair.below = Below::open(&pair.spare()).unwrap();
+        pair.tree.copy(&pair.below).unwrap();
+        assert!(pair.spare().join("file").exists() && pair.spare().join("own/kept").exists());
+        fs::write(pair.source().join("own/file"), "new").unwrap();
+        fs::write(pair.source().join("file"), "newer").unwrap();
+        let error = format!("{:#}", pair.tree.copy(&pair.below).unwrap_err());
+        assert!(error.contains("'own' on the spare is a file system or subvolume of its own"), "{error}");
+        assert_eq!(fs::read(pair.spare().join("file")).unwrap(), b"new");
+    }
+
+    #[test]
     fn what_is_staged_in_the_source_is_not_copied() {
         let pair = Pair::new(&Vec::new(), &Vec::new());
         fs::create_dir_all(pair.source().join(".dualroot/new")).unwrap();
