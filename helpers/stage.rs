@@ -316,7 +316,8 @@ pub fn unescape(text: &[u8]) -> OsString {
     while let [first, tail @ ..] = rest {
         let byte = match rest {
             [b'\\', b'#', digits @ ..] => {
-                digits.get(..3).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok())
+                let digits = digits.get(..3).filter(|d| d.iter().all(u8::is_ascii_digit));
+                digits.and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok())
             }
             _ => None,
         };
@@ -487,6 +488,8 @@ mod tests {
             (br"x\#134#012", br"x\#012"),
             (br"\#377\#0", b"\xff\\#0"),
             (br"\#999", br"\#999"),
+            // No number to rsync, which leaves it as it is.
+            (br"\#+12", br"\#+12"),
         ] {
             assert_eq!(unescape(text).as_bytes(), bytes);
         }
