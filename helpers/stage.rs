@@ -298,7 +298,8 @@ fn left_in(table: &[Mount], dirs: BTreeSet<&str>) -> Result<Vec<(PathBuf, Below)
     for dir in dirs {
         let dir = PathBuf::from(if dir.is_empty() { "/" } else { dir });
         // Where nothing is mounted, `.dualroot` would be somebody's own directory.
-        if mounts::at(table, &dir).is_none() {
+        // And to look into what is only mounted when somebody looks would hold up the boot until its disk is there.
+        if mounts::at(table, &dir).is_none_or(|mount| mount.fstype == "autofs") {
             continue;
         }
         let tree = Below::open(&dir)?;
@@ -477,6 +478,8 @@ mod tests {
         let dirs: BTreeSet<&str> = [&tree, &outside].iter().map(|dir| dir.to_str().unwrap()).collect();
         let found = |table: &[Mount]| left_in(table, dirs.clone()).unwrap().into_iter().map(|(dir, _)| dir).collect::<Vec<_>>();
         assert_eq!(found(&table), std::slice::from_ref(&tree));
+        let automount = Mount::parse(&format!("36 35 0:40 / {} rw - autofs systemd-1 rw", tree.display())).unwrap();
+        assert!(found(&[automount]).is_empty(), "it isn't mounted for that");
         assert!(found(&table[1..]).is_empty(), "somebody's directory of that name in another file system");
     }
 
