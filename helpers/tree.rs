@@ -162,6 +162,12 @@ impl Tree {
         self.run(own.into_iter().map(Into::into), &format!("./{}/", stage::NEW))
     }
 
+    /// rsync's arguments for changing nothing but attributes, of files that are listed on standard input.
+    fn dressing(&self) -> Vec<OsString> {
+        let own = ["--files-from=-", "--from0", "--ignore-missing-args", "--existing", "--no-implied-dirs"];
+        self.run(own.into_iter().map(Into::into), "./")
+    }
+
     fn run(&self, own: impl Iterator<Item = OsString>, target: &str) -> Vec<OsString> {
         let same = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse", "--one-file-system"];
         let all = same.into_iter().map(Into::into).chain(own);
@@ -180,28 +186,33 @@ impl Tree {
     fn copy_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
         // What a sync that was cut has left comes first, if it is whole. If not, all that differs is found anyway.
         complete(target)?;
-        let changes = Changes::parse(&rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)?);
+        let mut changes = Changes::parse(&rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)?);
         if changes == Changes::default() {
             return Ok(());
         }
-        changes.check_room(&self.source(), target)?;
+        // A new owner of all files isn't worth a copy of them all where there is no room for that.
+        let mut in_place = Vec::new();
+        if changes.check_room(&self.source(), target).is_err() {
+            in_place = std::mem::take(&mut changes.attributes);
+            changes.check_room(&self.source(), target)?;
+        }
         stage::begin(target)?;
-        let staged = self.stage(&changes, target);
+        let staged = list(&in_place, "attributes", target).and_then(|list| self.stage(&changes, target).map(|()| list));
         if staged.is_err() {
             // It takes room that the spare may need when it is booted.
             let _ = stage::discard(target);
         }
-        staged?;
+        let later = staged?;
         complete(target)?;
+        if let Some(list) = later {
+            rsync(self.dressing(), list.into(), Stdio::null(), target)?;
+        }
         Ok(())
     }
 
     fn stage(&self, changes: &Changes, target: &Below) -> Result<()> {
-        let list = [&*changes.list, &*changes.links, &*changes.parents(&self.source())].concat();
-        if !list.is_empty() {
-            let path = format!("{}/list", stage::DIRECTORY);
-            target.apply(&Change::Create { path: path.clone(), content: Content::Bytes(list) })?;
-            let list = target.file(&path)?.with_context(|| format!("{path} has gone"))?;
+        let paths = [&*changes.list, &*changes.attributes, &*changes.links, &*changes.parents(&self.source())].concat();
+        if let Some(list) = list(&paths, "list", target)? {
             let mut args = self.staging();
             let mut shown = Stdio::null();
             if std::io::stdout().is_terminal() {
@@ -221,6 +232,8 @@ impl Tree {
 struct Changes {
     /// The paths that are to be staged, each with NUL behind it.
     list: Vec<u8>,
+    /// Likewise, files of which nothing but attributes differs.
+    attributes: Vec<u8>,
     /// Likewise, further names of files.
     links: Vec<u8>,
     /// What the source doesn't have: directories with a slash behind them, and after what is in them.
@@ -238,6 +251,8 @@ impl Changes {
             match item {
                 [b'*', b'd', ..] => found.gone.push(path),
                 [b'*', ..] => {}
+                // Content, size and time are the same, and no name is new.
+                [b'.' | b'h', b'f', b'.', b'.', b'.', ..] if link.is_empty() => append(&mut found.attributes, &path),
                 [b'h', ..] => {
                     append(&mut found.links, &path);
                     // The first name is listed, too, although that file may be the same as before.
@@ -268,7 +283,8 @@ impl Changes {
     /// What is staged lies beside what it will replace.
     fn check_room(&self, source: &Path, target: &Below) -> Result<()> {
         let mut needed: u64 = 0;
-        for path in self.list.split(|b| *b == 0).filter(|path| !path.is_empty()) {
+        let paths = [&self.list, &self.attributes].into_iter().flat_map(|list| list.split(|b| *b == 0));
+        for path in paths.filter(|path| !path.is_empty()) {
             // What has gone meanwhile needs no room.
             let Ok(meta) = source.join(OsStr::from_bytes(path)).symlink_metadata() else { continue };
             if meta.is_file() {
@@ -287,6 +303,16 @@ impl Changes {
         }
         Ok(())
     }
+}
+
+/// Writes paths for rsync to read; None where there are none. The file can be read even when what is staged has been removed.
+fn list(paths: &[u8], name: &str, target: &Below) -> Result<Option<File>> {
+    if paths.is_empty() {
+        return Ok(None);
+    }
+    let path = format!("{}/{name}", stage::DIRECTORY);
+    target.apply(&Change::Create { path: path.clone(), content: Content::Bytes(paths.to_vec()) })?;
+    Ok(Some(target.file(&path)?.with_context(|| format!("{path} has gone"))?))
 }
 
 fn append(list: &mut Vec<u8>, path: &OsStr) {
@@ -838,6 +864,28 @@ mod tests {
             assert!(error.starts_with("3145728 bytes are to be staged") && error.contains("1048576 too few"), "{error}");
             pair.tree.copy(&below).unwrap();
         }
+    }
+
+    #[test]
+    fn f19_attributes_need_no_room() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let mut pair = Pair::new(&Vec::new(), &Vec::new());
+        crate::mounts::enter_private_namespace().unwrap();
+        use nix::mount::{MsFlags, mount};
+        mount(Some("none"), &pair.spare(), Some("tmpfs"), MsFlags::empty(), Some("size=3m")).unwrap();
+        pair.below = Below::open(&pair.spare()).unwrap();
+        let large = pair.source().join("d/large");
+        fs::create_dir(pair.source().join("d")).unwrap();
+        fs::write(&large, vec![1; 2 << 20]).unwrap();
+        fs::hard_link(&large, pair.source().join("name")).unwrap();
+        pair.tree.copy(&pair.below).unwrap();
+        fs::set_permissions(&large, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(pair.source().join("small"), "new").unwrap();
+        pair.tree.copy(&pair.below).unwrap();
+        assert_same(&pair.source(), &pair.spare());
+        assert_eq!(pair.differences().escape_ascii().to_string(), "");
     }
 
     #[test]
