@@ -552,6 +552,9 @@ impl Below {
             if place(last) > place(name) {
                 break;
             }
+            if tried.len() > 1000 {
+                bail!("no temporary file gets behind '{name}' in its directory; is the file system damaged?");
+            }
             tried.push(format!("{TEMPORARY}{}-{name}.new", tried.len()));
         }
         Ok(tried)
