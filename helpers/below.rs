@@ -213,16 +213,8 @@ impl Below {
             Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
         };
         let mut found = Vec::new();
-        let mut dir = Dir::from_fd(fd).with_context(|| self.show(path))?;
-        let mut names = Vec::new();
-        for entry in dir.iter() {
-            names.push(entry.with_context(|| format!("{} can't be read", self.show(path)))?.file_name().to_owned());
-        }
-        for name in names {
-            if matches!(name.to_bytes(), b"." | b"..") {
-                continue;
-            }
-            let stat = fstatat(&dir, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+        for name in names_in_order(&fd).with_context(|| format!("{} can't be read", self.show(path)))? {
+            let stat = fstatat(&fd, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                 .with_context(|| format!("{}/{}", self.show(path), name.to_string_lossy().escape_debug()))?;
             let kind = match stat.st_mode & nix::libc::S_IFMT {
                 nix::libc::S_IFREG => Kind::File(u64::try_from(stat.st_size).unwrap_or_default()),
@@ -300,14 +292,7 @@ impl Below {
     /// Those of reading a directory.
     pub fn names(&self, path: &OsStr) -> Result<Vec<OsString>> {
         let shown = || self.shown.join(path).display().to_string();
-        let mut dir = Dir::from_fd(self.dir(path).with_context(shown)?).with_context(shown)?;
-        let mut names = Vec::new();
-        for entry in dir.iter() {
-            let name = entry.with_context(shown)?.file_name().to_bytes().to_vec();
-            if !matches!(&*name, b"." | b"..") {
-                names.push(OsString::from_vec(name));
-            }
-        }
+        let mut names = names_in_order(&self.dir(path).with_context(shown)?).with_context(shown)?;
         names.sort();
         Ok(names)
     }
@@ -548,7 +533,7 @@ impl Below {
         while let Some(last) = tried.last() {
             self.write_new(dir, last, &Content::Bytes(Vec::new()))?;
             let names = names_in_order(dir)?;
-            let place = |wanted: &str| names.iter().position(|n| n.eq_ignore_ascii_case(wanted.as_bytes()));
+            let place = |wanted: &str| names.iter().position(|name| name.eq_ignore_ascii_case(wanted));
             if place(last) > place(name) {
                 break;
             }
@@ -586,10 +571,11 @@ impl Below {
     }
 }
 
-/// The names in a directory, as they follow each other there.
-fn names_in_order(dir: &OwnedFd) -> Result<Vec<Vec<u8>>> {
+/// The names in a directory but `.` and `..`, as they follow each other there.
+fn names_in_order(dir: &OwnedFd) -> nix::Result<Vec<OsString>> {
     let mut dir = Dir::openat(dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    dir.iter().map(|entry| Ok(entry?.file_name().to_bytes().to_vec())).collect()
+    let names = dir.iter().map(|entry| entry.map(|entry| OsString::from_vec(entry.file_name().to_bytes().to_vec())));
+    names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).collect()
 }
 
 /// Whether something on the way to a path isn't there, or is no directory.
