@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 
-from fat import Missing, Unreadable, split
+from fat import Missing, Unreadable, Volume, split
 
 Entry = collections.namedtuple("Entry", "name directory size inode")
 CHUNK = 1 << 20
@@ -35,23 +35,23 @@ def copy_out(buffer, start, size, file):
     file.flush()
 
 
-class Ext:
+class Ext(Volume):
     """The file system in a part of `buffer`, after its journal was replayed and errors were repaired, as the boot of another
     system would; `repaired` says whether there were errors."""
 
     def __init__(self, buffer, start=0, size=None):
         size = len(buffer) - start if size is None else size
-        self.file = tempfile.NamedTemporaryFile(dir=scratch_directory(size), suffix=".ext4")
+        self.copy = tempfile.NamedTemporaryFile(dir=scratch_directory(size), suffix=".ext4")
         self.known = {}
-        copy_out(buffer, start, size, self.file)
-        done = subprocess.run(["e2fsck", "-fy", self.file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        copy_out(buffer, start, size, self.copy)
+        done = subprocess.run(["e2fsck", "-fy", self.copy.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
         if done.returncode & ~3:
             raise Unreadable(f"e2fsck can't repair it: {done.stdout.decode(errors='replace').strip().splitlines()[-1:]}")
         self.repaired = done.returncode != 0
 
     def debugfs(self, request):
-        done = subprocess.run(["debugfs", "-R", request, self.file.name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run(["debugfs", "-R", request, self.copy.name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return done.stdout
 
     def entries(self, inode):
@@ -76,23 +76,11 @@ class Ext:
             entry = same[0]
         return entry
 
-    def exists(self, path):
-        try:
-            self.find(path)
-            return True
-        except Unreadable:
-            return False
-
-    def list(self, path=""):
-        entry = self.find(path)
-        if not entry.directory:
-            raise Unreadable(f"{path}: it is no directory")
+    def children(self, _path, entry):
         return self.entries(entry.inode)
 
     def read(self, path, offset=0, size=None):
-        entry = self.find(path)
-        if entry.directory:
-            raise Unreadable(f"{path}: it is a directory")
+        entry = self.file(path)
         content = self.debugfs(f"cat <{entry.inode}>")
         if len(content) != entry.size:
             raise Unreadable(f"{path}: {len(content)} bytes of {entry.size} can be read")

@@ -81,7 +81,31 @@ def split(path):
     return [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
-class Fat:
+class Volume:
+    """What file systems answer alike; `find(path)`, and `children(path, entry)` of a directory, are each one's own."""
+
+    def exists(self, path):
+        """Whether firmware can open it, which says nothing about whether it can be read."""
+        try:
+            self.find(path)
+            return True
+        except Unreadable:
+            return False
+
+    def list(self, path=""):
+        entry = self.find(path)
+        if not entry.directory:
+            raise Unreadable(f"{path}: it is no directory")
+        return self.children(path, entry)
+
+    def file(self, path):
+        entry = self.find(path)
+        if entry.directory:
+            raise Unreadable(f"{path}: it is a directory")
+        return entry
+
+
+class Fat(Volume):
     """A file system in `buffer`, which is anything that can be sliced, from `start` on. `notes` tells of what firmware wouldn't
     mind."""
 
@@ -205,25 +229,8 @@ class Fat:
                 raise Missing(f"{path}: no such file")
         return entry
 
-    def exists(self, path):
-        """Whether firmware can open it, which says nothing about whether it can be read."""
-        try:
-            self.find(path)
-            return True
-        except Unreadable:
-            return False
-
-    def list(self, path=""):
-        entry = self.find(path)
-        if not entry.directory:
-            raise Unreadable(f"{path}: it is no directory")
+    def children(self, path, entry):
         return self.content(path, entry.cluster)
-
-    def file(self, path):
-        entry = self.find(path)
-        if entry.directory:
-            raise Unreadable(f"{path}: it is a directory")
-        return entry
 
     def read(self, path, offset=0, size=None):
         """The content of a file, or as much of a part of it as there is."""
