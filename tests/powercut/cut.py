@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vm"))
-from run import install  # noqa: E402  # noqa: E402
+from run import install  # noqa: E402
 
 import oracle  # noqa: E402
 import record  # noqa: E402
@@ -48,8 +48,7 @@ def length(spare):
 def cut_out(log, first, last):
     """The part of a log from one write to another, as a log."""
     bounds = sorted({0, last - first} | {bound - first for bound in log.bounds if first < bound < last})
-    moved = [write._replace(after=max(0, write.after - first)) for write in log.writes[first:last]]
-    return writelog.Log(moved, bounds)
+    return writelog.Log(log.writes[first:last], bounds)
 
 
 def load(sync):
@@ -143,7 +142,7 @@ def mutants(log):
     """(what, log, random subsets of what isn't flushed) of writers that leave out the flushes, one flush, or do two things in the wrong
     order."""
     writes, bounds = log
-    yield "without flushes", writelog.Log([write._replace(after=0) for write in writes], [0, len(writes)]), 400
+    yield "without flushes", writelog.Log(writes, [0, len(writes)]), 400
     for number in range(1, len(bounds) - 1):
         yield "without one flush", writelog.Log(writes, bounds[:number] + bounds[number + 1:]), 40
         first, middle, last = bounds[number - 1:number + 2]

@@ -1,7 +1,6 @@
 """A machine that syncs to a spare whose every write is logged, through all scenes; and other tools that do the same."""
 
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -17,13 +16,15 @@ import scenes  # noqa: E402
 MIB = 1 << 20
 SIZE = 34
 KINDS = {"esp": ["vfat"], "xbootldr-vfat": ["vfat", "vfat"], "xbootldr-ext4": ["vfat", "ext4"]}
+# What the source doesn't have goes.
+DELETE = "cd {1}; find . -type f | while read -r f; do [ -e \"{0}/$f\" ] || rm \"$f\"; done; cd /"
 PEERS = {
     "rsync -a --delete": "rsync -a --delete {0}/ {1}/",
     "rsync --delay-updates --delete-after --fsync": "rsync -a --delay-updates --delete-after --fsync {0}/ {1}/",
-    "cp -a": "cp -a {0}/. {1}/ && {{ cd {1}; find . -type f | while read -r f; do [ -e \"{0}/$f\" ] || rm \"$f\"; done; cd /; }}",
+    "cp -a": "cp -a {0}/. {1}/ && {{ " + DELETE + "; }}",
     "write, rename, syncfs": "cd {0}; find . -type f -print | while read -r f; do mkdir -p \"$(dirname \"{1}/$f\")\"; "
                              "cp -a \"$f\" \"{1}/$f.new\" && mv \"{1}/$f.new\" \"{1}/$f\" && sync -f {1}; done; "
-                             "cd {1}; find . -type f | while read -r f; do [ -e \"{0}/$f\" ] || rm \"$f\"; done; cd /",
+                             + DELETE,
 }
 
 
@@ -72,16 +73,12 @@ class Spare:
             images.sh("dd", f"if={part}", f"of={self.image}", "bs=1M", f"seek={self.places[role][0] // MIB}", "conv=notrunc")
             part.unlink()
 
-    def logged(self):
-        """How long the log is now, in bytes."""
-        return os.path.getsize(self.log)
-
 
 class Recorder:
     """A guest that boots from disk A, and what is done in it. `kind` is a key of KINDS."""
 
-    def __init__(self, directory, kind, staging, states, say=print):
-        self.directory, self.kind, self.say = directory, kind, say
+    def __init__(self, directory, kind, staging, states):
+        self.directory, self.kind = directory, kind
         directory.mkdir(parents=True, exist_ok=True)
         layout = "own-esp" if kind == "esp" else "own-xbootldr"
         self.a, self.b = images.pair(layout)

@@ -451,7 +451,9 @@ def test_log():
                                        (0, b"", writelog.FLUSH), (0, b"", writelog.FLUSH), (sector, b"x" * sector, writelog.MARK),
                                        (sector * 8, 4 * sector, writelog.DISCARD), (0, b"c" * sector, writelog.FLUSH),
                                        (0, b"d" * sector, 0)], sector))
-        equal([(w.offset, w.size, w.data and bytes(w.data[:1]), w.fua, w.after) for w in log.writes],
+        # How many writes a flush had made durable before each.
+        after = [max(bound for bound in log.bounds if bound <= number) for number in range(len(log.writes))]
+        equal([(w.offset, w.size, w.data and bytes(w.data[:1]), w.fua, durable) for w, durable in zip(log.writes, after)],
               [(2 * sector, 3 * sector, b"a", False, 0), (0, sector, b"b", True, 0), (8 * sector, 4 * sector, None, False, 2),
                (0, sector, b"c", False, 3), (0, sector, b"d", False, 3)])
         equal(log.bounds, [0, 2, 3, 5])

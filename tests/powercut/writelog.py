@@ -16,9 +16,8 @@ CHUNK = 1 << 16
 MAGIC = 0x6a736677736872
 FLUSH, FUA, DISCARD, MARK = 1, 2, 4, 8
 
-# `data` is None for a discard, after which the sectors read as zeros, as they do with a file below. `after` is the number of
-# writes that a flush has made durable before this one began.
-Write = collections.namedtuple("Write", "offset size data fua after")
+# `data` is None for a discard, after which the sectors read as zeros, as they do with a file below.
+Write = collections.namedtuple("Write", "offset size data fua")
 # The first `prefix` writes are on the disk, and then these (offset, data) too.
 State = collections.namedtuple("State", "what prefix extra")
 # The writes, and the bounds of the epochs: epoch i is writes[bounds[i]:bounds[i + 1]], and begins with a flush.
@@ -72,7 +71,7 @@ def parse(raw, start=0, size=None):
         if first < last:
             if data is not None:
                 data = data[first - where * sector:last - where * sector]
-            writes.append(Write(first - start, last - first, data, bool(flags & FUA), bounds[-1]))
+            writes.append(Write(first - start, last - first, data, bool(flags & FUA)))
     if bounds[-1] != len(writes):
         bounds.append(len(writes))
     return Log(writes, bounds)
