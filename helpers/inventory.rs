@@ -1,11 +1,13 @@
 //! Which partitions the machine has, by lsblk(8), and by what names each can be called.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
+use uuid::Uuid;
 
 use crate::conf::{Config, Disk};
 use crate::ident::{DiskIds, PartIds};
@@ -54,6 +56,19 @@ impl Partition {
             .with_context(|| format!("lsblk gives {} the number '{}'", self.path, self.number))
     }
 
+    /// Of ext4 with a torn superblock, libblkid (2.39 and later) says nothing. It is what it was, for [`crate::fsck`] to repair.
+    fn look_for_ext(&mut self) {
+        let mut block = [0; 1024];
+        let unknown = self.fstype.is_none() && self.partuuid.is_some();
+        // A device that can't be read is met by whoever needs it.
+        let read = unknown && File::open(&self.path).is_ok_and(|device| device.read_exact_at(&mut block, 1024).is_ok());
+        if let Some((uuid, label)) = ext(&block).filter(|_| read) {
+            self.fstype = Some("ext4".to_owned());
+            self.uuid = Some(uuid);
+            self.label = label;
+        }
+    }
+
     fn has_partuuid(&self, wanted: &PartUuid) -> bool {
         self.partuuid.as_deref().is_some_and(|p| PartUuid::parse(p).is_ok_and(|p| p == *wanted))
     }
@@ -77,7 +92,9 @@ impl Inventory {
     pub fn read() -> Result<Self> {
         let columns = "KNAME,PKNAME,PATH,MAJ:MIN,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
-        Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))
+        let mut read = Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))?;
+        read.parts.iter_mut().for_each(Partition::look_for_ext);
+        Ok(read)
     }
 
     /// What `lsblk --json --list` printed, the links to each device by its kernel name, and the UUIDs of file systems that are known
@@ -223,6 +240,16 @@ impl Inventory {
     }
 }
 
+/// UUID and label of a superblock of ext2, ext3 or ext4, whether or not its checksum is right (Linux, fs/ext4/ext4.h).
+fn ext(block: &[u8; 1024]) -> Option<(String, Option<String>)> {
+    if block.get(0x38..0x3a)? != [0x53, 0xef] {
+        return None;
+    }
+    let uuid = Uuid::from_slice(block.get(0x68..0x78)?).ok()?.to_string();
+    let label = block.get(0x78..0x88)?.split(|byte| *byte == 0).next()?;
+    Some((uuid, std::str::from_utf8(label).ok().filter(|label| !label.is_empty()).map(str::to_owned)))
+}
+
 /// udev's links below a directory, by the kernel name of the device that they lead to.
 fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -260,6 +287,33 @@ mod tests {
             r#"{{"kname":"{kname}{n}","pkname":"{kname}","path":"/dev/{kname}{n}","maj:min":"8:{n}","fstype":"ext4","uuid":"{uuid}",
                "label":{label},"partuuid":"{start}-0000-4000-8000-00000000000{n}","partlabel":null,"parttype":null,"log-sec":512}}"#
         )
+    }
+
+    #[test]
+    fn f24_a_torn_ext4_is_known() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(8 << 20).unwrap();
+        let uuid = "cccccccc-0000-4000-8000-000000000001";
+        let made =
+            program::command("mke2fs").unwrap().args(["-qF", "-t", "ext4", "-U", uuid, "-L", "boot"]).arg(image.path()).output();
+        assert!(made.unwrap().status.success());
+        image.as_file().write_all_at(&[0; 4], 1024 + 0x3fc).unwrap();
+        let path = image.path().to_str().unwrap();
+        let line = |fstype: &str, partuuid: &str| {
+            let text = format!(
+                r#"{{"kname":"sda1","path":"{path}","maj:min":"8:1","fstype":{fstype},"uuid":null,"label":null,"partuuid":{partuuid},
+                   "partlabel":null,"parttype":null,"log-sec":512}}"#
+            );
+            let mut part: Partition = serde_json::from_str(&text).unwrap();
+            part.look_for_ext();
+            (part.fstype, part.uuid, part.label)
+        };
+        let part = r#""bbbbbbbb-0000-4000-8000-000000000001""#;
+        assert_eq!(line("null", part), (Some("ext4".into()), Some(uuid.into()), Some("boot".into())));
+        assert_eq!(line("null", "null"), (None, None, None));
+        assert_eq!(line(r#""swap""#, part), (Some("swap".into()), None, None));
+        image.as_file().write_all_at(&[0; 2], 1024 + 0x38).unwrap();
+        assert_eq!(line("null", part), (None, None, None));
     }
 
     #[test]

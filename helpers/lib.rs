@@ -11,7 +11,7 @@ pub mod conf;
 pub mod efi;
 pub mod entries;
 pub mod entry;
-pub mod fat;
+pub mod fsck;
 pub mod fstab;
 pub mod heal;
 pub mod ident;

@@ -183,7 +183,7 @@ impl Held {
                 mount(Some(part.path.as_str()), place, Some(fstype), flags | MsFlags::MS_RDONLY, data)
             }
         }
-        .with_context(|| format!("{} can't be mounted", part.path))?;
+        .with_context(|| format!("{0} can't be mounted; see what fsck(8) says of it ('fsck {0}')", part.path))?;
         if !at(&table()?, place).is_some_and(|m| m.is_on(part)) {
             bail!("what is mounted at {} is not {}", place.display(), part.path);
         }

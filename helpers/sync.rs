@@ -13,7 +13,7 @@ use crate::bootfiles::{BootFiles, Class, classify};
 use crate::bootplan::{self, Step, Wanted};
 use crate::conf::Disk;
 use crate::entry;
-use crate::fat;
+use crate::fsck;
 use crate::ident::Rewriter;
 use crate::idstore;
 use crate::inventory::{Inventory, Partition};
@@ -179,9 +179,9 @@ fn one(
     }
     let mut spare = Spare { machine, disk, rewriter: machine.rewriter(disk)?, held: BTreeMap::new() };
     for (role, part) in parts {
-        let fat = matches!(role, Role::Esp | Role::Xbootldr) && part.fstype.as_deref() == Some("vfat");
-        if fat && !options.dry_run && fat::repair(part)? {
-            log.warning(&format!("{}: {} was left dirty and has been repaired by fsck.fat", disk.name, part.path));
+        let repairs = matches!(role, Role::Esp | Role::Xbootldr) && !options.dry_run;
+        if let Some(program) = if repairs { fsck::repair(part)? } else { None } {
+            log.warning(&format!("{}: {} was left by a cut and has been repaired by {program}", disk.name, part.path));
         }
         if *role != Role::Swap {
             let place = Path::new(PLACES).join(disk.name.to_string()).join(role.key().replace('/', "-"));

@@ -61,11 +61,17 @@ def load(sync):
     return image, cut_out(log, sync.first, sync.last)
 
 
-def interrupted(sync, rng):
-    """What the disk may hold after a cut of that sync, somewhere in its middle."""
+def interrupted(sync, rng, torn=None):
+    """What the disk may hold after a cut of that sync, somewhere in its middle; or one that tore what is written there."""
     image, log = load(sync)
     wanted = list(writelog.states(log, rng, 8, 1))
-    state = rng.choice(wanted[len(wanted) // 4:])
+    if torn is None:
+        wanted = wanted[len(wanted) // 4:]
+    else:
+        def tears(at, data):
+            return at in torn and not isinstance(data, int) and len(data) < len(torn)
+        wanted = [state for state in wanted if any(tears(*change) for change in state.extra)]
+    state = rng.choice(wanted)
     for write in log.writes[:state.prefix]:
         image.write(*writelog.whole(write))
     for change in state.extra:
@@ -97,7 +103,9 @@ def record_kind(kind, directory, staging, seed):
             recorder.turn_to(list(states).index(name))
             latest = syncs[name]
             for times in ("once", "twice"):
-                content, what = interrupted(latest, rng)
+                # No kernel mounts an ext4 of which half the superblock was written.
+                at = latest.places["xbootldr"][0] + 1024 if kind == "xbootldr-ext4" and times == "twice" else None
+                content, what = interrupted(latest, rng, at and range(at, at + 1024))
                 spare = recorder.spare(content)
                 latest = sync(spare, f"{name}, interrupted {times} ({what})", 0)
                 recorder.remove()

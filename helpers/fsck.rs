@@ -1,5 +1,6 @@
-//! The dirty bit of a FAT file system, and its repair by fsck.fat(8), which must run while the file system is not mounted: after a
-//! cut, two names may share a chain of clusters, and deleting one of them then would destroy the other.
+//! The repair of a spare's boot partitions by their own fsck, while they are not mounted. In a FAT file system, two names may share a
+//! chain of clusters after a cut, and deleting one of them would destroy the other. An ext4 superblock is two sectors, and no kernel
+//! mounts the half of one.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -32,33 +33,39 @@ pub fn is_dirty(device: &Path) -> Result<bool> {
     Ok(sector.get(state).is_some_and(|byte| byte & 1 != 0))
 }
 
-/// Repairs a FAT file system that was left dirty. Its mounts are taken away first, by systemd where it made them; what the generator
-/// made is started again at the end of the sync. Returns whether there was anything to repair.
+/// Repairs what a cut has left of a boot partition's file system. Mounts of a dirty FAT are taken away first, by systemd where it made
+/// them; what the generator made is started again at the end of the sync. Returns the program that had something to repair.
 ///
 /// # Errors
 /// A file system that stays mounted or can't be repaired.
-pub fn repair(part: &Partition) -> Result<bool> {
+pub fn repair(part: &Partition) -> Result<Option<&'static str>> {
     let table = mounts::table()?;
     let uses: Vec<_> = table.iter().filter(|m| m.is_on(part)).collect();
-    // While somebody has it mounted for writing, the bit is set and means nothing.
-    if uses.iter().any(|m| m.is_writable()) || !is_dirty(Path::new(&part.path))? {
-        return Ok(false);
+    let device = Path::new(&part.path);
+    match part.fstype.as_deref() {
+        // While somebody has it mounted for writing, the bit is set and means nothing.
+        Some("vfat") if uses.iter().any(|m| m.is_writable()) || !is_dirty(device)? => Ok(None),
+        Some("vfat") => {
+            for mount in uses {
+                let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
+                let unit = format!("{}.mount", libsystemd::unit::escape_path(path));
+                program::output("systemctl", ["stop", &unit].map(Into::into))?;
+            }
+            if mounts::table()?.iter().any(|m| m.is_on(part)) {
+                bail!("{} was left dirty and can't be unmounted for repair; unmount it, and start the sync again", part.path);
+            }
+            check_fat(device)?;
+            Ok(Some("fsck.fat"))
+        }
+        // What the kernel has mounted has a whole superblock, and its journal was replayed.
+        Some("ext2" | "ext3" | "ext4") if uses.is_empty() => Ok(check_ext(device)?.then_some("e2fsck")),
+        _ => Ok(None),
     }
-    for mount in uses {
-        let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
-        let unit = format!("{}.mount", libsystemd::unit::escape_path(path));
-        program::output("systemctl", ["stop", &unit].map(Into::into))?;
-    }
-    if mounts::table()?.iter().any(|m| m.is_on(part)) {
-        bail!("{} was left dirty and can't be unmounted for repair; unmount it, and start the sync again", part.path);
-    }
-    check(Path::new(&part.path))?;
-    Ok(true)
 }
 
 /// Has fsck.fat correct errors until it finds none: what it makes of one (a directory whose cluster is free becomes an empty one that lies
 /// nowhere, and can't be read) may be the next.
-fn check(device: &Path) -> Result<()> {
+fn check_fat(device: &Path) -> Result<()> {
     const RUNS: u32 = 5;
     for _ in 0..RUNS {
         let done = program::command("fsck.fat")?.arg("-a").arg(device).output().context("fsck.fat can't be run")?;
@@ -73,6 +80,22 @@ fn check(device: &Path) -> Result<()> {
         }
     }
     bail!("fsck.fat finds errors in {} again and again; make a new file system there (mkfs.vfat -F32)", device.display());
+}
+
+/// Has e2fsck correct what it may without being asked, and then whatever it finds: everything on a boot partition is compared with the
+/// source, byte for byte. Returns whether it changed anything.
+fn check_ext(device: &Path) -> Result<bool> {
+    let mut said = String::new();
+    for answer in ["-p", "-y"] {
+        let done = program::command("e2fsck")?.arg(answer).arg(device).output().context("e2fsck can't be run")?;
+        // Errors were corrected (e2fsck(8), EXIT CODE); also by what replayed the journal.
+        match done.status.code() {
+            Some(0) => return Ok(false),
+            Some(1) => return Ok(true),
+            _ => said = String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; "),
+        }
+    }
+    bail!("e2fsck can't repair {}: {said}; make a new file system there", device.display());
 }
 
 #[cfg(test)]
@@ -115,7 +138,23 @@ mod tests {
         for table in [reserved, reserved + fat] {
             image.as_file().write_all_at(&[0; 4], table * 512 + 3 * 4).unwrap();
         }
-        check(image.path()).unwrap();
+        check_fat(image.path()).unwrap();
         run("fsck.fat", &["-n", path]);
+    }
+
+    #[test]
+    fn f24_a_torn_superblock_is_repaired() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(32 << 20).unwrap();
+        let made = program::command("mke2fs").unwrap().args(["-qF", "-t", "ext4", "-b", "1024"]).arg(image.path()).output();
+        assert!(made.unwrap().status.success());
+        assert!(!check_ext(image.path()).unwrap());
+        // The time of the last write, without the checksum behind it.
+        image.as_file().write_all_at(&[1; 4], 1024 + 0x30).unwrap();
+        assert!(check_ext(image.path()).unwrap());
+        assert!(!check_ext(image.path()).unwrap());
+        let none = tempfile::NamedTempFile::new().unwrap();
+        none.as_file().set_len(32 << 20).unwrap();
+        assert!(check_ext(none.path()).is_err());
     }
 }
