@@ -49,10 +49,11 @@ def cached(name, parts, suffix, build):
             fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
             build(fresh)
             fresh.rename(path)
-            # What it replaces isn't needed again, unless another run is at work with it.
+            # What it replaces isn't needed again, unless another run is at work with it. These are large.
             for old in CACHE.glob(f"{name}-????????????????{suffix}"):
-                if old != path and old.stat().st_mtime < time.time() - 86400:
+                if old != path and old.stat().st_mtime < time.time() - 7200:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
+        os.utime(path)
     return path
 
 
