@@ -122,6 +122,11 @@ impl Rewriter {
         new
     }
 
+    /// The hash of all that is searched for: what has nothing of it is free of whatever has the same.
+    pub fn fingerprint(&self) -> blake3::Hash {
+        blake3::hash(format!("{:?}", self.needles).as_bytes())
+    }
+
     /// The text with everything that names another disk replaced, as far as the target has something to put there. Doing it
     /// twice is the same as doing it once.
     pub fn rewrite(&self, text: &[u8]) -> Vec<u8> {
@@ -277,6 +282,13 @@ pub(crate) mod tests {
 
     pub fn to_b() -> Rewriter {
         let (a, b) = disks();
+        Rewriter::new(&b, &[a]).unwrap()
+    }
+
+    /// For the same disk, but beside one with another root.
+    pub fn from_another() -> Rewriter {
+        let (mut a, b) = disks();
+        a.parts.get_mut(&Role::Root).unwrap().uuid = Some(ROOT_A.replace('c', "e"));
         Rewriter::new(&b, &[a]).unwrap()
     }
 

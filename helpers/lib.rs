@@ -27,6 +27,7 @@ pub mod opaque;
 pub mod program;
 pub mod prove;
 pub mod root;
+pub mod searched;
 pub mod settle;
 pub mod stage;
 pub mod sync;

@@ -17,15 +17,17 @@ use crate::bootfiles::{BootFiles, Class, classify, fold};
 use crate::entry;
 use crate::ident::Rewriter;
 use crate::program;
+use crate::searched::Searched;
 
 /// A kernel image or initrd is not larger, in bytes.
 const LARGEST: u64 = 4 << 30;
 
-/// Why entries of a boot partition would not boot on the rewriter's target, as far as images tell. `place` is where it is mounted.
+/// Why entries of a boot partition would not boot on the rewriter's target, as far as images tell. `place` is where it is mounted,
+/// and `found` what was just read there: an image that was searched with the same content isn't read again.
 ///
 /// # Errors
 /// Those of reading it.
-pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter) -> Result<Vec<String>> {
+pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, searched: &mut Searched) -> Result<Vec<String>> {
     let mut faults = Vec::new();
     let texts = || found.of(Class::Entry).filter_map(|f| f.text.as_deref());
     let mut initrds: Vec<String> = texts().flat_map(initrds).collect();
@@ -34,14 +36,29 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter) -> R
     // Add-ons (systemd-stub(7)) hold command lines too, and an entry may name an image wherever it lies.
     let may_hold = |key: &str| named.contains(key) || key.ends_with(".addon.efi") || classify(key) == Class::Uki;
     for image in found.files.iter().filter(|(key, _)| may_hold(key)).map(|(_, image)| image) {
+        if searched.has(&image.hash) {
+            continue;
+        }
         let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{} can't be read", image.path))?;
-        faults.extend(uki(&bytes, rewriter)?.into_iter().map(|fault| format!("{}: {fault}", image.path)));
+        let names = uki(&bytes, rewriter)?;
+        if names.is_empty() {
+            searched.add(&bytes);
+        }
+        faults.extend(names.into_iter().map(|fault| format!("{}: {fault}", image.path)));
     }
     initrds.sort();
     initrds.dedup();
     for path in initrds {
-        let Ok(file) = File::open(place.join(&path)) else { continue };
-        let names = initrd(BufReader::new(file), rewriter).with_context(|| path.clone())?;
+        if found.files.get(&fold(&path)).is_some_and(|file| searched.has(&file.hash)) {
+            continue;
+        }
+        let Ok(mut file) = File::open(place.join(&path)) else { continue };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(|| format!("{path} can't be read"))?;
+        let names = initrd(&*bytes, rewriter).with_context(|| path.clone())?;
+        if names.is_empty() {
+            searched.add(&bytes);
+        }
         faults.extend(names.into_iter().map(|name| {
             format!("{path} has {name} built in; configure the initrd's generator not to name disks, and make it anew")
         }));
@@ -284,10 +301,42 @@ mod tests {
         fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
         fs::write(tmp.path().join("loader/entries/a.conf"), "linux /debian/Linux.efi\n").unwrap();
         let found = BootFiles::scan(&crate::below::Below::open(tmp.path()).unwrap()).unwrap();
-        let faults = boot_partition(tmp.path(), &found, &to_b()).unwrap();
-        for path in paths {
-            assert!(faults.iter().any(|f| f.starts_with(path)), "{path}: {faults:?}");
+        let mut searched = Searched::new(&to_b()).unwrap();
+        for _ in 0..2 {
+            let faults = boot_partition(tmp.path(), &found, &to_b(), &mut searched).unwrap();
+            for path in paths {
+                assert!(faults.iter().any(|f| f.starts_with(path)), "{path}: {faults:?}");
+            }
         }
+    }
+
+    #[test]
+    fn f17_only_what_has_nothing_is_not_searched_again() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("loader/entries/a.conf"), "linux /linux\ninitrd /initrd\n").unwrap();
+        fs::write(tmp.path().join("linux"), "MZ").unwrap();
+        let look = |kept: &Searched| {
+            let found = BootFiles::scan(&crate::below::Below::open(tmp.path()).unwrap()).unwrap();
+            let mut searched = kept.for_the_next_sync();
+            (boot_partition(tmp.path(), &found, &to_b(), &mut searched).unwrap(), searched)
+        };
+        let (good, bad) = (archive(ROOT_B), archive(ROOT_A));
+        fs::write(tmp.path().join("initrd"), &bad).unwrap();
+        let (faults, kept) = look(&Searched::new(&to_b()).unwrap());
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert_eq!(look(&kept).0.len(), 1, "a finding is not forgotten");
+        fs::write(tmp.path().join("initrd"), &good).unwrap();
+        let (faults, mut kept) = look(&kept);
+        assert_eq!(faults, [""; 0]);
+        let mut kept_before = kept.for_the_next_sync();
+        assert!(kept_before.has(&blake3::hash(&good)) && kept_before.has(&blake3::hash(b"MZ")), "both are noted");
+        assert_eq!(good.len(), bad.len());
+        fs::write(tmp.path().join("initrd"), &bad).unwrap();
+        assert_eq!(look(&kept).0.len(), 1, "another content of the same size is searched");
+        // Noted as having nothing, it is not even opened.
+        kept.add(&bad);
+        assert_eq!(look(&kept).0, [""; 0]);
     }
 
     #[test]

@@ -24,6 +24,7 @@ use crate::machine::{Machine, Refused, refused};
 use crate::mounts::{Alone, Held};
 use crate::opaque;
 use crate::prove;
+use crate::searched::Searched;
 use crate::settle;
 use crate::stage;
 use crate::tree::{self, Rewritten, Tree};
@@ -475,9 +476,11 @@ impl Spare<'_> {
             .filter_map(|(role, found)| Some(prove::Part { role: role.clone(), wanted: wanted.get(role)?, found }))
             .collect();
         let mut faults = prove::boot_partitions(&parts, &self.rewriter);
+        let mut searched = Searched::load(&self.rewriter, self.disk.name)?;
         for part in &parts {
-            faults.extend(opaque::boot_partition(self.held(&part.role)?.place(), part.found, &self.rewriter)?);
+            faults.extend(opaque::boot_partition(self.held(&part.role)?.place(), part.found, &self.rewriter, &mut searched)?);
         }
+        searched.save(self.disk.name)?;
         let mut files = BTreeMap::new();
         let root = match self.machine.own_roots() {
             true => Some(self.held(&Role::Root)?.place().to_owned()),
