@@ -104,12 +104,16 @@ fn lock() -> Result<File> {
 /// Has systemd make the spares' mounts that could not be made at boot, for lack of a directory to mount them on.
 fn start_mounts(log: &Log) {
     let Ok(units) = fs::read_dir("/run/systemd/generator") else { return };
+    let table = mounts::table().unwrap_or_default();
     for unit in units.flatten() {
         let name = unit.file_name();
         let Some(name) = name.to_str().filter(|n| n.starts_with("mnt-root") && n.ends_with(".mount")) else { continue };
-        // systemd would wait for the device of an absent spare.
         let text = fs::read_to_string(unit.path()).unwrap_or_default();
-        if !text.lines().filter_map(|line| line.strip_prefix("What=")).all(|device| Path::new(device).exists()) {
+        let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key));
+        // systemd would wait for the device of an absent spare; what is mounted needs no start.
+        if !values("What=").all(|device| Path::new(device).exists())
+            || values("Where=").any(|dir| mounts::at(&table, Path::new(dir)).is_some())
+        {
             continue;
         }
         if let Err(e) = dualroot::program::output("systemctl", ["start", "--no-block", name].map(Into::into)) {
