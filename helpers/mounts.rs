@@ -94,7 +94,7 @@ fn unescape(field: &str) -> String {
 /// # Errors
 /// /proc that isn't there.
 pub fn table() -> Result<Vec<Mount>> {
-    let text = fs::read("/proc/self/mountinfo").context("/proc/self/mountinfo can't be read")?;
+    let text = fs::read("/proc/thread-self/mountinfo").context("/proc/thread-self/mountinfo can't be read")?;
     Ok(String::from_utf8_lossy(&text).lines().filter_map(Mount::parse).collect())
 }
 
@@ -144,7 +144,7 @@ impl Drop for Alone {
     }
 }
 
-/// A spare's file system, mounted for a sync.
+/// A file system that is mounted for being written: a spare's, or, in the initrd, the root's.
 pub struct Held {
     below: Option<Below>,
     place: PathBuf,
@@ -195,6 +195,27 @@ impl Held {
             rests_read_only: !uses.iter().any(Mount::is_writable),
             writable: false,
         })
+    }
+
+    /// Takes hold of the file system that is mounted at `dir`, in the private namespace only, without what is mounted in it; None
+    /// where nothing is mounted.
+    ///
+    /// # Errors
+    /// Those of mount(2).
+    pub fn over(dir: &Path) -> Result<Option<Self>> {
+        let table = table()?;
+        let Some(there) = at(&table, dir) else { return Ok(None) };
+        // Over itself: an initrd may have no other directory for it.
+        mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .with_context(|| format!("{} can't be bound to itself", dir.display()))?;
+        Ok(Some(Self {
+            below: Some(Below::open(dir)?),
+            place: dir.to_owned(),
+            device: there.source.clone(),
+            flags: MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            rests_read_only: !table.iter().any(|m| m.device == there.device && m.is_writable()),
+            writable: false,
+        }))
     }
 
     /// Makes it writable, here and nowhere else. That it is being written is on the medium before anything else: a cut that takes FAT's
@@ -271,6 +292,38 @@ mod tests {
         assert_eq!(Mount::parse("36 35 98:0 / /mnt rw - ext3 /dev/root rw").unwrap().root, "/");
         for bad in ["", "36 35 98 / /mnt rw - ext3 a rw", "36 35 98:0 / /mnt rw", "- - - -"] {
             assert!(Mount::parse(bad).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_mounted_file_system_is_written_where_nobody_sees_it() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let (dir, view) = (tmp.path().join("dir"), tmp.path().join("view"));
+        for path in [&dir, &view] {
+            fs::create_dir(path).unwrap();
+        }
+        enter_private_namespace().unwrap();
+        assert!(Held::over(&dir).unwrap().is_none(), "nothing is mounted there");
+        mount(Some("none"), &dir, Some("tmpfs"), MsFlags::MS_NOATIME, None::<&str>).unwrap();
+        mount(Some(&dir), &view, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        for (read_only, flags) in [(true, MsFlags::MS_RDONLY), (false, MsFlags::empty())] {
+            for place in [&dir, &view] {
+                mount(None::<&str>, place, None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_NOATIME | flags, None::<&str>)
+                    .unwrap();
+            }
+            let mine = |table: Vec<Mount>| table.into_iter().filter(|m| m.at == dir || m.at == view).collect::<Vec<_>>();
+            let before = mine(table().unwrap());
+            let mut held = Held::over(&dir).unwrap().unwrap();
+            held.make_writable().unwrap();
+            held.below().unwrap().apply(&Change::MakeDir(format!("made-{read_only}"))).unwrap();
+            assert_eq!(fs::create_dir(view.join("other")).is_err(), read_only);
+            held.release().unwrap();
+            assert_eq!(mine(table().unwrap()), before, "all is as it was");
+            assert!(dir.join(format!("made-{read_only}")).exists());
+            assert_eq!(fs::create_dir(dir.join("another")).is_err(), read_only);
         }
     }
 

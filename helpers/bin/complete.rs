@@ -1,13 +1,15 @@
 //! dualroot-complete(8): completes, while a disk boots, the copy to it that was cut.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use dualroot::below::Below;
 use dualroot::conf::Config;
 use dualroot::log::Log;
+use dualroot::mounts::{self, Held};
 use dualroot::root::Root;
 use dualroot::stage::{self, Found};
 
@@ -19,6 +21,9 @@ use dualroot::stage::{self, Found};
 struct Arguments {
     /// The top directories of the file systems; without any, those of the running system
     directories: Vec<PathBuf>,
+    /// Where an initrd has mounted the root: that and its /usr are looked at, and written although they are mounted read-only
+    #[arg(long, value_name = "directory", conflicts_with = "directories")]
+    root: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -35,6 +40,14 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, log: &Log) -> Result<bool> {
+    if let Some(root) = &arguments.root {
+        if mounts::at(&mounts::table()?, root).is_none() {
+            bail!("nothing is mounted at {}", root.display());
+        }
+        mounts::enter_private_namespace()?;
+        let trees = [("/", root.clone()), ("/usr", root.join("usr"))];
+        return Ok(all(trees, log, |(shown, dir)| mounted(Path::new(shown), dir, log)));
+    }
     let trees = match arguments.directories.as_slice() {
         [] => {
             let config = Config::load(&Root::new("/"));
@@ -45,14 +58,30 @@ fn run(arguments: &Arguments, log: &Log) -> Result<bool> {
         }
         given => given.iter().map(|dir| Ok((dir.clone(), Below::open(dir)?))).collect::<Result<_>>()?,
     };
+    Ok(all(trees, log, |(dir, tree)| one(dir, tree, log)))
+}
+
+/// Whether `complete` went well for every tree. One tree's trouble is not another's.
+fn all<T>(trees: impl IntoIterator<Item = T>, log: &Log, complete: impl Fn(&T) -> Result<bool>) -> bool {
     let mut good = true;
-    // One tree's trouble is not another's.
-    for (dir, tree) in &trees {
-        good &= one(dir, tree, log).unwrap_or_else(|e| {
+    for tree in trees {
+        good &= complete(&tree).unwrap_or_else(|e| {
             log.error(&format!("{e:#}"));
             false
         });
     }
+    good
+}
+
+/// The file system that will be seen at `shown`, and is mounted at `dir`. Where none is, there is nothing to do.
+fn mounted(shown: &Path, dir: &Path, log: &Log) -> Result<bool> {
+    let Some(mut held) = Held::over(dir)? else { return Ok(true) };
+    if held.below()?.stat(OsStr::new(stage::DIRECTORY))?.is_none() {
+        return Ok(true);
+    }
+    held.make_writable().with_context(|| format!("{}: a copy to this disk was cut and can't be completed", shown.display()))?;
+    let good = one(shown, held.below()?, log)?;
+    held.release()?;
     Ok(good)
 }
 
