@@ -121,6 +121,20 @@ class Pair:
             options = run(f"findmnt -no OPTIONS --mountpoint {directory}").split(",")
             report.check(f"{directory} is read-only", "ro" in options, options)
 
+    def plan_a_change(self):
+        """Has the disk that is booted look as if a copy to it had been cut before the last step: a file is staged that replaces another."""
+        self.report.step("a copy to this disk was cut")
+        self.machine.run("systemctl stop dualroot-sync.timer dualroot-sync.path dualroot-sync.service")
+        self.machine.run("echo old >/root/generation && mkdir -p /.dualroot/new/root && echo new >/.dualroot/new/root/generation && "
+                         r"printf 'dualroot 1\0F root/generation\0.' >/.dualroot/plan && sync")
+
+    def check_completed(self):
+        """The initrd has carried that out, and not the service that comes after it."""
+        report, run = self.report, self.machine.run
+        report.equal("what was staged is in its place", run("cat /root/generation; ls -d /.dualroot 2>/dev/null || true"), "new")
+        report.equal("that was done in the initrd", run("journalctl -b -k -t dualroot-complete --no-pager -o cat"),
+                     "/: a copy to this disk was cut, and is complete now")
+
     def names_only(self, own, other):
         """No file below /boot and /etc that is read at boot names the other disk."""
         identifiers = [*other.partuuid.values(), *other.uuid.values()]
@@ -296,10 +310,12 @@ def failover(report, directory, staging, release, initrd, layout, logged):
         report.equal("a sync without a spare says so by its exit status", code, 4)
         machine.run(pair.install(third), 900)
         pair.names_only(pair.b, pair.a)
+        pair.plan_a_change()
         machine.power_off()
 
         pair.boot("B")
         pair.check_booted(pair.b, third)
+        pair.check_completed()
         report.step("A is put back, while the machine runs")
         machine.run("systemctl stop dualroot-sync.timer")
         machine.plug("A", pair.disks["A"])
