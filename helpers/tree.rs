@@ -347,7 +347,8 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
         let source = tree.source().join(inner);
         // Most syncs have none to remove, and rsync would read all modules of the others to find that.
         let stays = |name: &OsString| source.join(name).symlink_metadata().is_ok();
-        if target.names(OsStr::new(inner)).is_ok_and(|names| names.iter().all(stays)) {
+        let Some(there) = target.sub(OsStr::new(inner))? else { continue };
+        if there.names(OsStr::new("."))?.iter().all(stays) {
             continue;
         }
         if source.canonicalize().is_ok_and(|real| real == source) {
@@ -970,6 +971,8 @@ mod tests {
         fs::write(path("to/usr/lib/modules/2/new"), "").unwrap();
         drop_old_modules(&tree, &below).unwrap();
         assert!(path("to/usr/lib/modules/2/new").exists(), "where no kernel goes, nothing is looked at");
+        fs::remove_dir_all(path("to/usr")).unwrap();
+        drop_old_modules(&tree, &below).unwrap();
         assert!(fs::write(alone.place().join("new"), "").is_err(), "nothing is written to the booted disk by it");
     }
 
