@@ -345,13 +345,14 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
     for dir in ["/usr/lib/modules", "/lib/modules"] {
         let Some(inner) = dir.strip_prefix(tree.at.as_str()).and_then(|d| d.strip_prefix('/')) else { continue };
         let source = tree.source().join(inner);
-        // Most syncs have none to remove, and rsync would read all modules of the others to find that.
-        let stays = |name: &OsString| source.join(name).symlink_metadata().is_ok();
-        let Some(there) = target.sub(OsStr::new(inner))? else { continue };
-        if there.names(OsStr::new("."))?.iter().all(stays) {
-            continue;
-        }
+        // Where /lib is a link to usr/lib, it is the same directory.
         if source.canonicalize().is_ok_and(|real| real == source) {
+            // Most syncs have none to remove, and rsync would read all modules of the others to find that.
+            let stays = |name: &OsString| source.join(name).symlink_metadata().is_ok();
+            let Some(there) = target.sub(OsStr::new(inner))? else { continue };
+            if there.names(OsStr::new("."))?.iter().all(stays) {
+                continue;
+            }
             // What differs otherwise is for the next sync to stage.
             let only = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete", "--existing", "--ignore-existing"];
             let mut args: Vec<OsString> = only.map(Into::into).into();
@@ -971,6 +972,10 @@ mod tests {
         fs::write(path("to/usr/lib/modules/2/new"), "").unwrap();
         drop_old_modules(&tree, &below).unwrap();
         assert!(path("to/usr/lib/modules/2/new").exists(), "where no kernel goes, nothing is looked at");
+        for top in ["from", "to"] {
+            symlink("usr/lib", path(top).join("lib")).unwrap();
+        }
+        drop_old_modules(&tree, &below).unwrap();
         fs::remove_dir_all(path("to/usr")).unwrap();
         drop_old_modules(&tree, &below).unwrap();
         assert!(fs::write(alone.place().join("new"), "").is_err(), "nothing is written to the booted disk by it");
