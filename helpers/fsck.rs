@@ -3,21 +3,34 @@
 //! mounts the half of one.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 
 use crate::inventory::Partition;
 use crate::mounts;
 use crate::program;
+
+/// Whether a FAT file system needs fsck.fat: it is marked dirty, or what is there says so. The mark alone isn't enough: fsck.fat takes it
+/// away in no particular order with its other writes, and after a cut among these nothing would be left to tell.
+///
+/// # Errors
+/// Those of reading the device; something that isn't FAT.
+fn fat_needs_repair(device: &Path) -> Result<bool> {
+    Ok(is_dirty(device)? || fsck_fat("-n", device)?)
+}
 
 /// Whether a FAT file system was left by a writer that didn't end well: bit 0 of the state byte that Linux and Windows keep in the
 /// boot sector, at 0x41 for FAT32 and 0x25 for FAT12 and FAT16.
 ///
 /// # Errors
 /// Those of reading the device; something that isn't FAT.
-pub fn is_dirty(device: &Path) -> Result<bool> {
+fn is_dirty(device: &Path) -> Result<bool> {
     let mut sector = [0; 512];
     let file = File::open(device).with_context(|| format!("{} can't be opened", device.display()))?;
     file.read_exact_at(&mut sector, 0).with_context(|| format!("{} can't be read", device.display()))?;
@@ -33,8 +46,8 @@ pub fn is_dirty(device: &Path) -> Result<bool> {
     Ok(sector.get(state).is_some_and(|byte| byte & 1 != 0))
 }
 
-/// Repairs what a cut has left of a boot partition's file system. Mounts of a dirty FAT are taken away first, by systemd where it made
-/// them; what the generator made is started again at the end of the sync. Returns the program that had something to repair.
+/// Repairs what a cut has left of a boot partition's file system. Mounts of a FAT that needs it are taken away first, by systemd where it
+/// made them; what the generator made is started again at the end of the sync. Returns the program that had something to repair.
 ///
 /// # Errors
 /// A file system that stays mounted or can't be repaired.
@@ -43,17 +56,10 @@ pub fn repair(part: &Partition) -> Result<Option<&'static str>> {
     let uses: Vec<_> = table.iter().filter(|m| m.is_on(part)).collect();
     let device = Path::new(&part.path);
     match part.fstype.as_deref() {
-        // While somebody has it mounted for writing, the bit is set and means nothing.
-        Some("vfat") if uses.iter().any(|m| m.is_writable()) || !is_dirty(device)? => Ok(None),
+        // What somebody writes to is marked dirty, and may look like it.
+        Some("vfat") if uses.iter().any(|m| m.is_writable()) || !fat_needs_repair(device)? => Ok(None),
         Some("vfat") => {
-            for mount in uses {
-                let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
-                let unit = format!("{}.mount", libsystemd::unit::escape_path(path));
-                program::output("systemctl", ["stop", &unit].map(Into::into))?;
-            }
-            if mounts::table()?.iter().any(|m| m.is_on(part)) {
-                bail!("{} was left dirty and can't be unmounted for repair; unmount it, and start the sync again", part.path);
-            }
+            let _nobody_else = claim(part)?;
             check_fat(device)?;
             Ok(Some("fsck.fat"))
         }
@@ -63,23 +69,52 @@ pub fn repair(part: &Partition) -> Result<Option<&'static str>> {
     }
 }
 
+/// Takes a partition's mounts away, and holds its device so that it can't be mounted: a disk that was just plugged in is about to be, by
+/// systemd (open(2) of a block device with O_EXCL).
+fn claim(part: &Partition) -> Result<File> {
+    const TRIES: u32 = 5;
+    for _ in 0..TRIES {
+        let table = mounts::table()?;
+        for mount in table.iter().filter(|m| m.is_on(part)) {
+            let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
+            let unit = format!("{}.mount", libsystemd::unit::escape_path(path));
+            program::output("systemctl", ["stop", &unit].map(Into::into))?;
+        }
+        match File::options().read(true).custom_flags(OFlag::O_EXCL.bits()).open(&part.path) {
+            Ok(device) => return Ok(device),
+            Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {}
+            Err(error) => return Err(error).with_context(|| format!("{} can't be opened", part.path)),
+        }
+        // mount(8) is at work, and hasn't got it into the table yet.
+        thread::sleep(Duration::from_millis(200));
+    }
+    bail!("{} was left by a cut and can't be unmounted for repair; unmount it, and start the sync again", part.path)
+}
+
 /// Has fsck.fat correct errors until it finds none: what it makes of one (a directory whose cluster is free becomes an empty one that lies
 /// nowhere, and can't be read) may be the next.
 fn check_fat(device: &Path) -> Result<()> {
     const RUNS: u32 = 5;
     for _ in 0..RUNS {
-        let done = program::command("fsck.fat")?.arg("-a").arg(device).output().context("fsck.fat can't be run")?;
-        // 1: errors were corrected (fsck.fat(8), EXIT STATUS).
-        match done.status.code() {
-            Some(0) => return Ok(()),
-            Some(1) => {}
-            _ => {
-                let said = String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; ");
-                bail!("fsck.fat can't repair {}: {said}", device.display());
-            }
+        if !fsck_fat("-a", device)? {
+            return Ok(());
         }
     }
     bail!("fsck.fat finds errors in {} again and again; make a new file system there (mkfs.vfat -F32)", device.display());
+}
+
+/// Whether fsck.fat finds errors, with -n, or has corrected some, with -a.
+fn fsck_fat(option: &str, device: &Path) -> Result<bool> {
+    let done = program::command("fsck.fat")?.arg(option).arg(device).output().context("fsck.fat can't be run")?;
+    // fsck.fat(8), EXIT STATUS.
+    match done.status.code() {
+        Some(0) => Ok(false),
+        Some(1) => Ok(true),
+        _ => {
+            let said = String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; ");
+            bail!("fsck.fat can't repair {}: {said}", device.display());
+        }
+    }
 }
 
 /// Has e2fsck correct what it may without being asked, and then whatever it finds: everything on a boot partition is compared with the
@@ -138,8 +173,12 @@ mod tests {
         for table in [reserved, reserved + fat] {
             image.as_file().write_all_at(&[0; 4], table * 512 + 3 * 4).unwrap();
         }
+        // Nothing marks it as dirty: a repair that was cut may have taken the mark away already.
+        assert!(!is_dirty(image.path()).unwrap());
+        assert!(fat_needs_repair(image.path()).unwrap());
         check_fat(image.path()).unwrap();
         run("fsck.fat", &["-n", path]);
+        assert!(!fat_needs_repair(image.path()).unwrap());
     }
 
     #[test]
