@@ -26,9 +26,15 @@ pub const TEMPORARY: &str = ".dualroot-";
 /// What they begin with on FAT when a cut has left only the short name (8.3) of the two that a file has there, in lower case.
 const SHORTENED: &str = "dualro~";
 
-/// Whether a name is one of a file that a write has left behind.
+/// Whether a name is one of a file that a write has left behind, or of what fsck.fat made of that: a chain of clusters without a name
+/// becomes FSCK0000.REC, the second file of a name FSCK0000.000.
 pub fn is_temporary(name: &str) -> bool {
-    name.starts_with(TEMPORARY) || name.to_lowercase().starts_with(SHORTENED)
+    let name = name.to_lowercase();
+    let salvaged = name.strip_prefix("fsck").and_then(|rest| rest.split_once('.')).is_some_and(|(number, kind)| {
+        let is_number = |text: &str, len| text.len() == len && text.bytes().all(|byte| byte.is_ascii_digit());
+        is_number(number, 4) && (kind == "rec" || is_number(kind, 3))
+    });
+    salvaged || name.starts_with(TEMPORARY) || name.starts_with(SHORTENED)
 }
 
 /// One change to a file system, by a path relative to the handle.

@@ -68,7 +68,8 @@ pub struct BootFiles {
     pub files: BTreeMap<String, BootFile>,
     /// Directories, as written.
     pub dirs: BTreeSet<String>,
-    /// Temporary files of ours, with their sizes and hashes: an interrupted sync may have left an entry pointing at one.
+    /// Temporary files of ours, with their sizes and hashes: an interrupted sync may have left an entry pointing at one. And what
+    /// fsck.fat made of them: on the booted disk that is nothing to copy, and on a spare it would fill the partition, cut by cut.
     pub temporary: BTreeMap<String, BootFile>,
 }
 
@@ -150,13 +151,18 @@ mod tests {
         fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
         fs::write(tmp.path().join("loader/entries/a.conf"), "title a\n").unwrap();
         fs::write(tmp.path().join("linux"), "kernel").unwrap();
+        for other in ["FSCK0000.recovery", "fsck1.rec"] {
+            fs::write(tmp.path().join(other), "").unwrap();
+        }
         fs::write(tmp.path().join(".dualroot-linux"), "ker").unwrap();
-        fs::write(tmp.path().join("DUALRO~1.NEW"), "ker").unwrap();
+        for left in ["DUALRO~1.NEW", "FSCK0000.REC", "loader/entries/fsck0001.000"] {
+            fs::write(tmp.path().join(left), "ker").unwrap();
+        }
         let found = BootFiles::scan(&Below::open(tmp.path()).unwrap()).unwrap();
-        assert_eq!(found.files.keys().collect::<Vec<_>>(), ["linux", "loader/entries/a.conf"]);
+        assert_eq!(found.files.keys().collect::<Vec<_>>(), ["fsck0000.recovery", "fsck1.rec", "linux", "loader/entries/a.conf"]);
         assert_eq!(found.files["loader/entries/a.conf"].text.as_deref(), Some(&b"title a\n"[..]));
         assert_eq!(found.files["linux"].hash, blake3::hash(b"kernel"));
-        assert_eq!(found.temporary.len(), 2);
+        assert_eq!(found.temporary.len(), 4);
         assert_eq!(found.dirs.len(), 2);
     }
 
