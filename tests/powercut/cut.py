@@ -2,7 +2,8 @@
 """Cuts the power at every write of a sync, and asks what would boot: tests/powercut/run [--seed N] [--subsets N] [--keep DIR] [--peers]
 
 The real programs sync in a guest, onto a disk of which every write and flush is logged. Then the log is replayed: every prefix, torn
-writes, and random subsets of what no flush had made durable yet. Each of these states is judged as it is, and as fsck.fat leaves it.
+writes, and random subsets of what no flush had made durable yet. Each of these states of the boot partitions is judged as it is, and as
+fsck.fat leaves it; those of a root tree are mounted, and judged as they are and as dualroot-complete leaves them.
 """
 
 import argparse
@@ -20,16 +21,20 @@ from run import install  # noqa: E402
 
 import oracle  # noqa: E402
 import record  # noqa: E402
+import roots  # noqa: E402
 import scenes  # noqa: E402
+import trees  # noqa: E402
 import writelog  # noqa: E402
 
-# A sync: its writes are those of the log from `first` to `last`, on what was there after those before.
-Sync = collections.namedtuple("Sync", "kind name base log places first last")
+# A sync: its writes are those of the log from `first` to `last`, on what was there after those before. Of a root tree, `generations`
+# may be found, and the last of them in the end.
+Sync = collections.namedtuple("Sync", "kind name base log places first last generations", defaults=[()])
 # Of so many interrupted syncs the next one is recorded, and cut, too.
 AGAIN = ("fixed names", "new comes, old goes", "unified, same name", "everything")
 # A writer that is broken on purpose in one of these ways has to be found out.
 BROKEN = {"fixed names": ("without flushes", "without one flush", "with two steps swapped"),
-          "new comes, old goes": ("without flushes", "with two steps swapped")}
+          "new comes, old goes": ("without flushes", "with two steps swapped"),
+          "everything changes": ("without flushes", "with two steps swapped")}
 
 
 def say(text):
@@ -82,8 +87,8 @@ def interrupted(sync, rng, torn=None):
 def record_kind(kind, directory, staging, seed):
     """All syncs of one kind of spare."""
     states = scenes.ESP if kind == "esp" else scenes.XBOOTLDR
-    trees = [{"boot": s} if kind == "esp" else {"efi": s[0], "boot": s[1]} for s in states.values()]
-    recorder = record.Recorder(directory / kind, kind, staging, trees)
+    held = [{"boot": s} if kind == "esp" else {"efi": s[0], "boot": s[1]} for s in states.values()]
+    recorder = record.Recorder(directory / kind, kind, staging, held)
     syncs, rng = {}, random.Random(seed)
 
     def sync(spare, name, first):
@@ -117,10 +122,60 @@ def record_kind(kind, directory, staging, seed):
         yield done, done
 
 
+def cut_while(sync, staged, rng):
+    """The disk after a cut of a sync to a root that comes when so much is staged, and what was cut."""
+    start, size = sync.places["root"]
+    image, log = load(sync)
+    prefixes = list(range(1, len(log.writes)))
+    rng.shuffle(prefixes)
+    for prefix in prefixes:
+        image.rollback()
+        for write in log.writes[:prefix]:
+            image.write(*writelog.whole(write))
+        if trees.stage_in(image[start:start + size], fstype(sync)) == staged:
+            return bytes(image[0:len(image)]), f"the first {prefix} writes"
+    raise RuntimeError(f"{sync.kind}, {sync.name}: after no cut what is staged is {staged}")
+
+
+def fstype(sync):
+    return record.KINDS[sync.kind][1]
+
+
+def record_root(kind, directory, staging, seed):
+    """The syncs of a root tree: the first, one that changes all kinds of things, and one each after a cut of the one before."""
+    recorder, rng = roots.Recorder(directory / kind, kind, staging), random.Random(seed)
+
+    def sync(spare, name, first, *generations):
+        recorder.turn_to(generations[-1])
+        recorder.sync()
+        done = Sync(kind, name, spare.base, spare.log, spare.places, first, length(spare), [recorder.looks[g] for g in generations])
+        say(f"recorded {kind}, {name}: {done.last - done.first} writes")
+        return done
+
+    try:
+        spare = recorder.spare()
+        first = sync(spare, "first sync", 0, 0, 1)
+        change = sync(spare, "everything changes", first.last, 1, 2)
+        recorder.remove()
+        yield first
+        yield change
+        content, what = cut_while(change, trees.HALF, rng)
+        spare = recorder.spare(content)
+        again = sync(spare, f"everything changes, interrupted while it stages ({what})", 0, 1, 2)
+        recorder.remove()
+        yield again
+        content, what = cut_while(again, trees.WHOLE, rng)
+        spare = recorder.spare(content)
+        # Modules and files that name a disk are those of the first still.
+        yield sync(spare, f"another change, after one interrupted among the renames ({what})", 0, 1, 2, 3)
+    finally:
+        recorder.machine.kill()
+
+
 def record_peers(directory, staging):
     """The syncs of other tools."""
-    trees = [{"boot": files} for pair in scenes.PEERS.values() for files in pair]
-    recorder = record.Recorder(directory / "peers", "esp", staging, trees)
+    held = [{"boot": files} for pair in scenes.PEERS.values() for files in pair]
+    recorder = record.Recorder(directory / "peers", "esp", staging, held)
     try:
         for tool, command in record.PEERS.items():
             for number, name in enumerate(scenes.PEERS):
@@ -146,6 +201,29 @@ def judge(pair, seed, subsets):
     return f"{sync.kind}: {sync.name}", count, len(log.writes), len(log.bounds) - 1, faults
 
 
+def load_root(sync):
+    start, size = sync.places["root"]
+    image, log = load(sync)
+    return writelog.Image(bytearray(image[start:start + size])), trees.clipped(log, start, size)
+
+
+def judge_root(sync, program, seed, subsets):
+    """As `judge`, of a root tree: a state is mounted, which takes longer, and so there are fewer."""
+    (image, log), fs = load_root(sync), fstype(sync)
+    rng = random.Random(f"{seed} {sync.name}")
+    states = list(writelog.states(log, rng, -(-subsets // 8), 1))
+    # Every prefix, and of the rest what there is time for.
+    rest = [number for number, state in enumerate(states) if state.extra]
+    left_out = set(rng.sample(rest, max(0, len(rest) - 10 * subsets)))
+    states = [state for number, state in enumerate(states) if number not in left_out]
+    count, faults = trees.prove(image, log, fs, sync.generations, program, states)
+    if not count[trees.HALF] or not count[trees.WHOLE]:
+        faults.append(("all cuts", "none of them came while it staged, or none among the renames"))
+    end = writelog.State("all that was written", 0, [])
+    faults += trees.prove(image, writelog.Log([], [0]), fs, sync.generations[-1:], program, [end])[1]
+    return f"{sync.kind}: {sync.name}", sum(count.values()), len(log.writes), len(log.bounds) - 1, faults
+
+
 def mutants(log):
     """(what, log, random subsets of what isn't flushed) of writers that leave out the flushes, one flush, or do two things in the wrong
     order."""
@@ -169,6 +247,22 @@ def judge_mutants(sync, ways):
             image = writelog.Image(bytearray(start))
             found[what] += len(oracle.prove(image, broken, *parts(sync.places, sync.kind), subsets=subsets, before=before)[1])
     return f"{sync.kind}: {sync.name}", found
+
+
+def judge_root_mutants(sync, ways, program, seed):
+    """As `judge_mutants`, of a root tree; one cut that is found is enough."""
+    image, log = load_root(sync)
+    start, rng, found = bytes(image.data), random.Random(seed), collections.Counter()
+    broken = list(mutants(log))
+    rng.shuffle(broken)
+    for what, changed, subsets in broken:
+        if what not in ways or found[what]:
+            continue
+        states = list(writelog.states(changed, rng, subsets // 4, 0))
+        some = sorted(rng.sample(range(len(states)), min(40, len(states))))
+        image = writelog.Image(bytearray(start))
+        found[what] += len(trees.prove(image, changed, fstype(sync), sync.generations, program, [states[n] for n in some], 1)[1])
+    return f"{sync.kind}: {sync.name}", {what: found[what] for what in ways}
 
 
 def table(cells):
@@ -198,7 +292,17 @@ def main():
     kinds = arguments.kind + ["peers"] * arguments.peers
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as threads, \
             concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        def recorded_root(kind):
+            program, jobs, broken = staging / "usr/sbin/dualroot-complete", [], []
+            for sync in record_root(kind, directory, staging, seed):
+                jobs.append(pool.submit(judge_root, sync, program, seed, arguments.subsets))
+                if sync.name in BROKEN:
+                    broken.append(pool.submit(judge_root_mutants, sync, BROKEN[sync.name], program, seed))
+            return jobs, broken
+
         def recorded(kind):
+            if kind.startswith("root"):
+                return recorded_root(kind)
             made = record_peers(directory, staging) if kind == "peers" else record_kind(kind, directory, staging, seed)
             jobs, broken = [], []
             for sync, origin in made:
@@ -209,15 +313,18 @@ def main():
 
         cells = {}
         for kind, (jobs, broken) in zip(kinds, threads.map(recorded, kinds)):
+            root = kind.startswith("root")
+            bad = "leave no tree of one generation" if root else "do not boot"
             for job in broken:
                 name, found = job.result()
                 for what, count in found.items():
-                    say(f"{'ok  ' if count else 'FAIL'} {name}, by a writer {what}: {count} cuts do not boot, as it should be")
+                    cuts = f"{count} of the cuts tried" if root else f"{count} cuts"
+                    say(f"{'ok  ' if count else 'FAIL'} {name}, by a writer {what}: {cuts} {bad}, as it should be")
                     passed, failed = passed + bool(count), failed + (not count)
             for job in jobs:
                 name, count, writes, epochs, faults = job.result()
                 cells[name] = f"{len(faults)} of {count}"
-                result = f"{len(faults)} of {count} cuts do not boot ({writes} writes, {epochs} flushes)"
+                result = f"{len(faults)} of {count} cuts {bad} ({writes} writes, {epochs} flushes{', no superblock torn' * root})"
                 if kind == "peers":
                     say(f"     {name}: {result}")
                     continue

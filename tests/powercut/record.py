@@ -14,8 +14,11 @@ from machine import Machine, overlay  # noqa: E402
 import scenes  # noqa: E402
 
 MIB = 1 << 20
-SIZE = 34
-KINDS = {"esp": ["vfat"], "xbootldr-vfat": ["vfat", "vfat"], "xbootldr-ext4": ["vfat", "ext4"]}
+SIZES = {"esp": 34, "xbootldr": 34, "root": 128}
+KINDS = {"esp": ["vfat"], "xbootldr-vfat": ["vfat", "vfat"], "xbootldr-ext4": ["vfat", "ext4"],
+         "root-ext4": ["vfat", "ext4"], "root-btrfs": ["vfat", "btrfs"]}
+# What needn't be written later is in the log of no sync.
+EXT4 = ["-E", "lazy_itable_init=0,lazy_journal_init=0"]
 # What the source doesn't have goes.
 DELETE = "cd {1}; find . -type f | while read -r f; do [ -e \"{0}/$f\" ] || rm \"$f\"; done; cd /"
 PEERS = {
@@ -48,7 +51,10 @@ class Spare:
     def __init__(self, directory, name, kinds, disk, content=None):
         self.image, self.log = directory / f"{name}.raw", directory / f"{name}.log"
         self.base = directory / f"{name}.base"
-        self.places = {role: ((1 + number * SIZE) * MIB, SIZE * MIB) for number, role in enumerate(kinds)}
+        self.places, start = {}, 1
+        for role in kinds:
+            self.places[role] = (start * MIB, SIZES[role] * MIB)
+            start += SIZES[role]
         if content is None:
             self.format(directory, name, kinds, disk)
         else:
@@ -58,16 +64,20 @@ class Spare:
     def format(self, directory, name, kinds, disk):
         lines = ["label: gpt"]
         with open(self.image, "wb") as image:
-            image.truncate((len(kinds) * SIZE + 2) * MIB)
+            image.truncate((sum(SIZES[role] for role in kinds) + 2) * MIB)
         for role, (start, size) in self.places.items():
             lines.append(f"start={start // 512}, size={size // 512}, type={images.TYPES[role]}, uuid={disk.partuuid[role]}")
         images.sh("sfdisk", "-q", self.image, input="\n".join(lines).encode())
         for role, kind in kinds.items():
             part = directory / f"{name}.part"
             with open(part, "wb") as image:
-                image.truncate(SIZE * MIB)
+                image.truncate(SIZES[role] * MIB)
             if kind == "vfat":
                 images.sh("mkfs.vfat", "-F32", "-s1", "-i", disk.uuid[role].replace("-", ""), part)
+            elif kind == "btrfs":
+                images.sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], part)
+            elif role == "root":
+                images.sh("mke2fs", "-q", "-t", kind, "-b", "4096", "-U", disk.uuid[role], *EXT4, part)
             else:
                 images.sh("mke2fs", "-q", "-t", kind, "-b", "1024", "-I", "256", part)
             images.sh("dd", f"if={part}", f"of={self.image}", "bs=1M", f"seek={self.places[role][0] // MIB}", "conv=notrunc")

@@ -2,6 +2,7 @@
 
 import os
 import random
+import stat
 import struct
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import ext
 import fat
 import oracle
+import roots
 import sdboot
+import trees
 import writelog
 from fat import Fat, Unreadable
 
@@ -802,6 +805,128 @@ def test_an_unsafe_order_is_found():
     flush = next(n for n, entry in enumerate(disk.entries) if entry[2])
     del disk.entries[flush]
     assert proven(disk, subsets=60, fsck=False)[1]
+
+
+def generations():
+    """What the generations of the small root look like; None without the right to make what is in them."""
+    found = []
+    for number in range(1, roots.GENERATIONS + 1) if os.geteuid() == 0 else ():
+        with tempfile.TemporaryDirectory() as top:
+            roots.write(roots.generation(number, roots.UUID, ""), top)
+            found.append(trees.look(top))
+    return found
+
+
+def test_each_difference_of_two_trees_is_seen():
+    if os.geteuid():
+        return
+    nodes = roots.generation(1, roots.UUID, "")
+
+    def again(path, change):
+        """With the old time."""
+        before = os.lstat(path)
+        change(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns), follow_symlinks=False)
+
+    def relink(path):
+        os.unlink(path)
+        os.symlink("elsewhere", path)
+
+    def part(path):
+        content = Path(path).read_bytes()
+        os.unlink(path)
+        Path(path).write_bytes(content)
+        os.chmod(path, 0o755)
+
+    git = "usr/libexec/git-add"
+    for path, change, said in (
+        ("etc/hostname", lambda p: Path(p).write_bytes(b"Pair\n"), "etc/hostname differs in content"),
+        ("etc/hostname", lambda p: os.chmod(p, 0o4644), "etc/hostname differs in mode"),
+        ("etc/hostname", lambda p: os.chown(p, 0, 1), "etc/hostname differs in owner"),
+        ("etc/hostname", lambda p: os.setxattr(p, "user.x", b""), "etc/hostname differs in attributes"),
+        ("var/acl/file", lambda p: os.setxattr(p, "user.long", b""), "var/acl/file differs in attributes"),
+        ("var/acl", lambda p: os.removexattr(p, "system.posix_acl_default"), "var/acl differs in attributes"),
+        ("usr/libexec/pong", lambda p: os.removexattr(p, "security.capability"), "usr/libexec/pong differs in attributes"),
+        ("bin", relink, "bin differs in content"),
+        ("bin", lambda p: os.chown(p, 1, 0, follow_symlinks=False), "bin differs in owner"),
+        (git, part, f"{git} differs in names"),
+        (git, lambda p: os.link(p, f"{p}2"), f"{git} differs in names"),
+    ):
+        with tempfile.TemporaryDirectory() as top:
+            roots.write(nodes, top)
+            before = trees.look(top)
+            again(f"{top}/{path}", change)
+            problem = trees.unlike({p: thing for p, thing in trees.look(top).items() if p == path}, {path: before[path]})
+            equal(problem, said)
+    with tempfile.TemporaryDirectory() as top:
+        roots.write(nodes, top)
+        before = trees.look(top)
+        equal(trees.unlike(trees.look(top), before), None)
+        os.utime(f"{top}/bin", ns=(0, 1), follow_symlinks=False)
+        equal(trees.unlike(trees.look(top), before), "bin differs in time")
+        before.pop(".")
+        os.unlink(f"{top}/bin")
+        equal(trees.unlike({p: thing for p, thing in trees.look(top).items() if p != "."}, before), "bin is missing")
+        os.mkdir(f"{top}/bin")
+        equal(trees.unlike({"bin": trees.look(top)["bin"]}, {"bin": before["bin"]}), "bin differs in kind, mode, time, content")
+        os.mkdir(f"{top}/.dualroot")
+        Path(f"{top}/.dualroot/x").touch()
+        Path(f"{top}/all").touch()
+        equal(trees.unlike({p: thing for p, thing in trees.look(top).items() if p not in (".", "bin")}, before), "all is there")
+
+
+def test_generations_differ_as_rsync_sees_it():
+    for number in range(1, roots.GENERATIONS):
+        one, other = (roots.generation(n, roots.UUID, "") for n in (number, number + 1))
+        for path in one.keys() & other.keys():
+            if one[path].kind == other[path].kind == "file" and one[path].data != other[path].data:
+                assert (len(one[path].data), one[path].time) != (len(other[path].data), other[path].time), path
+
+
+def test_a_tree_of_two_generations_is_none():
+    for old, new in zip(generations(), generations()[1:]):
+        equal((trees.judge(old, [old, new]), trees.judge(new, [old, new])), (None, None))
+        says(trees.judge(new, [old]), "not old: ")
+        tried = 0
+        for path in sorted(old.keys() | new.keys()):
+            for one, other in ((old, new), (new, old)):
+                mixed = {p: thing for p, thing in one.items() if p != path} | {p: other[p] for p in (path,) if p in other}
+                allowed = path in trees.APART or path.startswith(trees.MODULES + "/") and path not in one
+                if trees.parted(mixed) != trees.parted(one):
+                    equal(trees.judge(mixed, [old, new]) is None, allowed)
+                    tried += 1
+        assert tried > 150, tried
+
+
+def test_what_comes_after_a_tree_may_be_of_the_other_generation():
+    for old, new in zip(generations()[:1], generations()[1:2]):
+        fstab, module = "etc/fstab", next(path for path in sorted(old) if path.endswith(".ko"))
+        equal(trees.judge(new | {fstab: old[fstab]}, [old, new]), None)
+        equal(trees.judge(new | {fstab: old[fstab]._replace(time=1)}, [old, new]), None)
+        says(trees.judge(new | {fstab: old[fstab]._replace(content=(1, ""))}, [old, new]), "etc/fstab is of no generation")
+        says(trees.judge({p: t for p, t in new.items() if p != fstab}, [old, new]), "etc/fstab is of no generation")
+        equal(trees.judge(new | {"etc/.dualroot-fstab.new": old[fstab]}, [old, new]), None)
+        says(trees.judge(new | {"var/.dualroot-fstab.new": old[fstab]}, [old, new]), "var/.dualroot-fstab.new is there")
+        equal(trees.judge(new | {module: old[module]}, [old, new]), None)
+        says(trees.judge(new | {module: old[module]._replace(content=(1, ""))}, [old, new]), f"{module} is there")
+        says(trees.judge({p: t for p, t in old.items() if p != module}, [old, new]), f"not old: {module} is missing")
+        above = os.path.dirname(module)
+        equal((stat.S_ISDIR(old[above].kind), trees.judge(new | {above: old[above]._replace(time=1)}, [old, new])), (True, None))
+
+
+def test_a_log_is_clipped_to_a_partition():
+    writes = [writelog.Write(at, 512, b"x" * 512, False) for at in (0, 1024, 4096, 2048, 0)]
+    log = trees.clipped(writelog.Log(writes, [0, 1, 3, 4, 5]), 1024, 2048)
+    equal(([write.offset for write in log.writes], log.bounds), ([0, 1024], [0, 1, 2]))
+
+
+def test_no_superblock_is_torn():
+    def kept(fstype, *extra):
+        return len(list(trees.whole_superblocks([writelog.State("", 0, extra)], fstype)))
+    equal([kept("ext4", (0, bytes(size))) for size in (512, 1024, 1536, 2048, 4096)], [1, 1, 0, 1, 1])
+    equal([kept("ext4", (at, 512)) for at in (512, 1024, 1536, 2048)], [1, 0, 0, 1])
+    equal([kept("btrfs", (64 << 10, bytes(size))) for size in (2048, 4096)], [0, 1])
+    equal(kept("btrfs", (0, 512), ((64 << 20) + 512, bytes(512))), 0)
 
 
 def main():
