@@ -13,6 +13,8 @@ import writelog
 from fat import Fat, Missing, Unreadable
 
 LOADERS = (sdboot.FALLBACK, sdboot.INSTALLED)
+# So often a sync has fsck.fat correct what it finds.
+REPAIRS = 5
 
 # The file systems of a state: `xbootldr` is None where there is none, or where it can't be read.
 Volumes = collections.namedtuple("Volumes", "esp xbootldr")
@@ -223,6 +225,17 @@ class Scratch:
             self.take_over()
         return None
 
+    def unreadable(self):
+        """Why the next sync couldn't read a directory, although it has fsck.fat repair what that finds, again and again; or None."""
+        problem = None
+        for _ in range(REPAIRS):
+            try:
+                collections.deque(Fat(self.image, self.part.start, self.part.size).walk(), maxlen=0)
+                return None
+            except Unreadable as reason:
+                problem = self.repair() or f"the next sync can't read {reason}"
+        return problem
+
     def take_over(self):
         start = self.part.start
         for first, end in self.extents():
@@ -236,7 +249,7 @@ class Scratch:
 
 
 def judge_image(before, after, image, esp, xbootldr=None, scratches=None, strict=False):
-    """Judges the state that an image is in, and, with scratch files, again as fsck.fat leaves it."""
+    """Judges the state that an image is in, and, with scratch files, again as fsck.fat leaves it; then the next sync has to be able to begin."""
     try:
         problem = judge(before, after, volumes(image, esp, xbootldr), strict)
         if problem or not scratches:
@@ -246,6 +259,8 @@ def judge_image(before, after, image, esp, xbootldr=None, scratches=None, strict
             for scratch in scratches:
                 problem = problem or scratch.repair()
             problem = problem or judge(before, after, volumes(image, esp, xbootldr), strict)
+            for scratch in scratches:
+                problem = problem or scratch.unreadable()
             return problem and f"after fsck: {problem}"
         finally:
             image.rollback(mark)

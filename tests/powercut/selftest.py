@@ -705,6 +705,19 @@ def test_fsck_truncates_what_is_cross_linked():
     says(judged(boots(twins), boots(twins), image), "after fsck")
 
 
+def test_the_next_sync_can_begin():
+    files = {**OLD, "/left/over": noise(13, 700)}
+    image = Disk(files).image()
+    # As in the middle of its removal: it is there still, and its cluster is free already.
+    link(image, Fat(image).find("/left").cluster, 0)
+    equal(judged(boots(files), boots(files), image), None)
+    repairs, oracle.REPAIRS = oracle.REPAIRS, 1
+    try:
+        says(judged(boots(files), boots(files), image), "after fsck", "the next sync", "/left")
+    finally:
+        oracle.REPAIRS = repairs
+
+
 def test_fsck_follows_the_image():
     """One scratch file through many states gives what a fresh one gives for each."""
     disk, random_ = Disk(OLD, 36), random.Random(5)
