@@ -283,7 +283,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("kind", nargs="*", default=list(record.KINDS))
     arguments = parser.parse_args()
-    seed = arguments.seed or random.SystemRandom().randrange(1 << 32)
+    seed = arguments.seed or writelog.seed()
     say(f"seed {seed}")
     directory = arguments.keep or Path(tempfile.mkdtemp(prefix="dualroot-powercut-"))
     directory.mkdir(parents=True, exist_ok=True)
@@ -292,27 +292,34 @@ def main():
     kinds = arguments.kind + ["peers"] * arguments.peers
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as threads, \
             concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        def recorded_root(kind):
-            program, jobs, broken = staging / "usr/sbin/dualroot-complete", [], []
-            for sync in record_root(kind, directory, staging, seed):
-                jobs.append(pool.submit(judge_root, sync, program, seed, arguments.subsets))
-                if sync.name in BROKEN:
-                    broken.append(pool.submit(judge_root_mutants, sync, BROKEN[sync.name], program, seed))
-            return jobs, broken
-
-        def recorded(kind):
+        def judged(kind, jobs, broken):
+            program = staging / "usr/sbin/dualroot-complete"
             if kind.startswith("root"):
-                return recorded_root(kind)
+                for sync in record_root(kind, directory, staging, seed):
+                    jobs.append(pool.submit(judge_root, sync, program, seed, arguments.subsets))
+                    if sync.name in BROKEN:
+                        broken.append(pool.submit(judge_root_mutants, sync, BROKEN[sync.name], program, seed))
+                return
             made = record_peers(directory, staging) if kind == "peers" else record_kind(kind, directory, staging, seed)
-            jobs, broken = [], []
             for sync, origin in made:
                 jobs.append(pool.submit(judge, (sync, origin), seed, arguments.subsets))
                 if kind == "esp" and sync.name in BROKEN:
                     broken.append(pool.submit(judge_mutants, sync, BROKEN[sync.name]))
-            return jobs, broken
+
+        def recorded(kind):
+            """The judgements of syncs, those of broken writers, and what went wrong before there were all."""
+            jobs, broken = [], []
+            try:
+                judged(kind, jobs, broken)
+            except Exception as error:
+                return jobs, broken, f"{type(error).__name__}: {error}"
+            return jobs, broken, None
 
         cells = {}
-        for kind, (jobs, broken) in zip(kinds, threads.map(recorded, kinds)):
+        for kind, (jobs, broken, problem) in zip(kinds, threads.map(recorded, kinds)):
+            if problem:
+                say(f"FAIL {kind}: {problem}")
+                failed += 1
             root = kind.startswith("root")
             bad = "leave no tree of one generation" if root else "do not boot"
             for job in broken:

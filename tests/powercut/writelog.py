@@ -8,6 +8,8 @@ the FUA flag: a guest's FUA write is followed by a flush.
 import collections
 import itertools
 import mmap
+import os
+import random
 import struct
 
 SECTOR = 512
@@ -26,6 +28,11 @@ Log = collections.namedtuple("Log", "writes bounds")
 
 class BadLog(Exception):
     pass
+
+
+def seed():
+    """The seed of the random cuts of this run: what tests/run gives to all of them, or a new one."""
+    return os.environ.get("DUALROOT_TEST_SEED") or str(random.SystemRandom().randrange(1 << 32))
 
 
 def read_log(path, start=0, size=None):

@@ -13,7 +13,7 @@ from machine import Failure, Machine, overlay  # noqa: E402
 
 # Of the cuts of a kernel's sync, so many are booted; the seed is printed.
 CUTS = 6
-SEED = random.SystemRandom().randrange(1 << 32)
+SEED = writelog.seed()
 
 # Until the spare has this kernel's entry, no change is waiting to be synced, and no sync is running. The guest has no event for all
 # of that together.
