@@ -58,6 +58,8 @@ def parse(raw, start=0, size=None):
             raise BadLog(f"the log ends before entry {number} of {count}")
         where, sectors, flags, _ = struct.unpack_from("<QQQQ", raw, position)
         position += sector
+        if not sectors and not flags:
+            raise BadLog(f"entry {number} of {count} is empty")
         if flags & ~(FLUSH | FUA | DISCARD | MARK):
             raise BadLog(f"entry {number} has flags {flags:#x}")
         if flags & MARK:
