@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, RenameFlags, ResolveFlag, openat2, renameat, renameat2};
+use nix::fcntl::{
+    AtFlags, OFlag, OpenHow, PosixFadviseAdvice, RenameFlags, ResolveFlag, openat2, posix_fadvise, renameat, renameat2,
+};
 use nix::sys::stat::{FileStat, Mode, fchmod, fstatat, futimens, mkdirat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
@@ -134,6 +136,7 @@ pub enum Kind {
 pub struct Below {
     dir: OwnedFd,
     shown: PathBuf,
+    from_medium: bool,
 }
 
 impl Below {
@@ -144,7 +147,14 @@ impl Below {
     pub fn open(path: &Path) -> Result<Self> {
         let dir = nix::fcntl::open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
             .with_context(|| format!("{} can't be opened as a directory", path.display()))?;
-        Ok(Self { dir, shown: path.into() })
+        Ok(Self { dir, shown: path.into(), from_medium: false })
+    }
+
+    /// The same handle, but what is read by it comes from the medium, and not from memory: after a write that failed, the kernel keeps
+    /// there what the medium hasn't got (fsync(2), NOTES).
+    #[must_use]
+    pub fn from_medium(self) -> Self {
+        Self { from_medium: true, ..self }
     }
 
     /// A path to the handle itself, for programs that are started here and for statistics.
@@ -185,11 +195,16 @@ impl Below {
     /// # Errors
     /// Everything but the absence of the file, symbolic links on the way among them.
     pub fn file(&self, path: &str) -> Result<Option<File>> {
-        match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
-            Ok(fd) => Ok(Some(fd.into())),
-            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
-            Err(e) => Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
+        let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
+            Ok(fd) => fd,
+            Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+            Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
+        };
+        if self.from_medium {
+            posix_fadvise(&fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+                .with_context(|| format!("{} can't be dropped from memory", self.show(path)))?;
         }
+        Ok(Some(fd.into()))
     }
 
     /// The contents of a file of at most 4 MiB, or None where there is none.
@@ -252,7 +267,7 @@ impl Below {
     /// Those of opening it, symbolic links on the way among them.
     pub fn sub(&self, path: &OsStr) -> Result<Option<Self>> {
         match self.dir(path) {
-            Ok(dir) => Ok(Some(Self { dir, shown: self.shown.join(path) })),
+            Ok(dir) => Ok(Some(Self { dir, shown: self.shown.join(path), from_medium: self.from_medium })),
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
             Err(e) => Err(e).with_context(|| format!("{} can't be opened", self.shown.join(path).display())),
         }
@@ -663,6 +678,36 @@ mod tests {
         below.apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None }).unwrap();
         assert_eq!(std::fs::metadata(tmp.path().join("fstab")).unwrap().permissions().mode() & 0o7777, 0o640);
         assert_eq!(below.list(".").unwrap(), [("fstab".to_owned(), Kind::File(3))]);
+    }
+
+    #[test]
+    fn f20_what_the_medium_lacks_was_never_written() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let (image, tmp) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
+        image.as_file().set_len(8 << 20).unwrap();
+        let run = |name: &str, args: &[&std::ffi::OsStr]| {
+            let done = crate::program::command(name).unwrap().args(args).output().unwrap();
+            assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        run("mke2fs", &["-qF".as_ref(), "-text4".as_ref(), image.path().as_ref()]);
+        crate::mounts::enter_private_namespace().unwrap();
+        run("mount", &["-oloop".as_ref(), image.path().as_ref(), tmp.path().as_ref()]);
+        let cached = Below::open(tmp.path()).unwrap();
+        let medium = Below::open(tmp.path()).unwrap().from_medium();
+        let (new, old) = ([b'n'; 8192], [b'o'; 8192]);
+        cached.apply(&Change::Create { path: "linux".into(), content: Content::Bytes(new.to_vec()) }).unwrap();
+        cached.apply(&Change::Barrier).unwrap();
+        // As if the write had failed: the medium has something else.
+        let on_medium = std::fs::read(image.path()).unwrap();
+        let at = on_medium.windows(new.len()).position(|part| part == new).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(image.as_file(), &old, at as u64).unwrap();
+        assert_eq!(cached.hash("linux").unwrap(), Some(blake3::hash(&new)), "the kernel believes in it");
+        assert_eq!(medium.hash("linux").unwrap(), Some(blake3::hash(&old)));
+        assert_eq!(medium.sub("lost+found".as_ref()).unwrap().map(|below| below.from_medium), Some(true));
+        drop((cached, medium));
+        run("umount", &[tmp.path().as_ref()]);
     }
 
     #[test]

@@ -188,7 +188,7 @@ impl Held {
             bail!("what is mounted at {} is not {}", place.display(), part.path);
         }
         Ok(Self {
-            below: Some(Below::open(place)?),
+            below: Some(Below::open(place)?.from_medium()),
             place: place.to_owned(),
             device: part.path.clone(),
             flags,

@@ -107,11 +107,11 @@ class Recorder:
             "mkdir /run/scenes; tar -xf /dev/disk/by-id/virtio-scenes -C /run/scenes; rm -rf /run/systemd/generator/mnt-root1*")
         self.number = 0
 
-    def spare(self, content=None):
-        """Puts in a spare, empty or with this content."""
+    def spare(self, content=None, fails=None):
+        """Puts in a spare, empty or with this content; the first write to the sector `fails` fails, and no log is kept then."""
         self.number += 1
         spare = Spare(self.directory, f"spare{self.number}", dict(zip(self.roles, KINDS[self.kind])), self.b, content)
-        self.machine.plug("B", spare.image, spare.log)
+        self.machine.plug("B", spare.image, spare.log if fails is None else None, fails)
         self.machine.run("".join(f"udevadm wait -t 30 /dev/disk/by-partuuid/{self.b.partuuid[role]}; " for role in self.roles) +
                          "udevadm settle")
         return spare

@@ -107,13 +107,16 @@ class Machine:
         return time.monotonic() - begun
 
     @staticmethod
-    def _node(serial, image, log=None):
+    def _node(serial, image, log=None, fails=None):
         kind = "qcow2" if str(image).endswith(".qcow2") else "raw"
         # What the guest flushes needn't reach this machine's own disk.
         cache = {"direct": False, "no-flush": True}
 
         def file(name):
             return {"driver": "file", "filename": str(name), "cache": cache}
+        if fails is not None:
+            error = {"event": "none", "iotype": "write", "errno": 5, "sector": fails, "once": True}
+            return {"driver": "blkdebug", "node-name": f"disk-{serial}", "image": file(image), "inject-error": [error]}
         if log:
             Path(log).touch()
             return {"driver": "blklogwrites", "node-name": f"disk-{serial}", "file": file(image), "log": file(log),
@@ -147,10 +150,11 @@ class Machine:
                 return
         raise Failure(f"no {name} within {limit} s{self.tail()}")
 
-    def plug(self, serial, image, log=None):
-        """Puts a disk in; with a log, a raw image of which every write and flush is logged (dm-log-writes format)."""
+    def plug(self, serial, image, log=None, fails=None):
+        """Puts a disk in; with a log, a raw image of which every write and flush is logged (dm-log-writes format). The first write to the
+        sector `fails` fails."""
         slot = next(s for s in range(SLOTS) if s not in self.slots.values())
-        self.command("blockdev-add", **self._node(serial, image, log))
+        self.command("blockdev-add", **self._node(serial, image, log, fails))
         self.command("device_add", driver="virtio-blk-pci", id=f"dev-{serial}", drive=f"disk-{serial}", serial=serial, bus=f"slot{slot}",
                      **LOGGED)
         self.slots[serial] = slot
