@@ -72,7 +72,8 @@ pub fn run(machine: &mut Machine, options: &Options, log: &mut Log) -> Result<Ou
         // Disks may have come, gone, and changed places while we waited.
         machine.look_again()?;
         let outcome = round(machine, options, log)?;
-        if options.dry_run || settle::print(&boot_dirs)? == before {
+        // What a package manager has begun meanwhile may be half there, although nothing that tells of it has changed yet.
+        if options.dry_run || settle::print(&boot_dirs)? == before && settle::package_manager().is_none() {
             return Ok(outcome);
         }
         log.info("the booted disk changed while it was copied; copying again");
