@@ -227,7 +227,9 @@ class Recorder(record.Recorder):
         system = images.system(12, "initramfs-tools", "own-esp", staging)
         self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "S": directory / "source.raw"})
         self.machine.run(
-            "systemctl stop dualroot-sync.path dualroot-entries.path dualroot-sync.timer; rm -rf /run/systemd/generator/mnt-root1*; "
+            # Its mounts of the spare aren't seen in the small root, where a sync couldn't take them away.
+            "systemctl stop dualroot-sync.path dualroot-entries.path dualroot-sync.timer; "
+            "systemctl mask --runtime --quiet mnt-root1.mount mnt-root1-boot.mount; "
             "mkdir -p /srv/root /srv/scenes /srv/spare; mount -o ro /dev/disk/by-id/virtio-S-part2 /srv/scenes; "
             "rsync -rt --delete --exclude /EFI/dualroot /srv/scenes/esp/ /boot/; sync")
 

@@ -152,7 +152,7 @@ def mounted(file, fstype):
     with alone(fstype), tempfile.TemporaryDirectory(prefix="dualroot-tree-") as place:
         loop = must("losetup", "--find", "--show", file)
         try:
-            must("mount", "-t", fstype, "-o", "noatime", loop, place)
+            must("mount", "-t", fstype, "-o", "noatime,nodiscard", loop, place)
             try:
                 yield Path(place)
             finally:
