@@ -26,6 +26,16 @@ COMMON = ["systemd", "systemd-sysv", "udev", "dbus", "systemd-boot", "systemd-bo
 # What an initrd needs of the kernel's modules in these machines. With Debian's default, nearly all of them, making one takes minutes
 # under emulation.
 DRIVERS = ["virtio_pci", "virtio_blk", "ext4", "btrfs"]
+# Of a kernel's modules, those that its packages keep, by the beginning of their paths. These machines have no hardware for the others,
+# which guests would unpack, index, load and copy all the same.
+MODULES = tuple(f"kernel/{path}" for path in (
+    "crypto/", "drivers/block/loop", "drivers/block/virtio", "drivers/char/hw_random/", "drivers/char/virtio", "drivers/firmware/efi/",
+    "drivers/firmware/qemu", "drivers/md/dm-mod", "drivers/virtio/", "fs/autofs/", "fs/btrfs/", "fs/configfs/", "fs/efivarfs/", "fs/ext4/",
+    "fs/fat/", "fs/fuse/", "fs/jbd2/", "fs/mbcache", "fs/nls/", "fs/overlayfs/", "lib/"))
+# What Debian's dracut would put into an initrd, and these machines have no use for. With "shutdown", each of them ends by unpacking it.
+OMITTED = ["hwdb", "kernel-modules-extra", "lunmask", "nvdimm", "overlay-root", "resume", "shutdown", "terminfo", "virtfs", "virtiofs"]
+# Nobody logs in, and there is nothing to reap.
+MASKED = ["getty.target", "e2scrub_reap.service"]
 LOCKS = collections.defaultdict(threading.Lock)
 
 
@@ -92,31 +102,53 @@ def kernel_versions(release):
     return sorted((name for name in names if numbers(name)[:2] == series), key=numbers)[-3:]
 
 
-def tree(release, initrd):
-    """A tar archive of a Debian system with the oldest of its kernels."""
-    packages = COMMON + [initrd, f"linux-image-{kernel_versions(release)[0]}"]
-    without = ["doc", "man", "locale", "info", "zoneinfo"]
-
-    def build(path):
-        with tempfile.NamedTemporaryFile("w", suffix=".list") as listing:
-            listing.write(sources(release))
-            listing.flush()
-            sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
-               *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], SUITES[release], path, listing.name)
-    return cached(f"debian{release}-{initrd}", [packages, without, sources(release)], ".tar", build)
+def slim(package):
+    """Takes a kernel's package apart, and puts it together with fewer modules, and without compression."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as top:
+        sh("dpkg-deb", "--raw-extract", package, top)
+        kept = []
+        for line in Path(top, "DEBIAN/md5sums").read_text().splitlines():
+            path = line.split(maxsplit=1)[1]
+            if "/kernel/" in path and not path.partition("/modules/")[2].partition("/")[2].startswith(MODULES):
+                Path(top, path).unlink()
+            else:
+                kept.append(line + "\n")
+        Path(top, "DEBIAN/md5sums").write_text("".join(kept))
+        sh("find", top, "-type", "d", "-empty", "-delete")
+        sh("dpkg-deb", "--root-owner-group", "-Znone", "--build", top, package)
 
 
 def kernels(release):
-    """A tar archive of the packages of the kernels that guests install, to be given to them as a disk."""
-    names = [f"linux-image-{version}" for version in kernel_versions(release)[1:]]
+    """A tar archive of the packages of all kernels, slim, to be given to guests as a disk."""
+    names = [f"linux-image-{version}" for version in kernel_versions(release)]
 
     def build(path):
-        with tempfile.TemporaryDirectory() as tmp:
+        with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
             apt(release, "apt-get", "download", *names, cwd=tmp)
+            for package in Path(tmp).iterdir():
+                slim(package)
             sh("tar", "-cf", path, "-C", tmp, ".")
             with open(path, "r+b") as archive:
                 archive.truncate(-(-path.stat().st_size // MIB) * MIB)
-    return cached(f"kernels{release}", names, ".tar", build)
+    return cached(f"kernels{release}", [names, MODULES], ".tar", build)
+
+
+def tree(release, initrd):
+    """A tar archive of a Debian system with the oldest of its kernels."""
+    packages = COMMON + [initrd, "linux-base"]
+    without = ["doc", "man", "locale", "info", "zoneinfo"]
+    kernel = f"linux-image-{kernel_versions(release)[0]}"
+
+    def build(path):
+        with tempfile.NamedTemporaryFile("w", suffix=".list") as listing, tempfile.TemporaryDirectory() as tmp:
+            listing.write(sources(release))
+            listing.flush()
+            sh("tar", "-xf", kernels(release), "-C", tmp, "--wildcards", f"./{kernel}_*")
+            [package] = os.listdir(tmp)
+            sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
+               *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], f"--customize-hook=copy-in {tmp}/{package} /",
+               f'--customize-hook=chroot "$1" dpkg -i {package} && rm "$1/{package}"', SUITES[release], path, listing.name)
+    return cached(f"debian{release}-{initrd}", [packages, without, sources(release), str(kernels(release))], ".tar", build)
 
 
 class Disk:
@@ -167,13 +199,16 @@ def swap(path, role, disk, _content=None):
     sh("mkswap", "-q", "-U", disk.uuid[role], path)
 
 
-def btrfs(path, role, disk, content):
+def btrfs(path, role, disk, content=None):
     with open(path, "wb") as image:
         image.truncate(SIZES[role] * MIB)
-    sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], "-L", "shared", "--rootdir", content, path)
+    sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], "-L", f"{role}{disk.number}", *(["--rootdir", content] if content else []), path)
 
 
-LAYOUTS = {"own-esp": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root", "home", "swap"), "shared-btrfs": ("esp", "root")}
+LAYOUTS = {"own-esp": ("esp", "root"), "own-btrfs": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root", "home", "swap"),
+           "shared-btrfs": ("esp", "root"),
+           # Of these, there is only one disk, and no configuration.
+           "one-ext4": ("esp", "root", "swap", "home"), "one-btrfs": ("esp", "xbootldr", "root")}
 
 
 def pair(layout):
@@ -213,15 +248,28 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     sh("sh", "-c", f"tar -c -C '{staging}' . | tar -x -C '{root}' --keep-directory-symlink --no-same-owner")
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")
-    root_type = "btrfs" if layout == "shared-btrfs" else "ext4"
+    root_type = "btrfs" if "btrfs" in layout else "ext4"
     fstab = f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {0 if root_type == 'btrfs' else 1}\n"
+    if layout == "one-ext4":
+        fstab += f"LABEL=home0 /home ext4 defaults 0 2\n"
     if "swap" in a.roles:
         fstab += f"/dev/disk/by-uuid/{a.uuid['swap']} none swap sw 0 0 # with a comment\n"
+    if layout.startswith("one-"):
+        for place, role in (("/boot", "xbootldr"), ("/efi", "esp")) if "xbootldr" in a.roles else (("/boot", "esp"),):
+            fstab += f"UUID={a.uuid[role]} {place} vfat umask=0077 0 2\n"
+    else:
+        (root / "etc/dualroot.conf").write_text(configuration(layout, (a, b)))
     (root / "etc/fstab").write_text(fstab)
-    (root / "etc/dualroot.conf").write_text(configuration(layout, (a, b)))
-    options = f"root=UUID={a.uuid['root']} ro console=ttyS0 systemd.show_status=no"
+    # What goes wrong before the guest can be asked is on the console.
+    options = (f"root=UUID={a.uuid['root']} ro console=ttyS0 systemd.show_status=no "
+               "systemd.journald.forward_to_console=1 systemd.journald.max_level_console=notice")
     (root / "etc/kernel/cmdline").write_text(options + "\n")
-    sh("systemctl", f"--root={root}", "preset", "dualroot-entries.path", "dualroot-sync.path", "dualroot-sync.timer")
+    sh("systemctl", f"--root={root}", "preset",
+       "dualroot-booted.service", "dualroot-entries.path", "dualroot-sync.path", "dualroot-sync.timer", "dualroot-verify.timer")
+    sh("systemctl", f"--root={root}", "mask", *MASKED)
+    # As after a first boot: what systemd updates then is up to date.
+    for name in ("etc/.updated", "var/.updated"):
+        (root / name).touch()
     sh("chroot", root, "passwd", "-d", "root")
     if initrd == "initramfs-tools":
         settings = root / "etc/initramfs-tools"
@@ -229,7 +277,8 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
         (settings / "modules").write_text("\n".join(DRIVERS) + "\n")
         sh("chroot", root, "update-initramfs", "-u", "-k", version)
     else:
-        (root / "etc/dracut.conf.d/machine.conf").write_text(f'hostonly=no\ndrivers=" {" ".join(DRIVERS)} "\ncompress="zstd -1"\n')
+        (root / "etc/dracut.conf.d/machine.conf").write_text(f'hostonly=no\ndrivers=" {" ".join(DRIVERS)} "\n'
+                                                              f'omit_dracutmodules+=" {" ".join(OMITTED)} "\ncompress="zstd -1"\n')
         # Debian's hooks have the initrd made twice, by the package dracut and by kernel-install(8). Once is enough.
         (root / "etc/kernel/install.conf").write_text("initrd_generator=none\n")
         sh("chroot", root, "dracut", "-q", "--force", f"/boot/initrd.img-{version}", version)
@@ -260,15 +309,15 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     (root / "boot").mkdir(exist_ok=True)
     (root / "efi").mkdir(exist_ok=True)
     parts = {0: {}, 1: {}}
-    for disk in (a, b):
+    disks = (a,) if layout.startswith("one-") else (a, b)
+    for disk in disks:
         for role in disk.roles:
             image = tmp / f"{role}{disk.number}"
             content = {"esp": place, "xbootldr": boot, "root": root}.get(role) if disk is a else None
-            shared = role == "root" and layout == "shared-btrfs"
-            if shared and disk is b:
+            if role == "root" and layout == "shared-btrfs" and disk is b:
                 continue
-            write = btrfs if shared else {"esp": fat, "xbootldr": fat, "swap": swap}.get(role, ext4)
+            write = {"esp": fat, "xbootldr": fat, "swap": swap, "root": btrfs if root_type == "btrfs" else ext4}.get(role, ext4)
             write(image, role, disk, content)
             parts[disk.number][role] = image
-    for disk in (a, b):
+    for disk in disks:
         disk.image(out / f"disk{disk.number}.raw", parts[disk.number])

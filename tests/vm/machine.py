@@ -12,6 +12,8 @@ from pathlib import Path
 CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 SLOTS = 4
+# Bytes that a slow disk writes in a second.
+SLOW = 400_000
 # Of a disk whose writes are logged: a request that was merged from as many pieces as the host takes is one too many with the log's own,
 # and fails; and a "write zeroes" is mixed up with what is written meanwhile.
 LOGGED = {"request-merging": False, "write-zeroes": False}
@@ -70,9 +72,17 @@ class Machine:
         self.boots = 0
         self.process = None
 
-    def start(self, disks, limit=180, logs=None):
-        """Powers on with these disks ({serial: image}; logs of writes as for `plug`), and waits until the guest has booted. Returns the
-        seconds that took."""
+    def start(self, disks, limit=400, logs=None, fails=None):
+        """Powers on as `power_on` does, and waits until the guest has booted. Returns the seconds that took."""
+        begun = time.monotonic()
+        self.power_on(disks, logs, fails)
+        self.await_event("VSERPORT_CHANGE", limit, lambda data: data["open"])
+        self.agent = Channel(self.directory / "agent", self.process, 10)
+        self.run("systemctl is-system-running --wait || true", limit)
+        return time.monotonic() - begun
+
+    def power_on(self, disks, logs=None, fails=None):
+        """Powers on with these disks ({serial: image}; `logs` of writes and what `fails` as for `plug`, by serial)."""
         self.boots += 1
         self.serial = self.directory / f"serial-{self.boots}.log"
         qmp, agent = self.directory / "qmp", self.directory / "agent"
@@ -86,42 +96,44 @@ class Machine:
             "-serial", f"file:{self.serial}", "-qmp", f"unix:{qmp},server=on,wait=off",
             "-chardev", f"socket,id=agent,path={agent},server=on,wait=off", "-device", "virtio-serial",
             "-device", "virtserialport,id=agent0,chardev=agent,name=org.qemu.guest_agent.0", "-object", "rng-random,id=rng",
-            "-device", "virtio-rng-pci,rng=rng",
+            "-device", "virtio-rng-pci,rng=rng", "-object", f"throttle-group,id=slow,x-bps-write={SLOW},x-bps-write-max={SLOW}",
         ]
         for slot in range(SLOTS):
             command += ["-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1}"]
         self.slots = {}
         for slot, (serial, image) in enumerate(disks.items()):
-            command += ["-blockdev", json.dumps(self._node(serial, image, (logs or {}).get(serial))), "-device", self._device(serial, slot)]
+            node = self._node(serial, image, (logs or {}).get(serial), (fails or {}).get(serial))
+            command += ["-blockdev", json.dumps(node), "-device", self._device(serial, slot)]
             self.slots[serial] = slot
-        begun = time.monotonic()
         log = open(self.directory / "qemu.log", "ab")
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.qmp = Channel(qmp, self.process, 30)
         self.qmp.receive(10)
         self.events = []
         self.command("qmp_capabilities")
-        self.await_event("VSERPORT_CHANGE", limit, lambda data: data["open"])
-        self.agent = Channel(agent, self.process, 10)
-        self.run("systemctl is-system-running --wait || true", limit)
-        return time.monotonic() - begun
 
     @staticmethod
-    def _node(serial, image, log=None, fails=None):
-        kind = "qcow2" if str(image).endswith(".qcow2") else "raw"
+    def _node(serial, image, log=None, fails=None, slow=False):
         # What the guest flushes needn't reach this machine's own disk.
         cache = {"direct": False, "no-flush": True}
 
         def file(name):
             return {"driver": "file", "filename": str(name), "cache": cache}
-        if fails is not None:
-            error = {"event": "none", "iotype": "write", "errno": 5, "sector": fails, "once": True}
-            return {"driver": "blkdebug", "node-name": f"disk-{serial}", "image": file(image), "inject-error": [error]}
+        node = file(image)
         if log:
             Path(log).touch()
-            return {"driver": "blklogwrites", "node-name": f"disk-{serial}", "file": file(image), "log": file(log),
-                    "log-sector-size": 512, "log-super-update-interval": 1}
-        return {"driver": kind, "node-name": f"disk-{serial}", "cache": cache, "file": file(image)}
+            node = {"driver": "blklogwrites", "file": node, "log": file(log), "log-sector-size": 512, "log-super-update-interval": 1}
+        elif str(image).endswith(".qcow2"):
+            node = {"driver": "qcow2", "cache": cache, "file": node}
+        else:
+            node = {"driver": "raw", "cache": cache, "file": node}
+        if fails:
+            iotype, sector = fails
+            error = {"event": "none", "iotype": iotype, "errno": 5, "sector": sector, "once": iotype == "write"}
+            node = {"driver": "blkdebug", "image": node, "inject-error": [error]}
+        if slow:
+            node = {"driver": "throttle", "throttle-group": "slow", "file": node}
+        return node | {"node-name": f"disk-{serial}"}
 
     @staticmethod
     def _device(serial, slot):
@@ -150,11 +162,20 @@ class Machine:
                 return
         raise Failure(f"no {name} within {limit} s{self.tail()}")
 
-    def plug(self, serial, image, log=None, fails=None):
-        """Puts a disk in; with a log, a raw image of which every write and flush is logged (dm-log-writes format). The first write to the
-        sector `fails` fails."""
+    def await_console(self, text, limit=400):
+        """Waits until the console has said this."""
+        deadline = time.monotonic() + limit
+        while text not in self.serial.read_text(errors="replace"):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise Failure(f"the console does not say '{text}' within {limit} s{self.tail()}")
+            # Its file has no event for a line.
+            time.sleep(0.2)
+
+    def plug(self, serial, image, log=None, fails=None, slow=False):
+        """Puts a disk in; with a log, a raw image of which every write and flush is logged (dm-log-writes format). With `fails` ("write" or
+        "read", and a sector), the first write to that sector fails, or every read of it; a `slow` disk takes SLOW bytes in a second."""
         slot = next(s for s in range(SLOTS) if s not in self.slots.values())
-        self.command("blockdev-add", **self._node(serial, image, log, fails))
+        self.command("blockdev-add", **self._node(serial, image, log, fails, slow))
         self.command("device_add", driver="virtio-blk-pci", id=f"dev-{serial}", drive=f"disk-{serial}", serial=serial, bus=f"slot{slot}",
                      **LOGGED)
         self.slots[serial] = slot
@@ -171,6 +192,10 @@ class Machine:
         if answer is None or "error" in answer:
             raise Failure(f"guest agent, {name}: {answer}{self.tail()}")
         return answer["return"]
+
+    def forget(self):
+        """Has the firmware lose its settings, while the machine is off."""
+        shutil.copy(VARS, self.vars)
 
     def status(self, command, limit=120):
         """Runs a shell command in the guest; its exit status and what it printed."""
