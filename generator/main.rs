@@ -4,6 +4,8 @@
 //! units ([`units`]), and these are written. It reads efivarfs, sysfs and small files, never a disk: all generators share one
 //! time-out, and a dying spare must not hold up the boot.
 
+#![cfg_attr(not(test), deny(clippy::string_slice))]
+
 mod facts;
 mod log;
 mod plan;

@@ -433,6 +433,24 @@ impl Below {
         .with_context(|| format!("{}: {change}", self.shown.display()))
     }
 
+    /// A whole new content for a file that everybody may read, whatever was there: flushed, and put into its place in one step. Not for
+    /// FAT, see [`Change::Replace`], and without flushing anything else.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn publish(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
+        let publish = || -> Result<()> {
+            let (dir, name) = self.parent(path)?;
+            let temporary = format!("{TEMPORARY}{}.new", name.to_str().context("a name that isn't UTF-8")?);
+            let fresh = self.write_new(&dir, &temporary, &Content::Bytes(bytes))?;
+            fchmod(&fresh, Mode::from_bits_truncate(0o644))?;
+            fresh.sync_all()?;
+            renameat(&dir, temporary.as_str(), &dir, name)?;
+            Ok(nix::unistd::fsync(&dir)?)
+        };
+        publish().with_context(|| format!("{} can't be written", self.show(path)))
+    }
+
     fn show(&self, path: &str) -> String {
         format!("{}/{path}", self.shown.display())
     }
@@ -619,18 +637,28 @@ pub fn is_link(stat: &FileStat) -> bool {
     stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFLNK
 }
 
+/// Attributes that IMA and EVM keep of a file's content and inode (evmctl(1)). No other file has them by right.
+const OF_ONE_FILE: [&str; 2] = ["security.ima", "security.evm"];
+
 /// Owner, mode and extended attributes (ACLs and security labels are among them) of `from`, put on `to`. A file system that has
 /// no such thing (FAT) is no error.
 fn copy_attributes(from: &File, to: &File) -> Result<()> {
+    let is_fat = nix::sys::statfs::fstatfs(to)?.filesystem_type() == nix::sys::statfs::MSDOS_SUPER_MAGIC;
     let tolerated = |result: nix::Result<()>| match result {
-        Ok(()) | Err(Errno::EPERM | Errno::EOPNOTSUPP) => Ok(()),
+        Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+        Err(Errno::EPERM) if is_fat => Ok(()),
         Err(e) => Err(e),
     };
     let meta: Metadata = from.metadata()?;
-    tolerated(fchown(to, Some(Uid::from_raw(meta.uid())), Some(Gid::from_raw(meta.gid()))))?;
-    tolerated(fchmod(to, Mode::from_bits_truncate(meta.mode() & 0o7777)))?;
+    tolerated(fchown(to, Some(Uid::from_raw(meta.uid())), Some(Gid::from_raw(meta.gid()))))
+        .with_context(|| format!("owner {}:{}", meta.uid(), meta.gid()))?;
+    tolerated(fchmod(to, Mode::from_bits_truncate(meta.mode() & 0o7777))).with_context(|| format!("mode {:o}", meta.mode()))?;
+    if is_fat {
+        // What it seems to have are labels that a security module gives all of its files.
+        return Ok(());
+    }
     use xattr::FileExt as _;
-    for name in from.list_xattr().into_iter().flatten() {
+    for name in from.list_xattr().into_iter().flatten().filter(|name| !OF_ONE_FILE.iter().any(|of_one| name == of_one)) {
         if let Some(value) = from.get_xattr(&name)? {
             to.set_xattr(&name, &value).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
         }
@@ -678,6 +706,60 @@ mod tests {
         below.apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None }).unwrap();
         assert_eq!(std::fs::metadata(tmp.path().join("fstab")).unwrap().permissions().mode() & 0o7777, 0o640);
         assert_eq!(below.list(".").unwrap(), [("fstab".to_owned(), Kind::File(3))]);
+    }
+
+    #[test]
+    fn replace_keeps_attributes_but_those_of_the_content() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("fstab");
+        std::fs::write(&path, "old").unwrap();
+        std::os::unix::fs::chown(&path, Some(5), Some(6)).unwrap();
+        for name in ["security.ima", "security.evm", "security.other", "trusted.one", "user.one"] {
+            xattr::set(&path, name, name.as_bytes()).unwrap();
+        }
+        Below::open(tmp.path())
+            .unwrap()
+            .apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None })
+            .unwrap();
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (5, 6));
+        let mut names: Vec<_> = xattr::list(&path).unwrap().collect();
+        names.sort();
+        // Labels that this machine's kernel gives by itself aside.
+        names.retain(|name| name != "security.selinux");
+        assert_eq!(names, ["security.other", "trusted.one", "user.one"]);
+    }
+
+    /// As dualroot-entries.service does it: by root, without a capability.
+    #[test]
+    fn replace_without_capabilities_keeps_the_owner_or_fails() {
+        const NAME: &str = "below::tests::replace_without_capabilities_keeps_the_owner_or_fails";
+        const VARIABLE: &str = "DUALROOT_TEST_WITHOUT_CAPABILITIES";
+        if let Some(dir) = std::env::var_os(VARIABLE) {
+            let below = Below::open(Path::new(&dir)).unwrap();
+            let replace = |path: &str| below.apply(&Change::Replace { path: path.into(), content: bytes("new"), like: None });
+            replace("own").unwrap();
+            let error = format!("{:#}", replace("of-a-group").unwrap_err());
+            assert!(error.contains("owner 0:4: EPERM"), "{error}");
+            return;
+        }
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        for (name, group) in [("own", 0), ("of-a-group", 4)] {
+            std::fs::write(tmp.path().join(name), "old").unwrap();
+            std::os::unix::fs::chown(tmp.path().join(name), Some(0), Some(group)).unwrap();
+        }
+        let mut command = crate::program::command("setpriv").unwrap();
+        command.args(["--bounding-set=-all", "--inh-caps=-all"]).arg(std::env::current_exe().unwrap());
+        let done = command.args(["--exact", NAME]).env(VARIABLE, tmp.path()).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        let read = |name: &str| std::fs::read_to_string(tmp.path().join(name)).unwrap();
+        assert_eq!((read("own").as_str(), read("of-a-group").as_str()), ("new", "old"));
     }
 
     #[test]

@@ -89,14 +89,12 @@ impl BootFiles {
             bail!("{dir}: directories are nested more than 16 deep; is the file system damaged?");
         }
         for (name, kind) in below.list(if dir.is_empty() { "." } else { dir })? {
-            if name.chars().any(char::is_control) || name.contains('\\') {
-                bail!("'{dir}/{}' is no name for a boot file; is the file system damaged?", name.escape_debug());
-            }
             let path = if dir.is_empty() { name.clone() } else { format!("{dir}/{name}") };
+            check(&path)?;
             match kind {
                 Kind::Dir if dir.is_empty() && matches!(name.as_str(), "lost+found" | "System Volume Information") => {}
                 Kind::Dir => {
-                    self.dirs.insert(path.clone());
+                    self.add_dir(&path)?;
                     self.scan_dir(below, &path, depth + 1)?;
                 }
                 Kind::File(size) => {
@@ -104,15 +102,37 @@ impl BootFiles {
                     let text = if matches!(class, Class::Entry | Class::LoaderConf) { below.read(&path)? } else { None };
                     // A file that is gone again by now was never there.
                     let Some(hash) = below.hash(&path)? else { continue };
-                    let file = BootFile { path: path.clone(), size, hash, text };
-                    if is_temporary(&name) {
-                        self.temporary.insert(fold(&path), file);
-                    } else if let Some(twin) = self.files.insert(fold(&path), file) {
-                        bail!("{} and {path} differ only in case, which FAT can't hold; rename one", twin.path);
-                    }
+                    self.add(BootFile { path, size, hash, text })?;
                 }
                 Kind::Other => {}
             }
+        }
+        Ok(())
+    }
+
+    /// Takes in a directory, by its path.
+    ///
+    /// # Errors
+    /// A path with names that no boot partition has.
+    pub fn add_dir(&mut self, path: &str) -> Result<()> {
+        check(path)?;
+        self.dirs.insert(path.to_owned());
+        Ok(())
+    }
+
+    /// Takes in a file.
+    ///
+    /// # Errors
+    /// A path with names that no boot partition has, or that differs only in case from another one.
+    pub fn add(&mut self, file: BootFile) -> Result<()> {
+        check(&file.path)?;
+        let key = fold(&file.path);
+        if is_temporary(file.path.rsplit('/').next().unwrap_or_default()) {
+            self.temporary.insert(key, file);
+        } else if let Some(twin) = self.files.get(&key) {
+            bail!("{} and {} differ only in case, which FAT can't hold; rename one", twin.path, file.path);
+        } else {
+            self.files.insert(key, file);
         }
         Ok(())
     }
@@ -123,10 +143,29 @@ impl BootFiles {
     }
 }
 
+/// Whatever a damaged directory lists, no path leads out of the partition, or is more than one line in a message.
+fn check(path: &str) -> Result<()> {
+    let is_odd = |name: &str| matches!(name, "" | "." | "..") || name.contains('\\') || name.chars().any(char::is_control);
+    if path.split('/').any(is_odd) {
+        bail!("'{}' is no name for a boot file; is the file system damaged?", path.escape_debug());
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
+
+    #[test]
+    fn f26_names_that_lead_elsewhere_are_refused() {
+        let mut files = BootFiles::default();
+        for path in ["../linux", "a/../linux", "/linux", "a//linux", "a/./b", "", "a/", "a\\b", "a\u{1b}"] {
+            let file = BootFile { path: path.to_owned(), size: 0, hash: blake3::hash(b""), text: None };
+            assert!(files.add(file).is_err() && files.add_dir(path).is_err(), "{path}");
+        }
+        assert!(files.files.is_empty() && files.dirs.is_empty());
+    }
 
     #[test]
     fn classes() {

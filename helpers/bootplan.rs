@@ -21,6 +21,7 @@ use anyhow::{Context, Result, bail};
 use crate::below::{Change, Content, TEMPORARY};
 use crate::bootfiles::{BootFile, BootFiles, Class, classify, fold};
 use crate::entry::{self, EntryName};
+use crate::generation;
 use crate::types::Role;
 
 /// A disk writes a sector of this many bytes whole or not at all.
@@ -112,6 +113,9 @@ fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Result<Option<S
         return Ok(Some(path.to_owned()));
     }
     let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is no entry"))?;
+    if generation::is_offer(file) {
+        return Ok(None);
+    }
     let name = EntryName::parse(file)?;
     match (name.tries_left, name.tries_done) {
         (None, _) => Ok(Some(path.to_owned())),
@@ -121,7 +125,9 @@ fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Result<Option<S
                 let (other_dir, other) = other.path.rsplit_once('/').unwrap_or_default();
                 fold(other_dir) == fold(dir) && EntryName::parse(other).is_ok_and(|o| fold(&o.id) == fold(&name.id))
             };
-            Ok(Some(spare.of(class).find(same).map_or_else(|| path.to_owned(), |own| own.path.clone())))
+            // Two of one id are two files there, too.
+            let own = spare.files.get(&fold(path)).or_else(|| spare.of(class).find(same));
+            Ok(Some(own.map_or_else(|| path.to_owned(), |own| own.path.clone())))
         }
     }
 }
@@ -431,6 +437,8 @@ impl<'a> Work<'a> {
         for (_, dir) in emptied {
             let below = format!("{}/", fold(&dir));
             if !self.files.keys().chain(self.temporary.keys()).any(|k| k.starts_with(&below)) {
+                // It is made again where something comes into it.
+                self.dirs.remove(&fold(&dir));
                 steps.push(self.role, Change::Remove(dir));
             }
         }
@@ -681,6 +689,14 @@ mod tests {
     }
 
     #[test]
+    fn f26_entries_that_differ_only_in_counters_are_copied_again_and_again() {
+        let (one, two) = ("loader/entries/a+3.conf", "loader/entries/a+4.conf");
+        let disks = Disks::new(&[(one, "linux /linux\n"), (two, "linux /linux\n"), ("linux", "1")], &[]);
+        disks.sync();
+        assert_eq!(disks.on_spare(), ["linux", one, two]);
+    }
+
+    #[test]
     fn f19_the_shortfall_is_known_before() {
         let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
         let disks = Disks::new(&files("2"), &files("1"));
@@ -714,6 +730,22 @@ mod tests {
         // With nothing in common there is nothing to boot meanwhile.
         let new: Vec<Wanted> = wanted.into_iter().filter(|w| w.path.contains('3')).collect();
         assert!(plan_for_little_room(&[part(&new)]).unwrap().is_none());
+    }
+
+    #[test]
+    fn f26_a_directory_that_went_to_make_room_is_made_again() {
+        let mut disks = Disks::new(
+            &[("linux", "1"), (ENTRY, "linux /linux\n"), ("t/2/new", "2")],
+            &[("linux", "1"), (ENTRY, "linux /linux\n"), ("t/2/old", "1")],
+        );
+        disks.known.insert("t/2/old".to_owned());
+        let spare = disks.scan("spare");
+        let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let part = Part { role: Role::Esp, wanted, spare: &spare, known: &disks.known };
+        for step in plan_for_little_room(&[part]).unwrap().unwrap() {
+            disks.below("spare").apply(&step.change).unwrap();
+        }
+        assert_eq!(disks.on_spare(), ["linux", ENTRY, "t/2/new"]);
     }
 
     #[test]

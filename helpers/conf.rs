@@ -31,6 +31,8 @@ pub struct Settings {
     pub settle: Duration,
     /// `exclude=`: rsync(1) filter rules, one per assignment, in order.
     pub exclude: Vec<String>,
+    /// `generations=`: how many generations of a spare's btrfs root are kept, the one that it boots among them. Never zero.
+    pub generations: usize,
     /// `efi-entries=`: whether each disk gets a boot entry of its own in the firmware.
     pub efi_entries: bool,
     /// `device-timeout=`: how long systemd waits for a partition to appear. Never zero, which would mean for ever.
@@ -43,6 +45,7 @@ impl Default for Settings {
             spare_mount: SpareMount::Boot,
             settle: Duration::from_secs(5),
             exclude: Vec::new(),
+            generations: 2,
             efi_entries: true,
             device_timeout: Duration::from_secs(5),
         }
@@ -111,6 +114,14 @@ impl Config {
     /// Files that can't be read, and everything that [`Config::parse`] finds.
     pub fn load(root: &Root) -> Result<Option<Self>> {
         Self::parse(&sources(root)?)
+    }
+
+    /// The files that make up the configuration, in the order in which they count, each with its path.
+    ///
+    /// # Errors
+    /// Files that can't be read.
+    pub fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
+        sources(root)
     }
 
     /// Makes a configuration of the named texts, of which the later win. None where they configure nothing: no disk's section,
@@ -238,7 +249,9 @@ impl Raw {
             Section::Settings => match key {
                 "exclude" if value.text.is_empty() => self.exclude.clear(),
                 "exclude" => self.exclude.push(value),
-                "spare-mount" | "settle" | "efi-entries" | "device-timeout" => set(&mut self.settings, key, value),
+                "spare-mount" | "settle" | "generations" | "efi-entries" | "device-timeout" => {
+                    set(&mut self.settings, key, value)
+                }
                 _ => self.unknown("dualroot", key, &value.place),
             },
             Section::Disk(disk) => {
@@ -280,6 +293,11 @@ impl Raw {
                 }
                 .map(|when| settings.spare_mount = when),
                 "settle" => time_span(text).map(|span| settings.settle = span),
+                "generations" => match text.parse() {
+                    Ok(number @ 1..) => Ok(number),
+                    _ => Err(anyhow::anyhow!("expected a number from 1, found '{}'", text.escape_debug())),
+                }
+                .map(|number| settings.generations = number),
                 "efi-entries" => boolean(text).map(|yes| settings.efi_entries = yes),
                 _ => match time_span(text) {
                     Ok(span) if span.is_zero() => Err(anyhow::anyhow!("expected a time longer than 0, found '{text}'")),
@@ -373,7 +391,7 @@ fn set(values: &mut BTreeMap<String, Value>, key: &str, value: Value) {
 }
 
 /// The role that a key names, where a path may be the mount point of a partition of its own.
-fn disk_role(key: &str) -> Result<Option<Role>> {
+pub(crate) fn disk_role(key: &str) -> Result<Option<Role>> {
     let role = Role::parse_key(key)?;
     if let Some(Role::Dir(path)) = &role {
         let first = path.relative().split('/').next().unwrap_or_default();
@@ -520,6 +538,7 @@ mod tests {
             ("[disk0]\n=5\n", "/etc/dualroot.conf:2: expected a key before the '='"),
             ("[disk00]\n", "/etc/dualroot.conf:1: 'disk00' is not a disk's section"),
             ("[Disk0]\n", "/etc/dualroot.conf:1: 'Disk0' is not a disk's section"),
+            ("[dualroot]\ngenerations=0\n", "/etc/dualroot.conf:2: generations=: expected a number from 1, found '0'"),
             (
                 "[dualroot]\n\nsettle=soon\n",
                 "/etc/dualroot.conf:3: settle=: expected a time span as 5s, 500ms or 2min 30s, found 'soon'",

@@ -6,13 +6,14 @@
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use efivar::boot::{BootVarName, EFIHardDrive, EFIHardDriveType};
 use efivar::efi::{Variable, VariableFlags};
 use efivar::{VarReader, VarWriter};
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use uuid::{Uuid, uuid};
 
 use crate::root::Root;
@@ -157,6 +158,15 @@ impl EfiVars {
         self.set(&Variable::new("BootOrder"), VariableFlags::default(), &value).context("can't write the EFI variable BootOrder")
     }
 
+    /// Writes BootNext: the entry that the firmware boots the next time, and only then (UEFI specification, 3.3).
+    ///
+    /// # Errors
+    /// Those of writing the variable.
+    pub fn set_boot_next(&mut self, number: u16) -> Result<()> {
+        self.set(&Variable::new("BootNext"), VariableFlags::default(), &number.to_le_bytes())
+            .context("can't write the EFI variable BootNext")
+    }
+
     /// Writes a boot entry as it is, see [`BootOption::encode`].
     ///
     /// # Errors
@@ -167,9 +177,23 @@ impl EfiVars {
             .with_context(|| format!("can't write the EFI variable {name}"))
     }
 
+    /// Removes a variable.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove(&self, var: &Variable) -> Result<()> {
+        let path = self.path(var);
+        let remove = || make_mutable(&path).and_then(|()| fs::remove_file(&path));
+        remove().with_context(|| format!("can't remove the EFI variable {}", var.name()))
+    }
+
     /// Writes a variable, attributes in front, in the one write that efivarfs takes for one.
-    fn set(&mut self, var: &Variable, attributes: VariableFlags, value: &[u8]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// Those of the file system. The message does not name the variable.
+    pub fn set(&mut self, var: &Variable, attributes: VariableFlags, value: &[u8]) -> io::Result<()> {
         let bytes = [&attributes.bits().to_le_bytes(), value].concat();
+        make_mutable(&self.path(var))?;
         // No truncation: efivarfs sets the size by the write, and a variable without a value must not exist in between.
         let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(self.path(var))?;
         let mut retries = 0_u32;
@@ -190,6 +214,18 @@ impl EfiVars {
             file.set_len(bytes.len() as u64)?;
         }
         Ok(())
+    }
+}
+
+/// efivarfs makes variables immutable that the kernel doesn't know; other file systems may not have such flags.
+fn make_mutable(path: &Path) -> io::Result<()> {
+    let file = match fs::File::open(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        result => result?,
+    };
+    match ioctl_getflags(&file) {
+        Ok(flags) if flags.contains(IFlags::IMMUTABLE) => Ok(ioctl_setflags(&file, flags - IFlags::IMMUTABLE)?),
+        _ => Ok(()),
     }
 }
 
@@ -329,6 +365,15 @@ pub fn booted_esp(vars: &EfiVars) -> Result<PartUuid> {
     option.partition.with_context(|| {
         format!("{no_loader}, and the boot entry {name} names no GPT partition: expected a boot by systemd-boot")
     })
+}
+
+/// What the boot loader says in one of its variables, such as LoaderInfo (Boot Loader Interface); None where it doesn't say, or nothing
+/// that can be read.
+pub fn loader_says(vars: &EfiVars, name: &str) -> Option<String> {
+    let value = vars.value(&Variable::new_with_vendor(name, LOADER)).ok()??;
+    let units: Vec<u16> = value.chunks_exact(2).filter_map(|two| Some(u16::from_le_bytes(two.try_into().ok()?))).collect();
+    let text = String::from_utf16(&units).ok()?;
+    Some(text.trim_end_matches('\0').to_owned())
 }
 
 /// The value of LoaderDevicePartUUID: a UUID in UTF-16LE, with or without a NUL at its end.
@@ -497,9 +542,28 @@ mod tests {
         vars.set_boot_order(&[7]).unwrap();
         assert_eq!(vars.boot_order().unwrap(), [7]);
         assert_eq!(fs::read(dir.path().join(format!("BootOrder-{GLOBAL}"))).unwrap(), [7, 0, 0, 0, 7, 0]);
+        vars.set_boot_next(0x1ab).unwrap();
+        assert_eq!(fs::read(dir.path().join(format!("BootNext-{GLOBAL}"))).unwrap(), [7, 0, 0, 0, 0xab, 1]);
         vars.set_boot_option(0xab, &boot0001()).unwrap();
         assert_eq!(vars.boot_option(0xab).unwrap().unwrap().raw, boot0001());
         assert!(dir.path().join(format!("Boot00AB-{GLOBAL}")).exists());
+    }
+
+    #[test]
+    fn f29_a_variable_that_the_kernel_does_not_know_is_written_and_removed() {
+        let (dir, mut vars) = vars(&[("Alone", file(b"x"))]);
+        let path = dir.path().join(format!("Alone-{GLOBAL}"));
+        // As efivarfs has it; that takes root, and not every file system can.
+        let immutable = || ioctl_setflags(fs::File::open(&path).unwrap(), IFlags::IMMUTABLE).is_ok();
+        if !immutable() {
+            return;
+        }
+        assert!(fs::OpenOptions::new().write(true).open(&path).is_err());
+        vars.set(&Variable::new("Alone"), VariableFlags::default(), b"yz").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"\x07\0\0\0yz");
+        assert!(immutable());
+        vars.remove(&Variable::new("Alone")).unwrap();
+        assert!(!path.exists());
     }
 
     #[test]

@@ -13,6 +13,8 @@ use crate::tree;
 /// The directory of the entries, and the boot loader's own configuration, on each boot partition.
 const ENTRIES: &str = "loader/entries";
 const LOADER_CONF: &str = "loader/loader.conf";
+/// Where the root's files that name disks are. dualroot-entries.service has nothing else of the root writable, and so it is a mount there.
+const ETC: &str = "/etc";
 
 /// A change below one of the booted disk's mount points.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,8 +34,8 @@ pub fn plan(machine: &Machine) -> Result<Vec<Rewrite>> {
     let titles = machine.titles(&machine.booted);
     let mut changes = Vec::new();
     if machine.own_roots() {
-        for file in tree::rewritten(&machine.root, &rewriter, |dir| machine.is_apart(dir))? {
-            changes.push(Rewrite { dir: "/".into(), change: file.change(&machine.root) });
+        for file in tree::rewritten(&machine.root, &rewriter, None, |dir| machine.is_apart(dir))? {
+            changes.push(Rewrite { dir: ETC.into(), change: file.change(ETC, &machine.root) });
         }
     }
     for dir in machine.boot_dirs() {

@@ -103,7 +103,7 @@ pub fn redirect(entry: &[u8], to: impl Fn(&str) -> Option<String>) -> Vec<u8> {
 }
 
 /// The paths in a line: where each stands, and what it is below the partition. Like the boot loader and the firmware, this takes off
-/// quotes around a value, and takes backslashes and several slashes for one.
+/// quotes around a value, and takes backslashes and several slashes for one. No `..` leads out of the partition.
 fn paths(line: &[u8]) -> Vec<(Range<usize>, String)> {
     let Some((key, value)) = field(line) else { return Vec::new() };
     let behind = line.len() - line.trim_ascii_end().len();
@@ -122,10 +122,16 @@ fn paths(line: &[u8]) -> Vec<(Range<usize>, String)> {
     };
     let mut found = Vec::new();
     for word in words {
-        let names = std::str::from_utf8(word).unwrap_or_default().split(['/', '\\']).filter(|name| !matches!(*name, "" | "."));
-        let path = names.collect::<Vec<_>>().join("/");
-        if !path.is_empty() {
-            found.push((start..start + word.len(), path));
+        let mut names = Vec::new();
+        for name in std::str::from_utf8(word).unwrap_or_default().split(['/', '\\']) {
+            match name {
+                "" | "." => {}
+                ".." => drop(names.pop()),
+                name => names.push(name),
+            }
+        }
+        if !names.is_empty() {
+            found.push((start..start + word.len(), names.join("/")));
         }
         start += word.len() + 1;
     }
@@ -218,6 +224,12 @@ mod tests {
         assert_eq!(files(entry), ["t/1/linux", "ucode.img", "t/1/initrd", "a.dtbo", "b.dtbo"]);
         assert_eq!(files(b"linux \"//t\\\\1/./linux\"\n"), ["t/1/linux"]);
         assert_eq!(value(b"timeout 3\ndefault a\ndefault b\n", "default"), Some(&b"b"[..]));
+    }
+
+    #[test]
+    fn f26_no_path_leads_out_of_the_partition() {
+        let entry = b"linux /../../etc/shadow\ninitrd a/../..\\b\ninitrd /..\nuki /EFI/../EFI/x.efi\n";
+        assert_eq!(files(entry), ["etc/shadow", "b", "EFI/x.efi"]);
     }
 
     #[test]

@@ -75,11 +75,7 @@ fn claim(part: &Partition) -> Result<File> {
     const TRIES: u32 = 5;
     for _ in 0..TRIES {
         let table = mounts::table()?;
-        for mount in table.iter().filter(|m| m.is_on(part)) {
-            let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
-            let unit = format!("{}.mount", libsystemd::unit::escape_path(path));
-            program::output("systemctl", ["stop", &unit].map(Into::into))?;
-        }
+        mounts::stop(&table.iter().filter(|m| m.is_on(part)).collect::<Vec<_>>())?;
         match File::options().read(true).custom_flags(OFlag::O_EXCL.bits()).open(&part.path) {
             Ok(device) => return Ok(device),
             Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {}

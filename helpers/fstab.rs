@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use crate::generation::names_subvolume;
 use crate::ident::Rewriter;
 use crate::types::DirPath;
 
@@ -146,6 +147,36 @@ pub fn rewrite(fstab: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> boo
         }
     }
     out
+}
+
+/// fstab without the options of the root that say which subvolume of a btrfs it is: `rootflags=` on the kernel's command line says it.
+pub fn any_subvolume(fstab: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(fstab.len());
+    let mut done = 0;
+    for line in lines(fstab).filter(|line| line.is_at("/") && line.fstype.raw == b"btrfs") {
+        let options: Vec<&[u8]> = line.options.raw.split(|b| *b == b',').collect();
+        let left: Vec<&[u8]> = options.iter().copied().filter(|option| !names_subvolume(option)).collect();
+        if left.len() < options.len() {
+            out.extend(fstab.get(done..line.options.span.start).unwrap_or_default());
+            out.extend(if left.is_empty() { b"defaults".to_vec() } else { left.join(&b',') });
+            done = line.options.span.end;
+        }
+    }
+    out.extend(fstab.get(done..).unwrap_or_default());
+    out
+}
+
+/// Lines that boot needs, and that mount a subvolume which isn't there of the partition that holds the root: it isn't copied with that.
+/// `names` says whether a text names the partition, and `is_there` whether it has a subvolume. One sentence a line.
+pub fn beside_the_root(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: impl Fn(&str) -> bool) -> Vec<String> {
+    let is_absent = |option: &[u8]| match option.strip_prefix(b"subvol=") {
+        Some(path) => !std::str::from_utf8(path).is_ok_and(|path| is_there(path.trim_matches('/'))),
+        // The number is another one on each file system.
+        None => option.starts_with(b"subvolid="),
+    };
+    let lacks = |line: &Line<'_>| line.options.raw.split(|b| *b == b',').any(is_absent);
+    let beside = lines(fstab).filter(|line| !line.is_at("/") && line.is_needed_at_boot() && names(line.spec.raw) && lacks(line));
+    beside.map(|line| format!("line {} ({})", line.number, line.file.to_str_lossy().escape_debug())).collect()
 }
 
 /// What names another disk than the rewriter's target in a line that boot needs (failure mode 14), one sentence a line. Lines that
@@ -335,5 +366,30 @@ mod tests {
             }
             prop_assert_eq!(split(&text).map(|s| s.len()).sum::<usize>(), text.len());
         }
+    }
+
+    #[test]
+    fn the_root_is_whatever_subvolume_was_booted() {
+        for (text, expected) in [
+            ("UUID=a / btrfs subvol=@ 0 0\n", "UUID=a / btrfs defaults 0 0\n"),
+            ("UUID=a  /  btrfs  noatime,subvolid=256,subvol=/@,ssd 0 0 # x", "UUID=a  /  btrfs  noatime,ssd 0 0 # x"),
+            ("UUID=a / btrfs defaults 0 0\nUUID=a /home btrfs subvol=@home 0 0\n", ""),
+            ("UUID=a / ext4 subvol=@ 0 0\n", ""),
+            ("# UUID=a / btrfs subvol=@ 0 0\n", ""),
+            ("UUID=a / btrfs\n", ""),
+        ] {
+            let expected = if expected.is_empty() { text } else { expected };
+            assert_eq!(String::from_utf8_lossy(&any_subvolume(text.as_bytes())), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn f14_what_is_mounted_of_the_roots_partition_is_found() {
+        let text =
+            b"UUID=a / btrfs subvol=@ 0 0\nUUID=a /home btrfs x,subvol=/@home 0 0\nUUID=a /srv btrfs nofail,subvol=@srv 0 0\n\
+                     UUID=b /var btrfs subvol=@var 0 0\nUUID=a /opt btrfs x 0 0\nUUID=a /data btrfs subvolid=9 0 0\n";
+        let found = |there: &str| beside_the_root(text, |spec| spec == b"UUID=a", |path| path == there);
+        assert_eq!(found("@srv"), ["line 2 (/home)", "line 6 (/data)"]);
+        assert_eq!(found("@home"), ["line 6 (/data)"]);
     }
 }

@@ -30,7 +30,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use self::needle::{Form, Needle};
-use self::written::{BEHIND, Found, match_at, replacement};
+use self::written::{BEHIND, Found, Quotes, match_at, replacement};
 use crate::types::{DiskName, PartUuid, Role};
 
 /// By what one partition can be named.
@@ -132,7 +132,7 @@ impl Rewriter {
     pub fn rewrite(&self, text: &[u8]) -> Vec<u8> {
         let mut out = Vec::with_capacity(text.len());
         let mut done = 0;
-        self.scan(text, 0, text.len(), |found| {
+        self.scan(text, 0, text.len(), &mut Quotes::default(), |found| {
             if let Some(new) = &found.needle.new {
                 out.extend(text.get(done..found.span.start).unwrap_or_default());
                 replacement(&found, new, text, &mut out);
@@ -146,7 +146,7 @@ impl Rewriter {
     /// What in the text names another disk, for people, each once: `UUID=… (root of disk0)`.
     pub fn foreign(&self, text: &[u8]) -> Vec<String> {
         let mut seen = Vec::new();
-        self.scan(text, 0, text.len(), |found| note(&mut seen, &found));
+        self.scan(text, 0, text.len(), &mut Quotes::default(), |found| note(&mut seen, &found));
         seen
     }
 
@@ -161,24 +161,27 @@ impl Rewriter {
     fn search(&self, mut stream: impl Read, chunk: usize) -> io::Result<Vec<String>> {
         let mut seen = Vec::new();
         let mut held = Vec::new();
+        let mut quotes = Quotes::default();
         // Where the next match may begin.
         let mut next = 0;
         loop {
             let more = stream.by_ref().take(chunk as u64).read_to_end(&mut held)?;
             // A match may begin only where all that it can need is there.
             let upto = if more == 0 { held.len() } else { held.len().saturating_sub(self.longest) };
-            next = self.scan(&held, next, upto, |found| note(&mut seen, &found));
+            next = self.scan(&held, next, upto, &mut quotes, |found| note(&mut seen, &found));
             if more == 0 {
                 return Ok(seen);
             }
             let behind = next.saturating_sub(BEHIND);
+            quotes.open_at(&held, next);
+            quotes.cut(behind);
             held.drain(..behind.min(held.len()));
             next -= behind;
         }
     }
 
     /// Calls `each` for every match that begins in `from..upto`, and returns where the next one may begin.
-    fn scan<'n>(&'n self, text: &[u8], from: usize, upto: usize, mut each: impl FnMut(Found<'n>)) -> usize {
+    fn scan<'n>(&'n self, text: &[u8], from: usize, upto: usize, quotes: &mut Quotes, mut each: impl FnMut(Found<'n>)) -> usize {
         let mut at = from;
         while at < upto {
             let rest = text.get(at..).unwrap_or_default().windows(2).take(upto - at);
@@ -191,7 +194,7 @@ impl Rewriter {
             };
             let Some(skip) = rest.into_iter().position(may_begin) else { return upto };
             at += skip;
-            match self.find(text, at) {
+            match self.find(text, at, quotes) {
                 Some(found) => {
                     at = found.span.end.max(at + 1);
                     each(found);
@@ -203,9 +206,9 @@ impl Rewriter {
     }
 
     /// The longest match that begins just here.
-    fn find(&self, text: &[u8], at: usize) -> Option<Found<'_>> {
+    fn find(&self, text: &[u8], at: usize, quotes: &mut Quotes) -> Option<Found<'_>> {
         let candidates = self.first.get(usize::from(*text.get(at)?))?;
-        let matches = candidates.iter().filter_map(|&n| match_at(self.needles.get(n)?, text, at));
+        let matches = candidates.iter().filter_map(|&n| match_at(self.needles.get(n)?, text, at, quotes));
         matches.max_by_key(|found| found.span.end)
     }
 }
@@ -383,6 +386,22 @@ pub(crate) mod tests {
         };
         assert_eq!(rewrite(&long(ROOT_A)), long(ROOT_B));
         assert_eq!(to_b().foreign(long(ROOT_A).as_bytes()), [format!("UUID={ROOT_A} (root of disk0)")]);
+    }
+
+    #[test]
+    fn f26_a_quote_is_open_however_long_the_line_is() {
+        for length in [0, 200, 300, 5000] {
+            let line = |label: &str| format!("\"\nx=\"{} LABEL={label}\" LABEL={label}\"\n", "y".repeat(length));
+            assert_eq!(rewrite(&line("my home")), line("home1").replace(" LABEL=home1\"\n", " LABEL=my home\"\n"), "{length}");
+            let text = line("my home");
+            assert_eq!(to_b().search(text.as_bytes(), 100).unwrap().len(), 1, "{length}");
+        }
+    }
+
+    #[test]
+    fn f26_a_quote_that_is_not_closed_ends_with_its_line() {
+        assert_eq!(rewrite("a LABEL=\"my home\nb LABEL='my home"), "a LABEL=\"home1\nb LABEL='home1");
+        assert_eq!(rewrite("LABEL=\"my home x\n"), "LABEL=\"my home x\n");
     }
 
     #[test]

@@ -5,11 +5,11 @@
 
 use anyhow::{Context, Result};
 
-use crate::below::{Below, Change, Content};
 use crate::ident::DiskIds;
 use crate::root::Root;
+use crate::state;
 
-const FILE: &str = "/var/lib/dualroot/identifiers.json";
+const NAME: &str = "identifiers.json";
 
 /// The identifiers of all disks: those of the parts that are there as they are now, the others as they were when last seen. Of a
 /// disk that isn't in the configuration any more, nothing.
@@ -17,7 +17,8 @@ const FILE: &str = "/var/lib/dualroot/identifiers.json";
 /// # Errors
 /// A store that can't be read. One that doesn't parse is taken for an empty one: the disks that are there fill it again.
 pub fn complete(root: &Root, now: Vec<DiskIds>) -> Result<Vec<DiskIds>> {
-    let stored = root.read_opt(FILE).with_context(|| format!("{FILE} can't be read"))?.unwrap_or_default();
+    let path = format!("{}/{NAME}", state::DIRECTORY);
+    let stored = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
     let stored: Vec<DiskIds> = serde_json::from_slice(&stored).unwrap_or_default();
     Ok(merge(now, &stored))
 }
@@ -44,13 +45,5 @@ fn merge(now: Vec<DiskIds>, stored: &[DiskIds]) -> Vec<DiskIds> {
 pub fn save(ids: &[DiskIds]) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(ids).context("the identifiers can't be written as JSON")?;
     bytes.push(b'\n');
-    let root = Below::open(std::path::Path::new("/"))?;
-    let path = FILE.trim_start_matches('/');
-    if root.read(path)?.is_some_and(|old| old == bytes) {
-        return Ok(());
-    }
-    if let Some((dir, _)) = path.rsplit_once('/') {
-        root.apply(&Change::MakeDir(dir.to_owned()))?;
-    }
-    root.apply(&Change::Replace { path: path.to_owned(), content: Content::Bytes(bytes), like: None })
+    state::keep(NAME, bytes)
 }

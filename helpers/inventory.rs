@@ -69,8 +69,18 @@ impl Partition {
         }
     }
 
+    /// Its PARTUUID, where it has one.
+    pub fn partuuid(&self) -> Option<PartUuid> {
+        PartUuid::parse(self.partuuid.as_deref()?).ok()
+    }
+
+    /// The kernel's name of the disk that it is a part of.
+    pub fn disk(&self) -> Option<&str> {
+        self.pkname.as_deref()
+    }
+
     fn has_partuuid(&self, wanted: &PartUuid) -> bool {
-        self.partuuid.as_deref().is_some_and(|p| PartUuid::parse(p).is_ok_and(|p| p == *wanted))
+        self.partuuid() == Some(*wanted)
     }
 }
 
@@ -126,6 +136,24 @@ impl Inventory {
             );
         }
         Ok(first)
+    }
+
+    /// The other partitions of the disk that this one is on.
+    pub fn beside<'a>(&'a self, part: &'a Partition) -> impl Iterator<Item = &'a Partition> {
+        self.parts.iter().filter(move |other| other.pkname.is_some() && other.pkname == part.pkname && other.kname != part.kname)
+    }
+
+    /// All of them, and other block devices.
+    pub fn all(&self) -> impl Iterator<Item = &Partition> {
+        self.parts.iter()
+    }
+
+    /// Every label of a file system, and name of a partition, but those of the disk with this device node.
+    pub fn labels_beside(&self, disk: &str) -> BTreeSet<String> {
+        let kname = self.parts.iter().find(|part| part.path == disk).map(|part| part.kname.as_str());
+        let others =
+            self.parts.iter().filter(|part| part.path != disk && (part.pkname.is_none() || part.pkname.as_deref() != kname));
+        others.flat_map(|part| [part.label.clone(), part.partlabel.clone()]).flatten().collect()
     }
 
     /// Every partition of a disk of the pair that is there, by role.

@@ -2,16 +2,15 @@
 //! never seen there, and so are never deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::below::{Below, Change, Content};
 use crate::bootfiles::BootFiles;
 use crate::root::Root;
+use crate::state;
 use crate::types::Role;
 
-const FILE: &str = "/var/lib/dualroot/boot-files.json";
+const NAME: &str = "boot-files.json";
 /// A list that has grown beyond this is begun anew: then files stay that could go.
 const MOST: usize = 20_000;
 
@@ -25,7 +24,8 @@ impl Known {
     /// # Errors
     /// A file that is there but can't be read.
     pub fn load(root: &Root) -> Result<Self> {
-        let bytes = root.read_opt(FILE).with_context(|| format!("{FILE} can't be read"))?.unwrap_or_default();
+        let path = format!("{}/{NAME}", state::DIRECTORY);
+        let bytes = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
         Ok(Self(serde_json::from_slice(&bytes).unwrap_or_default()))
     }
 
@@ -48,13 +48,6 @@ impl Known {
     /// # Errors
     /// A root that can't be written.
     pub fn save(&self) -> Result<()> {
-        let root = Below::open(Path::new("/"))?;
-        let bytes = serde_json::to_vec(&self.0).context("the list can't be written as JSON")?;
-        let path = FILE.trim_start_matches('/').to_owned();
-        if root.read(&path)?.is_some_and(|old| old == bytes) {
-            return Ok(());
-        }
-        root.apply(&Change::MakeDir("var/lib/dualroot".into()))?;
-        root.apply(&Change::Replace { path, content: Content::Bytes(bytes), like: None })
+        state::keep(NAME, serde_json::to_vec(&self.0).context("the list can't be written as JSON")?)
     }
 }

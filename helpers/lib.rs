@@ -4,7 +4,10 @@
 //! Words: the *pair* is the disks that are to boot the same system (two or more), the *booted disk* the one whose ESP the firmware
 //! started from, a *spare* any other. Decisions are pure functions that return plans; only the sync and the binaries act.
 
+#![cfg_attr(not(test), deny(clippy::string_slice))]
+
 pub mod below;
+pub mod booted;
 pub mod bootfiles;
 pub mod bootplan;
 pub mod conf;
@@ -13,12 +16,15 @@ pub mod entries;
 pub mod entry;
 pub mod fsck;
 pub mod fstab;
+pub mod generation;
 pub mod heal;
 pub mod ident;
 pub mod idstore;
 pub mod inventory;
 pub mod known;
+pub mod layout;
 pub mod lineage;
+pub mod lock;
 pub mod log;
 pub mod machine;
 pub mod mounts;
@@ -26,10 +32,15 @@ pub mod nvram;
 pub mod opaque;
 pub mod program;
 pub mod prove;
+pub mod report;
 pub mod root;
 pub mod searched;
 pub mod settle;
+mod spare;
 pub mod stage;
+pub mod state;
+pub mod status;
 pub mod sync;
 pub mod tree;
 pub mod types;
+pub mod verify;

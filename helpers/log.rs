@@ -16,8 +16,7 @@ impl Log {
     }
 
     fn line(&self, priority: u8, text: &str) {
-        // One message is one line, whatever it quotes.
-        let text = text.replace('\n', "; ");
+        let text = one_line(text);
         if self.journal {
             eprintln!("<{priority}>{text}");
         } else {
@@ -42,16 +41,35 @@ impl Log {
 
     /// What is being done: the unit's status line, and a line on a terminal.
     pub fn status(&self, text: &str) {
-        // Nobody who listens is no error.
-        let _ = notify(false, &[NotifyState::Status(text.replace('\n', " "))]);
+        let text = one_line(text);
         if !self.journal {
             eprintln!("{text}");
         }
+        // Nobody who listens is no error.
+        let _ = notify(false, &[NotifyState::Status(text)]);
     }
+}
+
+/// One message is one line, whatever it quotes: an entry's path may hold what a terminal takes for a command.
+fn one_line(text: &str) -> String {
+    text.replace('\n', "; ").replace(char::is_control, " ")
 }
 
 impl Default for Log {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f26_a_message_commands_no_terminal() {
+        assert_eq!(
+            one_line("esp: a.conf needs x\u{1b}]0;y\u{7}\r\u{9b}2J, and\nmore é"),
+            "esp: a.conf needs x ]0;y   2J, and; more é"
+        );
     }
 }

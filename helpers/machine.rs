@@ -1,7 +1,10 @@
 //! The machine as a oneshot finds it: which disk was booted, what is mounted, which spares are there. Everything that is refused
 //! before anything is written is refused here.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,15 +17,27 @@ use crate::idstore;
 use crate::inventory::Inventory;
 use crate::mounts::{self, Mount};
 use crate::root::Root;
-use crate::types::DirPath;
+use crate::tree::Rewritten;
+use crate::types::{DirPath, PartUuid, Role};
 
 /// An error that means: nothing was written, because something is not as it has to be. It makes exit status 3.
 #[derive(Debug)]
-pub struct Refused(String);
+pub struct Refused {
+    sentence: String,
+    /// Whether that is which disk is the newer one.
+    about_age: bool,
+}
+
+impl Refused {
+    /// Whether it was refused because another disk may be newer than the one that is booted.
+    pub fn is_about_age(&self) -> bool {
+        self.about_age
+    }
+}
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.sentence)
     }
 }
 
@@ -30,7 +45,39 @@ impl std::error::Error for Refused {}
 
 /// A refusal with its one sentence.
 pub fn refused(sentence: impl Into<String>) -> anyhow::Error {
-    anyhow::Error::new(Refused(sentence.into()))
+    anyhow::Error::new(Refused { sentence: sentence.into(), about_age: false })
+}
+
+/// A refusal because another disk may be newer.
+pub fn refused_for_age(sentence: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(Refused { sentence: sentence.into(), about_age: true })
+}
+
+/// What a program exits with that ends with this error: 3 where something was [`Refused`], else 1.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<Refused>() { 3 } else { 1 }
+}
+
+/// The firmware's variables, and the ESP that was booted, by what they say.
+///
+/// # Errors
+/// [`Refused`] where they don't say that.
+pub fn booted_esp(root: &Root) -> Result<(EfiVars, PartUuid)> {
+    let vars = EfiVars::open(root).ok_or_else(|| refused("the machine was not booted by UEFI firmware; nothing was done"))?;
+    let esp = efi::booted_esp(&vars).map_err(|e| refused(format!("the booted disk is unknown: {e:#}")))?;
+    Ok((vars, esp))
+}
+
+/// The disk that was booted, by its ESP.
+///
+/// # Errors
+/// [`Refused`] where it is none of the configuration's.
+pub fn booted_disk<'a>(config: &'a Config, esp: &PartUuid) -> Result<&'a Disk> {
+    config.booted(esp).ok_or_else(|| {
+        refused(format!(
+            "the ESP that was booted, PARTUUID {esp}, is in no section of the configuration; add it to dualroot.conf"
+        ))
+    })
 }
 
 /// What is known about the running system before a decision.
@@ -45,6 +92,10 @@ pub struct Machine {
     pub inventory: Inventory,
     /// The names of all disks, those that are absent as they were when last seen.
     pub ids: Vec<DiskIds>,
+    /// The boot loader's name and version, as it gives them.
+    pub loader: Option<String>,
+    /// The configuration file, where it is not in force yet: spares get that one.
+    pub draft: Option<Rewritten>,
 }
 
 impl Machine {
@@ -55,17 +106,20 @@ impl Machine {
     pub fn look() -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
-        let vars =
-            EfiVars::open(&root).ok_or_else(|| refused("the machine was not booted by UEFI firmware; nothing was done"))?;
-        let esp = efi::booted_esp(&vars).map_err(|e| refused(format!("the booted disk is unknown: {e:#}")))?;
-        let booted = config.booted(&esp).cloned().ok_or_else(|| {
-            refused(format!(
-                "the ESP that was booted, PARTUUID {esp}, is in no section of the configuration; add it to dualroot.conf"
-            ))
-        })?;
-        let mut machine = Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new() };
+        Self::with(root, config).map(Some)
+    }
+
+    /// Looks at the machine, with a configuration that may not be in force yet.
+    ///
+    /// # Errors
+    /// As [`Machine::look`].
+    pub fn with(root: Root, config: Config) -> Result<Self> {
+        let (vars, esp) = booted_esp(&root)?;
+        let booted = booted_disk(&config, &esp)?.clone();
+        let loader = efi::loader_says(&vars, "LoaderInfo");
+        let mut machine = Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new(), loader, draft: None };
         machine.look_again()?;
-        Ok(Some(machine))
+        Ok(machine)
     }
 
     /// Looks at the partitions and mounts as they are now.
@@ -96,7 +150,9 @@ impl Machine {
             })?;
             match mounts::at(table, &dir) {
                 Some(mount) if mount.is_on(part) && mount.root == "/" => {}
-                // A btrfs subvolume, or a directory that is bound there. What the boot finds by its path isn't where it was.
+                // The entries name the subvolume of a root.
+                Some(mount) if mount.is_on(part) && role == Role::Root && mount.fstype == "btrfs" && is_subvolume(&dir) => {}
+                // Another btrfs subvolume, or a directory that is bound there. What the boot finds by its path isn't where it was.
                 Some(mount) if mount.is_on(part) => {
                     return Err(refused(format!(
                         "{name} was booted, but {} is only {} of its {role}= partition {}; dualroot copies whole file systems, so mount \
@@ -127,6 +183,15 @@ impl Machine {
         Ok(())
     }
 
+    /// The directory of its file system that is the running system's root, where that is btrfs.
+    ///
+    /// # Errors
+    /// Those of [`mounts::table`].
+    pub fn subvolume(&self) -> Result<Option<String>> {
+        let table = mounts::table()?;
+        Ok(mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs").map(|mount| mount.root.clone()))
+    }
+
     /// Where the booted disk's boot partitions are mounted.
     pub fn boot_dirs(&self) -> Vec<PathBuf> {
         self.booted.boot_places().into_iter().map(|(_, _, dir)| Path::new(dir.as_str()).to_owned()).collect()
@@ -143,6 +208,18 @@ impl Machine {
         Rewriter::new(target, &others).map_err(|e| refused(format!("{e:#}")))
     }
 
+    /// What finds the names of one partition of a disk of the pair, as [`Rewriter::foreign`]; None where the disk has no such partition.
+    ///
+    /// # Errors
+    /// As [`Machine::rewriter`].
+    pub fn naming(&self, disk: &Disk, role: &Role) -> Result<Option<Rewriter>> {
+        let ids = self.ids.iter().find(|ids| ids.name == disk.name).and_then(|ids| ids.parts.get(role));
+        let Some(ids) = ids else { return Ok(None) };
+        let nothing = DiskIds { name: self.booted.name, parts: BTreeMap::new() };
+        let one = DiskIds { name: disk.name, parts: BTreeMap::from([(role.clone(), ids.clone())]) };
+        Rewriter::new(&nothing, &[one]).map(Some).map_err(|e| refused(format!("{e:#}")))
+    }
+
     /// The prefixes of menu titles, for one disk of the pair.
     pub fn titles(&self, target: &Disk) -> Titles {
         Titles { own: target.title.clone(), all: self.config.disks.iter().filter_map(|d| d.title.clone()).collect() }
@@ -157,5 +234,55 @@ impl Machine {
     /// Whether each disk has a root of its own.
     pub fn own_roots(&self) -> bool {
         matches!(self.config.layout(), Layout::OwnRoots)
+    }
+}
+
+/// Whether this is the top directory of a btrfs subvolume, and not one that is bound there.
+fn is_subvolume(dir: &Path) -> bool {
+    const TOP: u64 = 256;
+    fs::metadata(dir).is_ok_and(|meta| meta.ino() == TOP)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Machine {
+        let part = |kname: &str, number: u32, partuuid: &str, fstype: &str| {
+            format!(
+                r#"{{"kname":"{kname}","path":"/dev/{kname}","maj:min":"8:{number}","fstype":"{fstype}","uuid":null,"label":null,
+                    "partuuid":"{partuuid}","partlabel":null,"parttype":null,"log-sec":512}}"#
+            )
+        };
+        let [a, b, c] = [1, 2, 3].map(|n| format!("aaaaaaaa-0000-4000-8000-00000000000{n}"));
+        let text = format!("[disk0]\nesp={a}\nroot={b}\n[disk1]\nesp={c}\nroot={}4\n", &c[..35]);
+        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
+        let lines = [part("x1", 1, &a, "vfat"), part("x2", 2, &b, "ext4"), part("x3", 3, &c, "vfat")].join(",");
+        let json = format!(r#"{{"blockdevices":[{lines}]}}"#);
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), std::collections::BTreeSet::new()).unwrap();
+        let booted = config.disks.first().unwrap().clone();
+        Machine { root: Root::new("/"), config, booted, inventory, ids: Vec::new(), loader: None, draft: None }
+    }
+
+    #[test]
+    fn f05_every_partition_has_to_be_mounted_where_it_belongs() {
+        let machine = machine();
+        let line = |device: &str, root: &str, at: &str| {
+            Mount::parse(&format!("22 1 {device} {root} {at} rw - ext4 /dev/none rw")).unwrap()
+        };
+        let root = line("8:2", "/", "/");
+        let check = |boot: &[Mount]| machine.check_mounts(&[std::slice::from_ref(&root), boot].concat());
+        check(&[line("8:1", "/", "/boot")]).unwrap();
+        for (boot, expected) in [
+            (vec![], "nothing is mounted on /boot; mount its esp= partition /dev/x1 there"),
+            (vec![line("8:3", "/", "/boot")], "/boot is /dev/none and not its esp= partition /dev/x1"),
+            (vec![line("8:1", "/", "/boot"), line("0:30", "/", "/boot")], "/boot is /dev/none and not its esp= partition"),
+            (vec![line("8:1", "/sub", "/boot")], "/boot is only /sub of its esp= partition"),
+        ] {
+            let error = check(&boot).unwrap_err();
+            assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
+        }
+        let error = machine.check_mounts(&[line("8:9", "/", "/"), line("8:1", "/", "/boot")]).unwrap_err();
+        assert!(error.to_string().contains("/ is /dev/none and not its root= partition /dev/x2"), "{error}");
     }
 }

@@ -9,12 +9,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::makedev;
 
 use crate::below::{Below, Change};
 use crate::inventory::Partition;
+use crate::log::Log;
+use crate::program;
+use crate::root::Root;
 
 /// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -62,7 +66,11 @@ impl Mount {
 
     /// Whether the file system lies on this partition.
     pub fn is_on(&self, part: &Partition) -> bool {
-        let Ok(device) = part.device() else { return false };
+        part.device().is_ok_and(|device| self.is_of(device))
+    }
+
+    /// Whether the file system lies on the device with this number.
+    pub fn is_of(&self, device: u64) -> bool {
         // btrfs has device numbers of its own; its source is a device node.
         self.device == device
             || (self.source.starts_with("/dev/") && fs::metadata(&self.source).is_ok_and(|m| m.rdev() == device))
@@ -94,8 +102,51 @@ fn unescape(field: &str) -> String {
 /// # Errors
 /// /proc that isn't there.
 pub fn table() -> Result<Vec<Mount>> {
-    let text = fs::read("/proc/thread-self/mountinfo").context("/proc/thread-self/mountinfo can't be read")?;
+    table_of(&Root::new("/"))
+}
+
+/// What the /proc below `root` has for that.
+///
+/// # Errors
+/// As [`table`].
+pub fn table_of(root: &Root) -> Result<Vec<Mount>> {
+    const PATH: &str = "/proc/thread-self/mountinfo";
+    let text = root.read(PATH).with_context(|| format!("{PATH} can't be read"))?;
     Ok(String::from_utf8_lossy(&text).lines().filter_map(Mount::parse).collect())
+}
+
+/// Has systemd take mounts away.
+///
+/// # Errors
+/// A mount that stays.
+pub fn stop(mounts: &[&Mount]) -> Result<()> {
+    for mount in mounts {
+        let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
+        let unit = format!("{}.mount", libsystemd::unit::escape_path(path));
+        program::output("systemctl", ["stop", &unit].map(Into::into))?;
+    }
+    Ok(())
+}
+
+/// Has systemd make the spares' mounts that could not be made at boot, for lack of a directory to mount them on.
+pub fn start_spares(log: &Log) {
+    let Ok(units) = fs::read_dir("/run/systemd/generator") else { return };
+    let table = table().unwrap_or_default();
+    for unit in units.flatten() {
+        let name = unit.file_name();
+        let Some(name) = name.to_str().filter(|n| n.starts_with("mnt-root") && n.ends_with(".mount")) else { continue };
+        let text = fs::read_to_string(unit.path()).unwrap_or_default();
+        let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key));
+        // systemd would wait for the device of an absent spare; what is mounted needs no start.
+        if !values("What=").all(|device| Path::new(device).exists())
+            || values("Where=").any(|dir| at(&table, Path::new(dir)).is_some())
+        {
+            continue;
+        }
+        if let Err(e) = program::output("systemctl", ["start", "--no-block", name].map(Into::into)) {
+            log.warning(&format!("{name} can't be started: {e:#}"));
+        }
+    }
 }
 
 /// The mount that one sees at a directory: of those that were made there, the last.
@@ -179,7 +230,12 @@ impl Held {
         match existing {
             Some(there) => mount(Some(&there.at), place, None::<&str>, MsFlags::MS_BIND, None::<&str>),
             None => {
-                let data = (fstype == "vfat").then_some("umask=0077,utf8,tz=UTC,errors=remount-ro");
+                let data = match fstype {
+                    "vfat" => Some("umask=0077,utf8,tz=UTC,errors=remount-ro"),
+                    // The top, whichever subvolume is its default.
+                    "btrfs" => Some("subvolid=5"),
+                    _ => None,
+                };
                 mount(Some(part.path.as_str()), place, Some(fstype), flags | MsFlags::MS_RDONLY, data)
             }
         }
@@ -225,7 +281,14 @@ impl Held {
     /// A medium that can't be written.
     pub fn make_writable(&mut self) -> Result<()> {
         self.writable = true;
-        self.remount(MsFlags::empty()).with_context(|| format!("{} can't be made writable", self.device))?;
+        let why = |error: &Errno| match error {
+            // mount(2): the device is read-only, or, of ext4, the file system has become so by an error.
+            Errno::EACCES | Errno::EROFS => "; it is read-only: look at the disk, and at the kernel's log",
+            _ => "",
+        };
+        self.remount(MsFlags::empty()).map_err(|error| {
+            anyhow::Error::new(error).context(format!("{} can't be made writable{}", self.device, why(&error)))
+        })?;
         self.below()?.apply(&Change::Barrier)
     }
 

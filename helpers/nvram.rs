@@ -3,15 +3,18 @@
 //! The path that firmware falls back to (`EFI/BOOT`) is no guarantee: with entries for other disks in its variables, some firmware
 //! doesn't look for it. Entries are only ever added, and BootOrder is only changed where it has a spare before the booted disk.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 use crate::below::Below;
+use crate::conf::Disk;
 use crate::efi::{BootOption, EfiVars};
 use crate::inventory::Partition;
+use crate::log::Log;
 use crate::machine::Machine;
 use crate::types::{DiskName, PartUuid, Role};
 
@@ -31,6 +34,8 @@ pub enum Change {
     },
     /// A new value of BootOrder.
     Order(Vec<u16>),
+    /// A value of BootNext: what the firmware boots the next time, and only then.
+    Next(u16),
 }
 
 impl fmt::Display for Change {
@@ -43,6 +48,7 @@ impl fmt::Display for Change {
                 let numbers: Vec<String> = order.iter().map(|n| format!("{n:04X}")).collect();
                 write!(f, "set BootOrder to {}", numbers.join(","))
             }
+            Self::Next(number) => write!(f, "set BootNext to {number:04X}"),
         }
     }
 }
@@ -63,6 +69,44 @@ pub fn plan(machine: &Machine) -> Result<Vec<Change>> {
     Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(machine)?))
 }
 
+/// What has the firmware boot this disk the next time.
+///
+/// # Errors
+/// A disk that isn't there; otherwise as [`plan`].
+pub fn plan_next(machine: &Machine, disk: &Disk) -> Result<Vec<Change>> {
+    let vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
+    if machine.inventory.find(&disk.esp())?.is_none() {
+        bail!("{} is not there: no partition is its ESP, {}", disk.name, disk.esp());
+    }
+    Ok(decide_next(&vars.boot_options()?, (disk.name, disk.esp()), &loader(machine)?))
+}
+
+fn decide_next(options: &[BootOption], (name, esp): (DiskName, PartUuid), file: &str) -> Vec<Change> {
+    // Other programs have entries for an ESP, too: updaters of firmware, other systems.
+    let is_loader = |o: &&BootOption| {
+        o.partition == Some(esp) && o.active && o.file.as_deref().is_some_and(|own| own.eq_ignore_ascii_case(file))
+    };
+    let own = options.iter().find(is_loader).map(|o| o.number);
+    match (own, free_number(&options.iter().map(|o| o.number).collect())) {
+        (Some(own), _) => vec![Change::Next(own)],
+        (None, Some(number)) => vec![create(number, name, esp, file), Change::Next(number)],
+        (None, None) => Vec::new(),
+    }
+}
+
+/// The numbers of the entries that boot a disk, by its ESP.
+pub fn entries_of(options: &[BootOption], esp: PartUuid) -> impl Iterator<Item = u16> {
+    options.iter().filter(move |o| o.partition == Some(esp) && o.file.is_some()).map(|o| o.number)
+}
+
+fn free_number(taken: &BTreeSet<u16>) -> Option<u16> {
+    (0..=u16::MAX).find(|n| !taken.contains(n))
+}
+
+fn create(number: u16, name: DiskName, esp: PartUuid, file: &str) -> Change {
+    Change::Create { number, description: format!("Linux Boot Manager ({name})"), esp, file: file.to_owned() }
+}
+
 /// The path of the boot loader that every disk has.
 fn loader(machine: &Machine) -> Result<String> {
     let esp = machine.booted.boot_places().into_iter().find(|(role, _, _)| *role == Role::Esp);
@@ -76,24 +120,22 @@ fn loader(machine: &Machine) -> Result<String> {
             }
         }
     }
-    anyhow::bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'")
+    bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'")
 }
 
 /// The decision, from what the variables hold. The first of the disks is the booted one. Those that aren't there get no entry, but what
 /// they have is behind the booted disk's: a disk that comes back after a failover is not to be booted by surprise.
 fn decide(options: &[BootOption], order: &[u16], disks: &[(DiskName, PartUuid, bool)], file: &str) -> Vec<Change> {
     let mut changes = Vec::new();
-    let mut taken: Vec<u16> = options.iter().map(|o| o.number).collect();
+    let mut taken: BTreeSet<u16> = options.iter().map(|o| o.number).collect();
     let mut of_disks: Vec<Vec<u16>> = Vec::new();
     for (name, esp, present) in disks {
-        let own = options.iter().filter(|o| o.partition == Some(*esp) && o.file.is_some());
-        let mut numbers: Vec<u16> = own.map(|o| o.number).collect();
+        let mut numbers: Vec<u16> = entries_of(options, *esp).collect();
         if numbers.is_empty() && *present {
-            let Some(number) = (0..=u16::MAX).find(|n| !taken.contains(n)) else { continue };
-            taken.push(number);
+            let Some(number) = free_number(&taken) else { continue };
+            taken.insert(number);
             numbers.push(number);
-            let description = format!("Linux Boot Manager ({name})");
-            changes.push(Change::Create { number, description, esp: *esp, file: file.to_owned() });
+            changes.push(create(number, *name, *esp, file));
         }
         numbers.retain(|n| *present || order.contains(n));
         of_disks.push(numbers);
@@ -129,6 +171,19 @@ fn reorder(order: &[u16], of_disks: &[Vec<u16>]) -> Vec<u16> {
     new
 }
 
+/// Makes every change of [`plan`]. Firmware that doesn't let them be written is complained of: what is on the disks boots all the same.
+///
+/// # Errors
+/// As [`plan`].
+pub fn carry_out(machine: &Machine, log: &Log) -> Result<()> {
+    for change in plan(machine)? {
+        if let Err(e) = apply(machine, &change) {
+            log.warning(&format!("the firmware's boot entries can't be written, so check them by hand (efibootmgr): {e:#}"));
+        }
+    }
+    Ok(())
+}
+
 /// Makes one change.
 ///
 /// # Errors
@@ -141,6 +196,7 @@ pub fn apply(machine: &Machine, change: &Change) -> Result<()> {
             vars.set_boot_option(*number, &BootOption::encode(description, &drive(machine, part, esp)?, file)?)
         }
         Change::Order(order) => vars.set_boot_order(order),
+        Change::Next(number) => vars.set_boot_next(*number),
     }
 }
 
@@ -203,6 +259,13 @@ mod tests {
         assert_eq!(decide(&both, &[5, 4, 1], &[disk(1, true), disk(0, false)], "x"), []);
         assert_eq!(decide(&both, &[5, 1], &[disk(1, true), disk(0, false)], "x"), [], "what someone took out stays out");
         assert_eq!(decide(&both[1..], &[5, 1], &[disk(1, true), disk(0, false)], "x"), []);
+        let next = decide_next(&both, (disk(0, true).0, esp(0)), "x");
+        assert_eq!(next, [Change::Next(4)]);
+        let next = decide_next(&both[1..], (disk(0, true).0, esp(0)), "x");
+        assert!(
+            matches!(&next[..], [Change::Create { number: 0, esp: created, .. }, Change::Next(0)] if *created == esp(0)),
+            "{next:?}"
+        );
         let created = decide(&both[1..], &[5, 1], &[disk(1, true), disk(0, true)], "x");
         assert!(matches!(&created[..], [Change::Create { number: 0, .. }, Change::Order(o)] if *o == [5, 0, 1]), "{created:?}");
     }

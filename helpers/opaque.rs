@@ -49,10 +49,9 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
     initrds.sort();
     initrds.dedup();
     for path in initrds {
-        if found.files.get(&fold(&path)).is_some_and(|file| searched.has(&file.hash)) {
-            continue;
-        }
-        let Ok(mut file) = File::open(place.join(&path)) else { continue };
+        // Only what was read there: another name may lead to a device, or off the partition.
+        let Some(file) = found.files.get(&fold(&path)).filter(|file| !searched.has(&file.hash)) else { continue };
+        let Ok(mut file) = File::open(place.join(&file.path)) else { continue };
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).with_context(|| format!("{path} can't be read"))?;
         let names = initrd(&*bytes, rewriter).with_context(|| path.clone())?;
@@ -334,6 +333,18 @@ mod tests {
         // Noted as having nothing, it is not even opened.
         kept.add(&bad);
         assert_eq!(look(&kept).0, [""; 0]);
+    }
+
+    #[test]
+    fn f26_what_is_no_file_of_the_partition_is_not_opened() {
+        let tmp = tempfile::tempdir().unwrap();
+        let place = tmp.path().join("boot");
+        fs::create_dir_all(place.join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("outside"), archive(ROOT_A)).unwrap();
+        std::os::unix::fs::symlink("../outside", place.join("link")).unwrap();
+        fs::write(place.join("loader/entries/a.conf"), "initrd /../outside\ninitrd /link\n").unwrap();
+        let found = BootFiles::scan(&crate::below::Below::open(&place).unwrap()).unwrap();
+        assert_eq!(boot_partition(&place, &found, &to_b(), &mut Searched::new(&to_b()).unwrap()).unwrap(), [""; 0]);
     }
 
     #[test]

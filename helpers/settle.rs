@@ -43,6 +43,15 @@ pub fn print(boot: &[PathBuf]) -> Result<Print> {
     Ok(Print(hasher.finalize()))
 }
 
+/// Whether it looks as it did, and no package manager is at work: what that has begun may be half there, although nothing that tells of it
+/// has changed yet.
+///
+/// # Errors
+/// As [`print`].
+pub fn is_as(boot: &[PathBuf], before: &Print) -> Result<bool> {
+    Ok(print(boot)? == *before && package_manager().is_none())
+}
+
 fn add(hasher: &mut blake3::Hasher, path: &Path) -> std::io::Result<()> {
     let meta = match fs::symlink_metadata(path) {
         Ok(meta) => meta,

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::below::{Below, Change, Content};
 use crate::fstab;
+use crate::generation::Generation;
 use crate::ident::Rewriter;
 use crate::program;
 use crate::root::Root;
@@ -21,7 +22,7 @@ use crate::types::{DirPath, Role};
 
 /// What is never copied, as rsync filter rules by the path in the running system. Rules of `exclude=` come between the first part
 /// and the second, so that they can bring something of the second back.
-const ALWAYS: [&str; 9] = [
+const ALWAYS: [&str; 10] = [
     "- /mnt/root[0-9]*/",
     "- /dev/*",
     "- /proc/*",
@@ -30,6 +31,8 @@ const ALWAYS: [&str; 9] = [
     "- /tmp/*",
     "- /lost+found",
     "- /var/lib/systemd/random-seed",
+    // Not copied, and removed where it is: see crate::status.
+    "H /var/lib/dualroot/own/",
     "- .dualroot-*",
 ];
 const USUALLY: [&str; 9] = [
@@ -51,6 +54,12 @@ const FILES: [&str; 6] =
     ["/etc/fstab", "/etc/crypttab", "/etc/crypttab.initramfs", "/etc/kernel/cmdline", "/etc/dracut.conf", "/etc/default/grub"];
 const DIRECTORIES: [&str; 4] = ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
 
+/// Every system has this one. A file that isn't there yet becomes like it: everybody may read it.
+const USUAL: &str = "/etc/os-release";
+
+/// Those that hold a kernel's command line, and nothing else.
+const COMMAND_LINES: [&str; 3] = ["/etc/kernel/cmdline", "/etc/kernel/cmdline.d/", "/etc/cmdline.d/"];
+
 /// A file of the booted root that is another one for another disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rewritten {
@@ -61,16 +70,25 @@ pub struct Rewritten {
 }
 
 /// The files below `root` that name a disk other than the rewriter's target, as they have to be for the target. Lines of fstab whose
-/// mount point `keep` names are about another disk on purpose, and stay.
+/// mount point `keep` names are about another disk on purpose, and stay. With a generation, kernel command lines name that.
 ///
 /// # Errors
 /// A file that is there but can't be read.
-pub fn rewritten(root: &Root, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Result<Vec<Rewritten>> {
+pub fn rewritten(
+    root: &Root,
+    rewriter: &Rewriter,
+    generation: Option<Generation>,
+    keep: impl Fn(&DirPath) -> bool,
+) -> Result<Vec<Rewritten>> {
     let mut found = Vec::new();
     for path in identifying_files(root)? {
         let Some(old) = root.read_opt(&path).with_context(|| format!("{path} can't be read"))? else { continue };
-        let bytes = match path.as_str() {
-            "/etc/fstab" => fstab_for(&old, rewriter, &keep),
+        let bytes = match (path.as_str(), generation) {
+            ("/etc/fstab", None) => fstab::rewrite(&old, rewriter, &keep),
+            ("/etc/fstab", Some(_)) => fstab::any_subvolume(&fstab::rewrite(&old, rewriter, &keep)),
+            (path, Some(generation)) if COMMAND_LINES.iter().any(|start| path.starts_with(start)) => {
+                generation.boot(&rewriter.rewrite(&old))
+            }
             _ => rewriter.rewrite(&old),
         };
         if bytes != old {
@@ -78,10 +96,6 @@ pub fn rewritten(root: &Root, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bo
         }
     }
     Ok(found)
-}
-
-fn fstab_for(old: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<u8> {
-    fstab::rewrite(old, rewriter, keep)
 }
 
 /// The paths of all files of a root that may name a disk and are there.
@@ -104,12 +118,15 @@ pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
 }
 
 impl Rewritten {
-    /// The change that puts it on a disk whose root is the handle, with owner, mode and attributes of the booted disk's file.
-    pub fn change(&self, root: &Root) -> Change {
+    /// The change that puts it on a disk, with owner, mode and attributes of the booted disk's file. The handle is that of the
+    /// directory `dir`: `""` for the root, or `/etc`, which all of them are in.
+    pub fn change(&self, dir: &str, root: &Root) -> Change {
         Change::Replace {
-            path: self.path.trim_start_matches('/').to_owned(),
+            path: self.path.strip_prefix(dir).unwrap_or(&self.path).trim_start_matches('/').to_owned(),
             content: Content::Bytes(self.bytes.clone()),
-            like: Some(root.path(&self.path)),
+            like: Some(
+                [self.path.as_str(), USUAL].map(|path| root.path(path)).into_iter().find(|p| p.exists()).unwrap_or_default(),
+            ),
         }
     }
 }
@@ -129,13 +146,16 @@ pub struct Tree {
 
 impl Tree {
     /// The tree of a role, with the rules that hold in it; None for roles that aren't copied by rsync.
-    /// `exclude` are rules of the configuration, and `apart` paths of files that are written separately.
-    pub fn new(role: &Role, exclude: &[String], apart: &[Rewritten]) -> Option<Self> {
+    /// `exclude` are rules of the configuration, `apart` paths of files that are written separately, and `generation` is the one of
+    /// which this is the root, if any.
+    pub fn new(role: &Role, exclude: &[String], apart: &[Rewritten], generation: Option<Generation>) -> Option<Self> {
         let at = role.tree()?;
         let apart = apart.iter().map(|file| format!("- {}", escape(&file.path)));
         let user = exclude.iter().map(|rule| if has_prefix(rule) { rule.clone() } else { format!("- {rule}") });
         let strings = |rules: &[&str]| rules.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
-        let all = strings(&ALWAYS).into_iter().chain(apart).chain(user).chain(strings(&USUALLY)).chain(strings(&UNTIL_THE_END));
+        // Older generations have theirs.
+        let modules = strings(if generation.is_some() { &[] } else { &UNTIL_THE_END });
+        let all = strings(&ALWAYS).into_iter().chain(apart).chain(user).chain(strings(&USUALLY)).chain(modules);
         let rules = all.filter_map(|rule| reanchor(&rule, at)).collect();
         Some(Self { role: role.clone(), at: at.to_owned(), from: None, rules })
     }
@@ -172,6 +192,16 @@ impl Tree {
         let same = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse", "--one-file-system"];
         let all = same.into_iter().map(Into::into).chain(own);
         all.chain([self.source().into_os_string(), target.into()]).collect()
+    }
+
+    /// Whether anything below the handle is to change.
+    ///
+    /// # Errors
+    /// As [`Tree::copy`].
+    pub fn differs(&self, target: &Below) -> Result<bool> {
+        let said = rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)
+            .with_context(|| format!("the comparison with {}", self.source().display()))?;
+        Ok(Changes::parse(&said) != Changes::default())
     }
 
     /// Copies the tree to below the handle: what differs is staged there, whole, and then put into its place. Where nothing
@@ -434,15 +464,28 @@ mod tests {
         assert_eq!(reanchor("- /various", "/var"), None);
         assert_eq!(reanchor("- /home/x", "/var"), None);
         assert_eq!(reanchor("- *.tmp", "/var").as_deref(), Some("- *.tmp"));
-        let tree = Tree::new(&Role::Var, &["/var/spool/x/".into(), "+ /var/cache/dnf/keep".into()], &[]).unwrap();
+        let tree = Tree::new(&Role::Var, &["/var/spool/x/".into(), "+ /var/cache/dnf/keep".into()], &[], None).unwrap();
         assert!(tree.rules.contains(&"- /spool/x/".to_owned()), "{:?}", tree.rules);
         let at = |rule: &str| tree.rules.iter().position(|r| r == rule).unwrap();
         assert!(at("+ /cache/dnf/keep") < at("- /cache/dnf/*"), "the configuration comes before what is usual");
-        assert!(Tree::new(&Role::Swap, &[], &[]).is_none() && Tree::new(&Role::Esp, &[], &[]).is_none());
+        assert!(Tree::new(&Role::Swap, &[], &[], None).is_none() && Tree::new(&Role::Esp, &[], &[], None).is_none());
+    }
+
+    /// dualroot-entries.service can write nowhere else on the root.
+    #[test]
+    fn files_that_name_a_disk_are_in_etc() {
+        let root = Root::new("/");
+        for path in FILES.iter().chain(&DIRECTORIES) {
+            let file = Rewritten { path: (*path).to_owned(), bytes: vec![] };
+            let inner = path.strip_prefix("/etc/").unwrap();
+            for (dir, expected) in [("", format!("etc/{inner}")), ("/etc", inner.to_owned())] {
+                assert!(matches!(file.change(dir, &root), Change::Replace { path, .. } if path == expected), "{path}");
+            }
+        }
     }
 
     fn copy(from: &std::path::Path, to: &std::path::Path, exclude: &[String], apart: &[Rewritten]) {
-        let mut tree = Tree::new(&Role::Root, exclude, apart).unwrap();
+        let mut tree = Tree::new(&Role::Root, exclude, apart, None).unwrap();
         tree.at = from.to_str().unwrap().to_owned();
         tree.copy(&Below::open(to).unwrap()).unwrap();
     }
@@ -461,6 +504,10 @@ mod tests {
         for path in ["etc/fstab", "gone", "usr/lib/modules/1/m", "mnt/root1/kept"] {
             write(to.path(), path);
         }
+        for dir in [from.path(), to.path()] {
+            write(dir, "var/lib/dualroot/own/status.json");
+            write(dir, "var/lib/dualroot/identifiers.json");
+        }
         fs::write(to.path().join("etc/fstab"), "of the spare").unwrap();
         let apart = [Rewritten { path: "/etc/fstab".into(), bytes: vec![] }];
         copy(from.path(), to.path(), &["/opt/no".into()], &apart);
@@ -468,6 +515,7 @@ mod tests {
         assert!(has("etc/hosts") && has("mnt/rootless/x") && has("usr/lib/modules/2/m") && has("tmp"));
         assert!(has("usr/lib/modules/1/m"), "modules of the old kernel stay for now");
         assert!(!has("gone") && !has("tmp/x") && !has("opt/no") && !has("mnt/root1/x"));
+        assert!(has("var/lib/dualroot/identifiers.json") && !has("var/lib/dualroot/own"), "what a spare knew is out of date");
         assert!(has("mnt/root1/kept"), "what is excluded isn't deleted either");
         assert_eq!(fs::read(to.path().join("etc/fstab")).unwrap(), b"of the spare");
         let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&fs::metadata(to.path().join(path)).unwrap());
@@ -638,7 +686,7 @@ mod tests {
                 fs::create_dir(tmp.path().join(name)).unwrap();
                 make(&tmp.path().join(name), listing);
             }
-            let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
+            let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
             tree.at = tmp.path().join("source").to_str().unwrap().to_owned();
             let below = Below::open(&tmp.path().join("spare")).unwrap();
             Self { tmp, tree, below }
@@ -961,7 +1009,7 @@ mod tests {
         bind("from/home", "from/again");
         bind("from/home", "from/mnt");
         let alone = crate::mounts::Alone::open(&path("from"), &path("alone")).unwrap();
-        let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
         tree.from = Some(alone.place().to_owned());
         let below = Below::open(&path("to")).unwrap();
         tree.copy(&below).unwrap();
@@ -984,7 +1032,7 @@ mod tests {
     #[test]
     fn f22_a_failed_copy_is_an_error() {
         let to = tempfile::tempdir().unwrap();
-        let mut tree = Tree::new(&Role::Root, &[], &[]).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
         tree.at = "/nonexistent-source".into();
         let error = format!("{:#}", tree.copy(&Below::open(to.path()).unwrap()).unwrap_err());
         assert!(error.contains("rsync failed") && error.contains("/nonexistent-source"), "{error}");

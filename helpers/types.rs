@@ -183,6 +183,11 @@ impl Role {
         }
     }
 
+    /// Whether it holds what boots the disk.
+    pub fn is_boot(&self) -> bool {
+        matches!(self, Self::Esp | Self::Xbootldr)
+    }
+
     /// Where a tree of this role is mounted in a running system: `""` for the root, `/home` and so on; None for the boot
     /// partitions (their place depends on whether there is an XBOOTLDR) and for swap.
     pub fn tree(&self) -> Option<&str> {
@@ -223,6 +228,11 @@ impl DiskName {
             .with_context(|| {
                 format!("'{}' is not a disk's section; expected [disk0], [disk1], and so on", section.escape_debug())
             })
+    }
+
+    /// The number in it.
+    pub fn number(&self) -> u32 {
+        self.0
     }
 }
 

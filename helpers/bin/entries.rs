@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use dualroot::entries;
 use dualroot::log::Log;
-use dualroot::machine::{Machine, Refused};
+use dualroot::machine::{Machine, exit_status};
 
 /// The mark that a path unit starts the sync for.
 const MARK: &str = "/run/dualroot/dirty";
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             log.error(&format!("{e:#}"));
-            ExitCode::from(if e.is::<Refused>() { 3 } else { 1 })
+            ExitCode::from(exit_status(&e))
         }
     }
 }

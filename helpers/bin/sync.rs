@@ -1,18 +1,15 @@
 //! dualroot-sync(8): makes every spare a bootable copy of the booted disk.
 
-use std::fs::{self, File};
-use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use dualroot::log::Log;
-use dualroot::machine::{Machine, Refused, refused};
+use dualroot::machine::{Machine, exit_status, refused};
+use dualroot::root::Root;
 use dualroot::sync::{Options, Outcome};
 use dualroot::types::DiskName;
-use dualroot::{heal, mounts, nvram, sync};
-
-const LOCK: &str = "/run/dualroot/lock";
+use dualroot::{booted, heal, lock, mounts, nvram, sync};
 
 /// Make every spare disk a bootable copy of the booted disk.
 ///
@@ -26,6 +23,15 @@ struct Arguments {
     /// Overwrite this spare (disk0, disk1, …) even if it was booted since it was last synced: what only it holds is lost
     #[arg(long, value_name = "DISK", value_parser = DiskName::parse)]
     discard_spare: Vec<DiskName>,
+    /// Have the firmware boot this disk the next time, and do nothing else
+    #[arg(long, value_name = "DISK", value_parser = DiskName::parse, conflicts_with_all = ["discard_spare", "note_boot"])]
+    boot_next: Option<DiskName>,
+    /// Note that this disk was booted, and do nothing else; dualroot-booted.service does that
+    #[arg(long, conflicts_with_all = ["discard_spare", "dry_run"])]
+    note_boot: bool,
+    /// Note that every disk holds all of the shared root again, and do nothing else; dualroot-heal.service does that
+    #[arg(long, exclusive = true)]
+    healed: bool,
 }
 
 fn main() -> ExitCode {
@@ -37,13 +43,40 @@ fn main() -> ExitCode {
         Ok(Outcome::Absent) => ExitCode::from(4),
         Err(e) => {
             log.error(&format!("{e:#}"));
-            ExitCode::from(if e.is::<Refused>() { 3 } else { 1 })
+            ExitCode::from(exit_status(&e))
         }
     }
 }
 
 fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
-    let _lock = lock()?;
+    if arguments.healed {
+        return heal::healed(&Root::new("/")).map(|()| Outcome::Whole);
+    }
+    let notes = !arguments.dry_run && arguments.boot_next.is_none();
+    if notes && !arguments.note_boot {
+        // Before anything that may refuse: it may be the booted disk that has dropped out.
+        match heal::note(&Root::new("/")) {
+            Ok(true) => log.warning(
+                "the shared root goes on without one of its disks; the firmware remembers that, so that the disk is not booted alone \
+                 before it has been brought what is written from now on",
+            ),
+            Ok(false) => {}
+            Err(e) => log.warning(&format!(
+                "if the shared root goes on without one of its disks, that is not noted in the firmware: do not boot that disk alone, what \
+                 is written now would be lost: {e:#}"
+            )),
+        }
+    }
+    // What is noted is short, and has to be.
+    let _lock = lock::take(arguments.note_boot)?;
+    if arguments.note_boot {
+        return booted::note(&Root::new("/")).map(|()| Outcome::Whole);
+    }
+    // Also where there is no sync, for whatever reason.
+    let noted = match notes {
+        true => booted::note(&Root::new("/")),
+        false => Ok(()),
+    };
     let Some(mut machine) = Machine::look()? else {
         log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
         return Ok(Outcome::Whole);
@@ -51,17 +84,38 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
     for warning in &machine.config.warnings {
         log.warning(warning);
     }
-    let options = Options { dry_run: arguments.dry_run, discard: arguments.discard_spare.clone() };
-    if let Some(unknown) = options.discard.iter().find(|d| !machine.config.disks.iter().any(|c| c.name == **d)) {
-        return Err(refused(format!("there is no [{unknown}] in the configuration; nothing was done")));
+    let options = Options { dry_run: arguments.dry_run, discard: arguments.discard_spare.clone(), only: None };
+    let named = options.discard.iter().chain(&arguments.boot_next);
+    for name in named {
+        if !machine.config.disks.iter().any(|disk| disk.name == *name) {
+            return Err(refused(format!("there is no [{name}] in the configuration; nothing was done")));
+        }
+    }
+    if options.discard.contains(&machine.booted.name) {
+        return Err(refused(format!(
+            "{0} is the disk that is booted, which is no spare; to give up what is on it, boot the other one and run this there",
+            machine.booted.name
+        )));
+    }
+    if let Some(disk) = machine.config.disks.iter().find(|disk| Some(disk.name) == arguments.boot_next) {
+        for change in nvram::plan_next(&machine, disk)? {
+            match arguments.dry_run {
+                true => println!("firmware: {change}"),
+                false => nvram::apply(&machine, &change)?,
+            }
+        }
+        return Ok(Outcome::Whole);
     }
     mounts::enter_private_namespace()?;
     // The root's two halves are one matter, the boot partitions another.
-    let root = heal::look(&machine);
+    let root = heal::look(&machine.root, &machine.config)?;
     match root {
         heal::Root::Whole => {}
         heal::Root::Degraded => {
-            log.warning("the shared root is mounted degraded, without one of its disks; what is written now is on one disk only");
+            log.warning(
+                "the shared root goes on without one of its disks; what is written now is on one disk only, also if that disk has been put \
+                 back, until the machine is rebooted with it",
+            );
         }
         heal::Root::Behind => {
             log.error(
@@ -73,51 +127,19 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
             }
         }
     }
-    let mut outcome = sync::run(&mut machine, &options, log)?;
-    if root == heal::Root::Behind {
-        outcome = Outcome::Broken;
-    }
-    for change in nvram::plan(&machine)? {
-        if arguments.dry_run {
-            println!("firmware: {change}");
-        } else if let Err(e) = nvram::apply(&machine, &change) {
-            log.warning(&format!("the firmware's boot entries can't be written, so check them by hand (efibootmgr): {e:#}"));
-        }
-    }
+    let done = sync::run(&mut machine, &options, noted, log);
     if !arguments.dry_run {
-        start_mounts(log);
+        mounts::start_spares(log);
     }
-    Ok(outcome)
-}
-
-/// One writer at a time (failure mode 23). The lock goes with the process, however that ends.
-fn lock() -> Result<File> {
-    fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made (this has to run as root)")?;
-    let file = File::create(LOCK).with_context(|| format!("{LOCK} can't be made"))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(refused("another sync is running; nothing was done")),
-        Err(fs::TryLockError::Error(e)) => Err(e).context(LOCK),
+    // Also after a failover to this disk with the other one half dead, but not for a disk that may be the older one.
+    if !done.may_be_older {
+        match arguments.dry_run {
+            true => nvram::plan(&machine)?.iter().for_each(|change| println!("firmware: {change}")),
+            false => nvram::carry_out(&machine, log)?,
+        }
     }
-}
-
-/// Has systemd make the spares' mounts that could not be made at boot, for lack of a directory to mount them on.
-fn start_mounts(log: &Log) {
-    let Ok(units) = fs::read_dir("/run/systemd/generator") else { return };
-    let table = mounts::table().unwrap_or_default();
-    for unit in units.flatten() {
-        let name = unit.file_name();
-        let Some(name) = name.to_str().filter(|n| n.starts_with("mnt-root") && n.ends_with(".mount")) else { continue };
-        let text = fs::read_to_string(unit.path()).unwrap_or_default();
-        let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key));
-        // systemd would wait for the device of an absent spare; what is mounted needs no start.
-        if !values("What=").all(|device| Path::new(device).exists())
-            || values("Where=").any(|dir| mounts::at(&table, Path::new(dir)).is_some())
-        {
-            continue;
-        }
-        if let Err(e) = dualroot::program::output("systemctl", ["start", "--no-block", name].map(Into::into)) {
-            log.warning(&format!("{name} can't be started: {e:#}"));
-        }
+    match (root, done.outcome) {
+        (heal::Root::Behind, Ok(_)) | (heal::Root::Degraded, Ok(Outcome::Whole)) => Ok(Outcome::Broken),
+        (_, outcome) => outcome,
     }
 }

@@ -57,8 +57,32 @@ impl Style {
         }
     }
 }
-/// So many bytes before a match are looked at at most (for an opening quote).
-pub(super) const BEHIND: usize = 256;
+/// So many bytes before a match are looked at at most.
+pub(super) const BEHIND: usize = 32;
+
+/// Whether a double quote is open on its line, for places that come one after the other.
+#[derive(Default)]
+pub(super) struct Quotes {
+    upto: usize,
+    open: bool,
+}
+
+impl Quotes {
+    /// Whether one is open before a place.
+    pub(super) fn open_at(&mut self, text: &[u8], at: usize) -> bool {
+        let passed = text.get(self.upto..at).unwrap_or_default();
+        let line = passed.rsplit(|b| *b == b'\n').next().unwrap_or_default();
+        let begun = self.open && line.len() == passed.len();
+        self.open = begun ^ (line.iter().filter(|b| **b == b'"').count() % 2 == 1);
+        self.upto = at;
+        self.open
+    }
+
+    /// The text goes on without so many bytes at its beginning, all of which are before the last place.
+    pub(super) fn cut(&mut self, bytes: usize) {
+        self.upto = self.upto.saturating_sub(bytes);
+    }
+}
 
 /// The byte that is written at a place, and how many bytes it takes: itself, `\xHH` (also with its backslash doubled), or `\OOO`.
 fn read(text: &[u8], at: usize) -> Option<(u8, usize)> {
@@ -85,7 +109,7 @@ fn ends_in_escape(text: &[u8], at: usize) -> bool {
 }
 
 /// Whether what stands just here is a needle.
-pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize) -> Option<Found<'n>> {
+pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &mut Quotes) -> Option<Found<'n>> {
     let before = at.checked_sub(1).and_then(|p| text.get(p)).copied();
     let alnum = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_alphanumeric());
     let word_before = alnum(before) && !ends_in_escape(text, at);
@@ -115,12 +139,15 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize) -> Option
         Form::Dir(kind) => end = literal(needle, kind.dir().as_bytes(), text, end, &mut style, false)?,
         Form::Bare | Form::Path => {}
     }
-    let quoted = matches!(needle.form, Form::Tag(_)) && (!style.quote.is_empty() || is_quoted(text, at));
+    let quoted = matches!(needle.form, Form::Tag(_)) && (!style.quote.is_empty() || quotes.open_at(text, at));
     end = literal(needle, &needle.value, text, end, &mut style, quoted)?;
     let after = text.get(end).copied();
     let ends = match needle.form {
         Form::Bare => !alnum(after),
-        Form::Tag(_) if !style.quote.is_empty() => after.is_none() || text.get(end..)?.starts_with(&style.quote),
+        // One that nobody closes ends with its line.
+        Form::Tag(_) if !style.quote.is_empty() => {
+            matches!(after, None | Some(b'\n')) || text.get(end..)?.starts_with(&style.quote)
+        }
         Form::Tag(_) => {
             let own_quote = before.filter(|b| matches!(b, b'"' | b'\''));
             is_end_of_value(text, end) && !(own_quote.is_some() && matches!(after, Some(b' ' | b'\t')))
@@ -157,13 +184,6 @@ fn quote_at(text: &[u8], at: usize) -> &[u8] {
         [b'\\', b'"' | b'\'', ..] => rest.get(..2).unwrap_or_default(),
         _ => &[],
     }
-}
-
-/// Whether a double quote is open before a place on its line.
-fn is_quoted(text: &[u8], at: usize) -> bool {
-    let before = text.get(at.saturating_sub(BEHIND)..at).unwrap_or_default();
-    let line = before.rsplit(|b| *b == b'\n').next().unwrap_or_default();
-    line.iter().filter(|b| **b == b'"').count() % 2 == 1
 }
 
 fn is_end_of_value(text: &[u8], at: usize) -> bool {

@@ -2,6 +2,12 @@
 # A shared btrfs root with a disk missing: wait for the disk, not for ever, and mount without it. Sourced in the initrd, where
 # /bin/sh may be busybox, dash or bash, and little else is there. DUALROOT_ROOT goes before every path: tests set it.
 
+# Halves that were each written without the other, one after the other, lose what is on one of them without a word when they meet. Alone,
+# a half can't know that the other was written. The firmware is there with either: it keeps this variable from the first mount without a
+# disk until that disk is healed. In it are the UUID of the file system and, each behind a blank, the UUIDs of the devices that go on.
+dualroot_variable=DualrootAlone-5e3df885-f0ed-4d14-bd72-a97d06c0619f
+dualroot_file=${DUALROOT_ROOT-}/sys/firmware/efi/efivars/$dualroot_variable
+
 # One line in the kernel's log. $1: its level, $2: the text.
 dualroot_say() {
     echo "<$1>dualroot: $2" >>"${DUALROOT_ROOT-}/dev/kmsg"
@@ -56,6 +62,89 @@ dualroot_whole() {
     done
 }
 
+# What the variable says; nothing where there is none, or none that can be used.
+dualroot_recorded() {
+    # Not by the shell, which reads byte by byte: efivarfs asks the firmware at each read. Shells leave NULs out, so that of the four
+    # bytes of attributes, one is left.
+    # shellcheck disable=SC2002
+    cat "$dualroot_file" 2>/dev/null | {
+        IFS= read -r dualroot_line
+        dualroot_line=${dualroot_line#?}
+        case $dualroot_line in
+            *[!0-9a-f\ -]*) ;;
+            *) printf '%s' "$dualroot_line" ;;
+        esac
+    }
+}
+
+# Has the variable say $1.
+dualroot_record() {
+    # efivarfs makes variables that the kernel doesn't know immutable.
+    [ ! -e "$dualroot_file" ] || chattr -i "$dualroot_file" 2>/dev/null
+    # The attributes (it is kept, and there before the system is started and after that), then the value. It has to be a single write.
+    { printf '\007\000\000\000%s' "$1" >"$dualroot_file"; } 2>/dev/null
+    [ "$(dualroot_recorded)" = "$1" ]
+}
+
+# Fails if the devices that are here, of the btrfs with the UUID $1, have stayed behind others of it. If not, has the variable say that
+# the others stay behind now. Nothing is refused because of what can't be told, or kept: that the machine boots matters more. Firmware
+# replaces variables as a whole, so one that makes no sense is not what a cut has left of a record, and tells nothing.
+dualroot_ahead() {
+    modprobe -q efivarfs 2>/dev/null
+    # It may be mounted.
+    mount -t efivarfs -o nosuid,nodev,noexec efivarfs "${dualroot_file%/*}" 2>/dev/null
+    dualroot_here=
+    # Without a cache, which may have what was here before.
+    for dualroot_word in $(blkid -c /dev/null -t "UUID=$1" -s UUID_SUB -o value); do
+        dualroot_here="$dualroot_here $dualroot_word"
+    done
+    if [ -z "$dualroot_here" ]; then
+        dualroot_say 4 "which devices of the btrfs root are here can't be told, and so not if they have stayed behind; going on"
+        return 0
+    fi
+    # What came only now is in the list, and has to be in the mount.
+    btrfs device scan >/dev/null 2>&1
+
+    dualroot_was=$(dualroot_recorded)
+    case $dualroot_was in
+        "$1 "[0-9a-f]*)
+            # Of more than two, some may be here.
+            dualroot_full=
+            for dualroot_word in ${dualroot_was#* }; do
+                case "$dualroot_here " in
+                    *" $dualroot_word "*) dualroot_full="$dualroot_full $dualroot_word" ;;
+                esac
+            done
+            ;;
+        *)
+            dualroot_full=$dualroot_here
+            if [ -s "$dualroot_file" ] && [ -z "$dualroot_was" ]; then
+                dualroot_say 4 "the EFI variable $dualroot_variable can't be read, or makes no sense; going on as without it"
+            fi
+            ;;
+    esac
+    if [ -z "$dualroot_full" ]; then
+        # It names what is given up, so that it does nothing more if it stays on the command line.
+        dualroot_word=${dualroot_was#* }
+        dualroot_word=dualroot.give-up=${dualroot_word%%-*}
+        read -r dualroot_line <"${DUALROOT_ROOT-}/proc/cmdline"
+        case " $dualroot_line " in
+            *" $dualroot_word "*) ;;
+            *)
+                dualroot_say 3 "not mounting the btrfs root $1: the missing disk was written while this one was away. Put it back;\
+ or, if it is lost for good, give up what is on it: add $dualroot_word to the kernel's command line (key e in the boot menu) once"
+                return 1
+                ;;
+        esac
+        dualroot_say 4 "$dualroot_word: going on without what the missing disk has; wipe that (wipefs -a) before it is put back"
+        dualroot_full=$dualroot_here
+    fi
+    if [ "$dualroot_was" != "$1$dualroot_full" ] && ! dualroot_record "$1$dualroot_full"; then
+        dualroot_say 4 "the EFI variable $dualroot_variable can't be written: what is written now is lost if the missing disk is booted\
+ alone later"
+    fi
+}
+
 # Prepares for a mount without the missing devices. $1: the UUID of the file system.
 dualroot_degrade() {
     case $1 in
@@ -64,6 +153,7 @@ dualroot_degrade() {
             return 1
             ;;
     esac
+    dualroot_ahead "$1" || return 1
     mkdir -p "${DUALROOT_ROOT-}/run/udev/rules.d" "${DUALROOT_ROOT-}/run/dualroot"
     # udev's own rule has kept the devices that are there from being used. Mounts of other subvolumes would still wait for them.
     echo 'SUBSYSTEM=="block", ENV{ID_FS_UUID}=="'"$1"'", ENV{ID_BTRFS_READY}=="0", ENV{SYSTEMD_READY}="1"' \

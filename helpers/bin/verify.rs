@@ -1,0 +1,46 @@
+//! dualroot-verify(8): reads the spares' boot files from the medium, and says which are not what they were.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use dualroot::log::Log;
+use dualroot::machine::{Machine, exit_status};
+use dualroot::status::{Standing, Status};
+use dualroot::{lock, mounts, verify};
+
+/// Read every boot file of the spare disks from the medium, and compare it with what the last sync left there.
+///
+/// Exit status: 0 every spare is whole; 1 failed, or something is damaged; 2 usage; 3 refused, a spare was not read; 4 a spare isn't there.
+#[derive(Parser)]
+#[command(name = "dualroot-verify", version)]
+struct Arguments {}
+
+fn main() -> ExitCode {
+    Arguments::parse();
+    let log = Log::new();
+    match run(&log) {
+        Ok(standing) => ExitCode::from(standing.exit_status()),
+        Err(e) => {
+            log.error(&format!("{e:#}"));
+            ExitCode::from(exit_status(&e))
+        }
+    }
+}
+
+fn run(log: &Log) -> Result<Standing> {
+    // What a sync is writing is neither what it was nor what it will be.
+    log.status("waiting for a sync to end, if one is running");
+    let _lock = lock::take(true)?;
+    let Some(machine) = Machine::look()? else {
+        log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
+        return Ok(Standing::Whole);
+    };
+    mounts::enter_private_namespace()?;
+    let mut status = Status::load(&machine.root, &machine.config, &machine.booted)?;
+    let standing = verify::run(&machine, &mut status, log);
+    if let Err(e) = status.save() {
+        log.warning(&format!("{e:#}; dualroot-status will not know of this"));
+    }
+    Ok(standing)
+}

@@ -1,0 +1,265 @@
+use super::*;
+use crate::status::Proof;
+
+/// 2026-11-21 10:00:00 UTC.
+const T: u64 = 1_795_255_200;
+
+fn name(n: u32) -> DiskName {
+    DiskName::parse(&format!("disk{n}")).unwrap()
+}
+
+fn disk(n: u32) -> DiskFacts {
+    let space = Space { role: Role::Esp, mounted_at: "/boot".into(), free: 300 << 20, size: 511 << 20 };
+    DiskFacts {
+        name: name(n),
+        booted: n == 0,
+        present: true,
+        missing: BTreeSet::new(),
+        fault: None,
+        generation: None,
+        record: Lineage::Unknown("needs root".into()),
+        firmware: Some((vec![10], Some(1))),
+        space: if n == 0 { vec![space] } else { Vec::new() },
+        seen: None,
+        own: None,
+    }
+}
+
+fn pair(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> Facts {
+    let mut facts =
+        Facts { now: T + 7300, layout: Layout::OwnRoots, root: heal::Root::Whole, running: false, disks: vec![disk(0)] };
+    let mut spare = disk(1);
+    change(&mut facts, &mut spare);
+    facts.disks.push(spare);
+    facts
+}
+
+fn seen(outcome: Outcome) -> Seen {
+    let proof = matches!(outcome, Outcome::Boots).then(|| proof(T));
+    let esp = PartUuid::parse("bbbbbbbb-0000-4000-8000-000000000001").unwrap();
+    Seen { esp, last: Some(End { at: T, outcome }), begun: None, absent_since: None, proof, read: None }
+}
+
+fn proof(at: u64) -> Proof {
+    Proof { at, synced: None, files: BTreeMap::new() }
+}
+
+/// What is told of the spare, whether it boots, and the exit status.
+fn spare(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> (String, Option<bool>, u8) {
+    let report = Report::new(&pair(change));
+    let told = &report.disks[1];
+    (told.if_others_died.clone(), told.boots, report.exit_status)
+}
+
+fn is(found: (String, Option<bool>, u8), told: &str, boots: Option<bool>, status: u8) {
+    assert_eq!(found, (told.to_owned(), boots, status));
+}
+
+#[test]
+fn a_spare_by_its_last_sync() {
+    let with = |outcome: Outcome| spare(|_, disk| disk.seen = Some(seen(outcome)));
+    is(with(Outcome::Boots), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", Some(true), 0);
+    let faults = vec!["esp: linux is missing".to_owned(), "another".to_owned()];
+    let told = "would not boot: esp: linux is missing (and 1 more), as of 2026-11-21 10:00:00 UTC";
+    is(with(Outcome::WouldNotBoot(faults)), told, Some(false), 1);
+    let told = "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: EIO";
+    is(with(Outcome::Failed("EIO".into())), told, None, 1);
+    let told = "nobody knows: the sync of 2026-11-21 10:00:00 UTC was refused: disk1 is newer";
+    is(with(Outcome::Refused("disk1 is newer".into())), told, None, 3);
+    is(spare(|_, _| {}), "nobody knows: disk0 has not synced it yet", None, 1);
+    // What was proven before is told, if nothing was written since.
+    let found = spare(|_, disk| {
+        disk.seen = Some(Seen { proof: Some(proof(T - 60)), ..seen(Outcome::Failed("dpkg is at work".into())) });
+    });
+    let told =
+        "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: dpkg is at work (it boots, as of 2026-11-21 09:59:00 UTC)";
+    is(found, told, None, 1);
+}
+
+#[test]
+fn a_spare_that_is_being_synced_is_what_it_was() {
+    let being = |running: bool, last: bool| {
+        spare(|facts, disk| {
+            facts.running = running;
+            let mut being = Seen { begun: Some(T + 60), proof: None, ..seen(Outcome::Boots) };
+            being.last.take_if(|_| !last);
+            disk.seen = Some(being);
+        })
+    };
+    is(being(true, true), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", Some(true), 0);
+    is(being(true, false), "nobody knows: its first sync began at 2026-11-21 10:01:00 UTC, and is running", None, 1);
+    for last in [true, false] {
+        is(being(false, last), "nobody knows: the sync that began at 2026-11-21 10:01:00 UTC has not ended", None, 1);
+    }
+}
+
+#[test]
+fn a_spare_that_is_not_there() {
+    let absent = |since| {
+        spare(|_, disk| {
+            disk.present = false;
+            disk.missing = BTreeSet::from([Role::Esp, Role::Root]);
+            disk.seen = Some(Seen { absent_since: since, ..seen(Outcome::Boots) });
+        })
+    };
+    is(absent(None), "is not there", Some(false), 4);
+    is(absent(Some(T)), "is not there (no sync has found it since 2026-11-21 10:00:00 UTC)", Some(false), 4);
+    let found = spare(|_, disk| {
+        disk.missing = BTreeSet::from([Role::Root]);
+        disk.seen = Some(seen(Outcome::Boots));
+    });
+    is(found, "nobody knows: its root= partition isn't there, but others of it are", None, 3);
+    let found = spare(|_, disk| {
+        disk.fault = Some("/dev/sda1 and /dev/sdb1 both have the PARTUUID".into());
+        disk.present = false;
+    });
+    is(found, "nobody knows: /dev/sda1 and /dev/sdb1 both have the PARTUUID", None, 3);
+}
+
+#[test]
+fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
+    for (root, told, own) in [
+        (heal::Root::Whole, "boots, as of 2026-11-21 10:00:00 UTC", "goes on running, with one half of the shared root"),
+        (
+            heal::Root::Degraded,
+            "would not boot: the shared root is without one of its disks",
+            "goes on running: the shared root is without one of its disks already",
+        ),
+        (
+            heal::Root::Behind,
+            "would not boot: one half of the shared root is behind, until dualroot-heal.service has ended well",
+            "may stop: one half of the shared root is behind, until dualroot-heal.service has ended well",
+        ),
+    ] {
+        let shared = |facts: &mut Facts, disk: &mut DiskFacts| {
+            (facts.layout, facts.root) = (Layout::SharedRoot, root);
+            disk.seen = Some(seen(Outcome::Boots));
+        };
+        let whole = root == heal::Root::Whole;
+        is(spare(shared), told, Some(whole), u8::from(!whole));
+        assert_eq!(Report::new(&pair(shared)).disks[0].if_others_died, own);
+    }
+}
+
+#[test]
+fn what_a_verification_found_counts() {
+    let read = |faults: &[&str]| Reading { at: T + 60, faults: faults.iter().map(|f| (*f).to_owned()).collect() };
+    let found = spare(|_, disk| {
+        disk.seen = Some(Seen { read: Some(read(&["esp: linux is not what the last sync read there"])), ..seen(Outcome::Boots) });
+    });
+    let told = "would not boot: esp: linux is not what the last sync read there, read at 2026-11-21 10:01:00 UTC";
+    is(found, told, Some(false), 1);
+    // A sync that failed has written it.
+    for (proof, told) in [(Some(proof(T)), told), (None, "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: EIO")] {
+        let found = spare(|_, disk| {
+            let faults = &["esp: linux is not what the last sync read there"];
+            disk.seen = Some(Seen { read: Some(read(faults)), proof, ..seen(Outcome::Failed("EIO".into())) });
+        });
+        assert_eq!(found.0, told);
+    }
+    let facts = pair(|facts, disk| {
+        disk.seen = Some(Seen { read: Some(read(&[])), ..seen(Outcome::Boots) });
+        facts.disks[0].own = Some(read(&["esp (/boot): linux can't be read: EIO"]));
+    });
+    let report = Report::new(&facts);
+    assert_eq!((report.exit_status, report.disks[1].boots), (1, Some(true)));
+    assert_eq!(
+        report.disks[0].if_others_died,
+        "goes on running: its root is its own; but it may not boot again: esp (/boot): linux can't be read: EIO, \
+         read at 2026-11-21 10:01:00 UTC"
+    );
+}
+
+#[test]
+fn the_worst_of_several_spares_counts() {
+    let report = |change: fn(&mut DiskFacts)| {
+        let mut facts = pair(|_, disk| disk.seen = Some(seen(Outcome::Boots)));
+        let mut third = DiskFacts { seen: Some(seen(Outcome::Boots)), ..disk(2) };
+        change(&mut third);
+        facts.disks.push(third);
+        facts.disks[1].present = false;
+        Report::new(&facts)
+    };
+    assert_eq!(report(|_| {}).exit_status, 4);
+    assert_eq!(report(|disk| disk.seen = Some(seen(Outcome::Refused(String::new())))).exit_status, 3);
+    assert_eq!(report(|disk| disk.seen = None).exit_status, 1);
+    assert!(report(|_| {}).text().contains("if the others died: "));
+}
+
+/// A pair with everything that can be told of it.
+fn full() -> Report {
+    Report::new(&pair(|facts, disk| {
+        facts.disks[0].record = Lineage::Read(Record::default());
+        facts.disks[0].own = Some(Reading { at: T - 60, faults: Vec::new() });
+        disk.generation = Some(3);
+        disk.firmware = Some((Vec::new(), None));
+        disk.seen = Some(Seen {
+            proof: Some(proof(T - 60)),
+            read: Some(Reading { at: T - 30, faults: vec!["esp: a\\b \"c\"\nis missing".into()] }),
+            ..seen(Outcome::Refused("disk1 is newer than disk0".into()))
+        });
+    }))
+}
+
+#[test]
+fn for_people() {
+    assert_eq!(full().text(), include_str!("golden.txt"));
+    assert_eq!(Report::unconfigured().text(), "dualroot is not configured (/etc/dualroot.conf).\n");
+}
+
+#[test]
+fn for_programs() {
+    assert_eq!(serde_json::to_string_pretty(&full()).unwrap() + "\n", include_str!("golden.json"));
+}
+
+#[test]
+fn as_metrics() {
+    assert_eq!(full().prometheus(), include_str!("golden.prom"));
+    let none = Report::unconfigured().prometheus();
+    assert!(none.lines().count() == 10 && none.lines().all(|line| line.starts_with("# ")), "{none}");
+}
+
+#[test]
+fn records_are_compared() {
+    let disk = |n: u32, record: Record| DiskFacts { record: Lineage::Read(record), ..disk(n) };
+    let (mut a, mut b) = (Record::default(), Record::default());
+    a.synced(name(0), name(1), &mut b);
+    let report = |a: &Record, b: &Record| {
+        let facts = Facts { disks: vec![disk(0, a.clone()), disk(1, b.clone())], ..pair(|_, _| {}) };
+        Report::new(&facts).disks[1].lineage.clone().unwrap()
+    };
+    let level = report(&a, &b);
+    assert_eq!((level.synced_from, level.newer), (Some(name(0)), None));
+    // B is synced to A, and goes on without it.
+    b.synced(name(1), name(0), &mut a);
+    assert!(b.left_behind(name(1), name(0)));
+    let newer = report(&a, &b);
+    assert_eq!(newer.lives, BTreeMap::from([(name(1), 1)]));
+    assert!(newer.newer.unwrap().starts_with("one boot of disk1 without disk0, the last of 20"));
+}
+
+#[test]
+fn times_past() {
+    for (seconds, told) in [(0, "0 seconds ago"), (1, "1 second ago"), (3599, "59 minutes ago"), (86400, "1 day ago")] {
+        assert_eq!(ago(T + seconds, T), told);
+    }
+    assert_eq!(ago(T, T + 1), "at a time that is yet to come");
+}
+
+#[test]
+fn where_the_firmware_has_a_disk() {
+    let [own, other] =
+        ["aaaaaaaa", "bbbbbbbb"].map(|start| PartUuid::parse(&format!("{start}-0000-4000-8000-000000000001")).unwrap());
+    let option = |number, partition| efi::BootOption {
+        number,
+        active: true,
+        description: String::new(),
+        partition: Some(partition),
+        file: Some("x".into()),
+        raw: Vec::new(),
+    };
+    let options = [option(1, other), option(4, own), option(5, own)];
+    assert_eq!(firmware(&options, &[9, 5, 1], own), (vec![4, 5], Some(2)));
+    assert_eq!(firmware(&options, &[9], other), (vec![1], None));
+    assert_eq!(firmware(&options[1..], &[9, 5], other), (Vec::new(), None));
+}
