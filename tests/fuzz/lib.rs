@@ -1,0 +1,3 @@
+//! Fuzz targets; what they do is in targets.rs, which tests/corpus.rs has, too.
+
+pub mod targets;
