@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vm"))
 from run import install  # noqa: E402
 
+import generations  # noqa: E402
 import oracle  # noqa: E402
 import record  # noqa: E402
 import roots  # noqa: E402
@@ -26,9 +27,9 @@ import scenes  # noqa: E402
 import trees  # noqa: E402
 import writelog  # noqa: E402
 
-# A sync: its writes are those of the log from `first` to `last`, on what was there after those before. Of a root tree, `generations`
-# may be found, and the last of them in the end.
-Sync = collections.namedtuple("Sync", "kind name base log places first last generations", defaults=[()])
+# A sync: its writes are those of the log from `first` to `last`, on what was there after those before. Of a root tree, `looks` are all
+# generations, of which those with the numbers in `generations` may be found, and the last of them in the end.
+Sync = collections.namedtuple("Sync", "kind name base log places first last looks generations", defaults=[(), ()])
 # Of so many interrupted syncs the next one is recorded, and cut, too.
 AGAIN = ("fixed names", "new comes, old goes", "unified, same name", "everything")
 # A writer that is broken on purpose in one of these ways has to be found out.
@@ -132,23 +133,20 @@ def cut_while(sync, staged, rng):
         image.rollback()
         for write in log.writes[:prefix]:
             image.write(*writelog.whole(write))
-        if trees.stage_in(image[start:start + size], fstype(sync)) == staged:
+        content = image[start:start + size]
+        if (generations.stage_in(content) if sync.kind == "root-btrfs" else trees.stage_in(content)) == staged:
             return bytes(image[0:len(image)]), f"the first {prefix} writes"
     raise RuntimeError(f"{sync.kind}, {sync.name}: after no cut what is staged is {staged}")
-
-
-def fstype(sync):
-    return record.KINDS[sync.kind][1]
 
 
 def record_root(kind, directory, staging, seed):
     """The syncs of a root tree: the first, one that changes all kinds of things, and one each after a cut of the one before."""
     recorder, rng = roots.Recorder(directory / kind, kind, staging), random.Random(seed)
 
-    def sync(spare, name, first, *generations):
-        recorder.turn_to(generations[-1])
+    def sync(spare, name, first, *numbers):
+        recorder.turn_to(numbers[-1])
         recorder.sync()
-        done = Sync(kind, name, spare.base, spare.log, spare.places, first, length(spare), [recorder.looks[g] for g in generations])
+        done = Sync(kind, name, spare.base, spare.log, spare.places, first, length(spare), recorder.looks, numbers)
         say(f"recorded {kind}, {name}: {done.last - done.first} writes")
         return done
 
@@ -157,17 +155,17 @@ def record_root(kind, directory, staging, seed):
         first = sync(spare, "first sync", 0, 0, 1)
         change = sync(spare, "everything changes", first.last, 1, 2)
         recorder.remove()
-        yield first
-        yield change
+        yield first, first
+        yield change, change
         content, what = cut_while(change, trees.HALF, rng)
         spare = recorder.spare(content)
         again = sync(spare, f"everything changes, interrupted while it stages ({what})", 0, 1, 2)
         recorder.remove()
-        yield again
+        yield again, change
         content, what = cut_while(again, trees.WHOLE, rng)
         spare = recorder.spare(content)
         # Modules and files that name a disk are those of the first still.
-        yield sync(spare, f"another change, after one interrupted among the renames ({what})", 0, 1, 2, 3)
+        yield sync(spare, f"another change, after one interrupted when all was staged ({what})", 0, 1, 2, 3), change
     finally:
         recorder.machine.kill()
 
@@ -192,36 +190,78 @@ def record_peers(directory, staging):
         recorder.machine.kill()
 
 
+def subsets_of(states):
+    """How many of these are selections of what was not flushed."""
+    return sum(not state.what.startswith(("nothing", "the first")) for state in states)
+
+
 def judge(pair, seed, subsets):
-    """(name, states, faults) of one sync. `origin` is the sync that was interrupted, or the same."""
+    """(name, (states, subsets among them), writes, flushes, faults) of one sync. `origin` is the sync that was interrupted, or the same."""
     sync, origin = pair
     before = oracle.survey(oracle.volumes(load(origin)[0], *parts(origin.places, origin.kind)))
     image, log = load(sync)
-    count, faults = oracle.prove(image, log, *parts(sync.places, sync.kind), seed=f"{seed} {sync.name}", subsets=subsets, before=before)
-    return f"{sync.kind}: {sync.name}", count, len(log.writes), len(log.bounds) - 1, faults
+    own = f"{seed} {sync.name}"
+    count, faults = oracle.prove(image, log, *parts(sync.places, sync.kind), seed=own, subsets=subsets, before=before)
+    chosen = subsets_of(writelog.states(log, random.Random(own), subsets))
+    return f"{sync.kind}: {sync.name}", (count, chosen), len(log.writes), len(log.bounds) - 1, faults
 
 
 def load_root(sync):
+    """What a sync to a root is judged by: that alone, or, where entries say which generation it is, the whole disk."""
     start, size = sync.places["root"]
     image, log = load(sync)
+    if sync.kind == "root-btrfs":
+        return image, log
     return writelog.Image(bytearray(image[start:start + size])), trees.clipped(log, start, size)
 
 
-def judge_root(sync, program, seed, subsets):
-    """As `judge`, of a root tree: a state is mounted, which takes longer, and so there are fewer."""
-    (image, log), fs = load_root(sync), fstype(sync)
-    rng = random.Random(f"{seed} {sync.name}")
+def sample(log, seed, subsets):
+    """The states of a sync of a root: every prefix, and of the rest what there is time for."""
+    rng = random.Random(seed)
     states = list(writelog.states(log, rng, -(-subsets // 8), 1))
-    # Every prefix, and of the rest what there is time for.
     rest = [number for number, state in enumerate(states) if state.extra]
-    left_out = set(rng.sample(rest, max(0, len(rest) - 10 * subsets)))
-    states = [state for number, state in enumerate(states) if number not in left_out]
-    count, faults = trees.prove(image, log, fs, sync.generations, program, states)
-    if not count[trees.HALF] or not count[trees.WHOLE]:
-        faults.append(("all cuts", "none of them came while it staged, or none among the renames"))
-    end = writelog.State("all that was written", 0, [])
-    faults += trees.prove(image, writelog.Log([], [0]), fs, sync.generations[-1:], program, [end])[1]
-    return f"{sync.kind}: {sync.name}", sum(count.values()), len(log.writes), len(log.bounds) - 1, faults
+    left_out = set(rng.sample(rest, max(0, len(rest) - 5 * subsets)))
+    return [state for number, state in enumerate(states) if number not in left_out]
+
+
+def prove_root(sync, image, log, program, states, before=None, enough=None):
+    """({how far it was: number of states}, [(what, problem)]) of a root, copied in place or kept in generations."""
+    if sync.kind == "root-btrfs":
+        looks = {str(number): sync.looks[number] for number in sync.generations}
+        return generations.prove(image, log, sync.places, looks, states, before, enough)
+    return trees.prove(image, log, [sync.looks[number] for number in sync.generations], program, states, enough)
+
+
+def booted_around(sync, cut):
+    """What booted before a sync, and, if that was cut, what it was to boot."""
+    image, log = load(sync)
+    esp = parts(sync.places, sync.kind)[0]
+    before = oracle.survey(oracle.volumes(image, esp))
+    if not cut:
+        return before
+    for write in log.writes:
+        image.write(*writelog.whole(write))
+    after = oracle.survey(oracle.volumes(image, esp))
+    return before._replace(systems=before.systems | after.systems, taken=before.taken | after.taken)
+
+
+def judge_root(pair, program, seed, subsets):
+    """As `judge`, of a root tree: a state is mounted, which takes longer, and so there are fewer."""
+    sync, origin = pair
+    (image, log), before = load_root(sync), None
+    if sync.kind == "root-btrfs":
+        before = booted_around(origin, origin.name != sync.name)
+    states = sample(log, f"{seed} {sync.name}", subsets)
+    count, faults = prove_root(sync, image, log, program, states, before)
+    # On the way to what is whole now, or to the last generation.
+    ends = str(sync.generations[-1]) if sync.kind == "root-btrfs" else trees.WHOLE
+    if not count[ends] or len(count) == 1:
+        faults.append(("all cuts", f"none came before it was as it is in the end, or none after that: {dict(count)}"))
+    if sync.kind != "root-btrfs":
+        end = writelog.State("all that was written", 0, [])
+        last = sync._replace(generations=sync.generations[-1:])
+        faults += prove_root(last, image, writelog.Log([], [0]), program, [end])[1]
+    return f"{sync.kind}: {sync.name}", (sum(count.values()), subsets_of(states)), len(log.writes), len(log.bounds) - 1, faults
 
 
 def mutants(log):
@@ -252,16 +292,19 @@ def judge_mutants(sync, ways):
 def judge_root_mutants(sync, ways, program, seed):
     """As `judge_mutants`, of a root tree; one cut that is found is enough."""
     image, log = load_root(sync)
-    start, rng, found = bytes(image.data), random.Random(seed), collections.Counter()
+    start, rng, found = bytes(image[0:len(image)]), random.Random(seed), collections.Counter()
     broken = list(mutants(log))
     rng.shuffle(broken)
     for what, changed, subsets in broken:
         if what not in ways or found[what]:
             continue
         states = list(writelog.states(changed, rng, subsets // 4, 0))
+        if subsets:
+            # In these, a flush that is missing shows; prefixes are what they were.
+            states = [state for state in states if state.extra]
         some = sorted(rng.sample(range(len(states)), min(40, len(states))))
         image = writelog.Image(bytearray(start))
-        found[what] += len(trees.prove(image, changed, fstype(sync), sync.generations, program, [states[n] for n in some], 1)[1])
+        found[what] += len(prove_root(sync, image, changed, program, [states[n] for n in some], None, 1)[1])
     return f"{sync.kind}: {sync.name}", {what: found[what] for what in ways}
 
 
@@ -288,15 +331,15 @@ def main():
     directory = arguments.keep or Path(tempfile.mkdtemp(prefix="dualroot-powercut-"))
     directory.mkdir(parents=True, exist_ok=True)
     staging = install(directory)
-    failed = passed = total = 0
+    failed = passed = total = random_ones = 0
     kinds = arguments.kind + ["peers"] * arguments.peers
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as threads, \
             concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         def judged(kind, jobs, broken):
             program = staging / "usr/sbin/dualroot-complete"
             if kind.startswith("root"):
-                for sync in record_root(kind, directory, staging, seed):
-                    jobs.append(pool.submit(judge_root, sync, program, seed, arguments.subsets))
+                for sync, origin in record_root(kind, directory, staging, seed):
+                    jobs.append(pool.submit(judge_root, (sync, origin), program, seed, arguments.subsets))
                     if sync.name in BROKEN:
                         broken.append(pool.submit(judge_root_mutants, sync, BROKEN[sync.name], program, seed))
                 return
@@ -321,7 +364,7 @@ def main():
                 say(f"FAIL {kind}: {problem}")
                 failed += 1
             root = kind.startswith("root")
-            bad = "leave no tree of one generation" if root else "do not boot"
+            bad = "leave no root of one generation" if root else "do not boot"
             for job in broken:
                 name, found = job.result()
                 for what, count in found.items():
@@ -329,20 +372,20 @@ def main():
                     say(f"{'ok  ' if count else 'FAIL'} {name}, by a writer {what}: {cuts} {bad}, as it should be")
                     passed, failed = passed + bool(count), failed + (not count)
             for job in jobs:
-                name, count, writes, epochs, faults = job.result()
+                name, (count, chosen), writes, epochs, faults = job.result()
                 cells[name] = f"{len(faults)} of {count}"
                 result = f"{len(faults)} of {count} cuts {bad} ({writes} writes, {epochs} flushes{', no superblock torn' * root})"
                 if kind == "peers":
                     say(f"     {name}: {result}")
                     continue
-                total += count
+                total, random_ones = total + count, random_ones + chosen
                 say(f"{'ok  ' if not faults else 'FAIL'} {name}: {result}")
                 for what, problem in faults[:3]:
                     say(f"     {what}: {problem}")
                 passed, failed = passed + (not faults), failed + bool(faults)
     if arguments.peers:
         say(table(cells))
-    say(f"{total} cuts; seed {seed}")
+    say(f"{total} cuts, {random_ones} of them subsets of what was not flushed; seed {seed}")
     say(f"{passed} passed, {failed} failed")
     if not arguments.keep and not failed:
         shutil.rmtree(directory)

@@ -31,6 +31,11 @@ PEERS = {
 }
 
 
+def time_of(data):
+    """A time for a file: what stays the same has the same one."""
+    return 1700000000 + zlib.crc32(data) % 10000000 * 2
+
+
 def archive(path, states):
     """The scenes' files, as a tar archive to be given to the guest as a disk."""
     with tarfile.open(path, "w") as tar:
@@ -38,8 +43,7 @@ def archive(path, states):
             for place, files in trees.items():
                 for name, data in files.items():
                     info = tarfile.TarInfo(f"{number}/{place}/{name}")
-                    # What stays the same has the same time.
-                    info.size, info.mode, info.mtime = len(data), 0o755, 1700000000 + zlib.crc32(data) % 10000000 * 2
+                    info.size, info.mode, info.mtime = len(data), 0o755, time_of(data)
                     tar.addfile(info, io.BytesIO(data))
     with open(path, "r+b") as tar:
         tar.truncate(-(-path.stat().st_size // MIB) * MIB)
@@ -87,7 +91,7 @@ class Spare:
 class Recorder:
     """A guest that boots from disk A, and what is done in it. `kind` is a key of KINDS."""
 
-    def __init__(self, directory, kind, staging, states):
+    def __init__(self, directory, kind, staging, states, fails=None):
         self.directory, self.kind = directory, kind
         directory.mkdir(parents=True, exist_ok=True)
         layout = "own-esp" if kind == "esp" else "own-xbootldr"
@@ -96,7 +100,7 @@ class Recorder:
         system = images.system(12, "initramfs-tools", layout, staging)
         archive(directory / "scenes.tar", states)
         self.machine = Machine(directory, 1536)
-        self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "scenes": directory / "scenes.tar"})
+        self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "scenes": directory / "scenes.tar"}, fails=fails)
         # One root for both disks, of which no file names a disk: what is synced is the boot partitions.
         text = "[dualroot]\nsettle=0\nefi-entries=no\n"
         for disk in (self.a, self.b):
@@ -107,11 +111,11 @@ class Recorder:
             "mkdir /run/scenes; tar -xf /dev/disk/by-id/virtio-scenes -C /run/scenes; rm -rf /run/systemd/generator/mnt-root1*")
         self.number = 0
 
-    def spare(self, content=None, fails=None):
-        """Puts in a spare, empty or with this content; the first write to the sector `fails` fails, and no log is kept then."""
+    def spare(self, content=None, fails=None, slow=False):
+        """Puts in a spare, empty or with this content; of what `fails` or is `slow`, see Machine.plug. No log is kept of one that fails."""
         self.number += 1
         spare = Spare(self.directory, f"spare{self.number}", dict(zip(self.roles, KINDS[self.kind])), self.b, content)
-        self.machine.plug("B", spare.image, spare.log if fails is None else None, fails)
+        self.machine.plug("B", spare.image, None if fails else spare.log, fails, slow)
         self.machine.run("".join(f"udevadm wait -t 30 /dev/disk/by-partuuid/{self.b.partuuid[role]}; " for role in self.roles) +
                          "udevadm settle")
         return spare

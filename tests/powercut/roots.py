@@ -111,7 +111,7 @@ def modules(number):
 
 def etc(number, uuid, configuration):
     # The line that comes names no disk.
-    fstab = f"UUID={uuid} / ext4 defaults 0 1\n" + "none /var/cache tmpfs defaults 0 0\n" * (number - 1)
+    fstab = f"UUID={uuid} / auto defaults 0 1\n" + "none /var/cache tmpfs defaults 0 0\n" * (number - 1)
     return {"etc/fstab": Node("file", fstab.encode()), "etc/hostname": Node("file", b"pair\n"),
             "etc/kernel/cmdline": Node("file", f"root=UUID={uuid} ro generation={number}\n".encode(), time=number),
             "etc/dualroot.conf": Node("file", configuration.encode())}
@@ -165,8 +165,12 @@ def write(nodes, top):
             os.utime(top / path, ns=(time, time), follow_symlinks=False)
 
 
-ESP = {f"esp/{path}": data.replace(b"LABEL=shared", f"UUID={UUID}".encode())
-       for path, data in (scenes.loaders("1") | scenes.settings() | scenes.fixed(1, 1)).items()}
+def esp(number):
+    """What the booted disk's ESP holds: with each generation comes a kernel, and the last but one goes."""
+    files = scenes.loaders("1") | scenes.settings()
+    for version in range(max(1, number - 1), number + 1):
+        files |= scenes.versioned(f"6.1.{version}", options=f"ro generation={number}")
+    return {f"esp{number}/{path}": data.replace(b"LABEL=shared", f"UUID={UUID}".encode()) for path, data in files.items()}
 
 
 def configuration(a, b):
@@ -174,26 +178,29 @@ def configuration(a, b):
             f"[disk0]\nesp={a.partuuid['esp']}\nroot={SOURCE}\n[disk1]\nesp={b.partuuid['esp']}\nroot={b.partuuid['root']}\n")
 
 
-def make_ext4(path, size, uuid, *options):
+def make(fstype, path, size, uuid, *options):
     with open(path, "wb") as image:
         image.truncate(size * MIB)
-    images.sh("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-U", uuid, *options, path)
+    if fstype == "btrfs":
+        images.sh("mkfs.btrfs", "-q", "-U", uuid, path)
+    else:
+        images.sh("mke2fs", "-q", "-t", fstype, "-b", "4096", "-U", uuid, *options, path)
 
 
-def source_disk(path, text, uuid):
+def source_disk(path, fstype, text, uuid):
     """A disk with an empty root for the machine, and one with all generations; returns what these look like on a spare
     whose root has that UUID."""
     parts = [path.with_suffix(f".part{number}") for number in (1, 2)]
-    make_ext4(parts[0], SIZE, UUID)
-    make_ext4(parts[1], SIZE, "random", "-N", "8192")
+    make(fstype, parts[0], SIZE, UUID)
+    make("ext4", parts[1], SIZE, "random", "-N", "8192")
     with trees.mounted(parts[1], "ext4") as top:
         for number in range(1, GENERATIONS + 1):
             (top / str(number)).mkdir()
             write(generation(number, UUID, text), top / str(number))
-        for name, data in ESP.items():
+        for name, data in (item for number in range(1, GENERATIONS + 1) for item in esp(number).items()):
             (top / name).parent.mkdir(parents=True, exist_ok=True)
             (top / name).write_bytes(data)
-            os.utime(top / name, (1700000000, 1700000000))
+            os.utime(top / name, (record.time_of(data),) * 2)
     with open(path, "wb") as image:
         image.truncate((2 * SIZE + 2) * MIB)
     table = f"label: gpt\nstart=2048, size={SIZE * 2048}, uuid={SOURCE}\nstart={(1 + SIZE) * 2048}, size={SIZE * 2048}\n"
@@ -204,7 +211,7 @@ def source_disk(path, text, uuid):
     looks = []
     for number in range(1, GENERATIONS + 1):
         with tempfile.NamedTemporaryFile(suffix=".ext4") as file:
-            make_ext4(file.name, SIZE, "random")
+            make("ext4", file.name, SIZE, "random")
             with trees.mounted(file.name, "ext4") as top:
                 write(generation(number, uuid, text), top)
                 looks.append(trees.look(top))
@@ -222,7 +229,7 @@ class Recorder(record.Recorder):
         # mkfs.btrfs wants one that nothing else has.
         self.b.uuid["root"] = str(uuid4())
         self.roles = ["esp", "root"]
-        self.looks = source_disk(directory / "source.raw", configuration(self.a, self.b), self.b.uuid["root"])
+        self.looks = source_disk(directory / "source.raw", self.fstype, configuration(self.a, self.b), self.b.uuid["root"])
         self.machine = Machine(directory, 1536)
         system = images.system(12, "initramfs-tools", "own-esp", staging)
         self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "S": directory / "source.raw"})
@@ -230,8 +237,7 @@ class Recorder(record.Recorder):
             # Its mounts of the spare aren't seen in the small root, where a sync couldn't take them away.
             "systemctl stop dualroot-sync.path dualroot-entries.path dualroot-sync.timer; "
             "systemctl mask --runtime --quiet mnt-root1.mount mnt-root1-boot.mount; "
-            "mkdir -p /srv/root /srv/scenes /srv/spare; mount -o ro /dev/disk/by-id/virtio-S-part2 /srv/scenes; "
-            "rsync -rt --delete --exclude /EFI/dualroot /srv/scenes/esp/ /boot/; sync")
+            "mkdir -p /srv/root /srv/scenes /srv/spare; mount -o ro /dev/disk/by-id/virtio-S-part2 /srv/scenes")
 
     def turn_to(self, number):
         """Makes the small root one generation of it, and mounts into it what the product needs of the machine."""
@@ -239,7 +245,7 @@ class Recorder(record.Recorder):
             "cd /; umount -R /srv/root 2>/dev/null; set -e; "
             f"mount /dev/disk/by-partuuid/{SOURCE} /srv/root; "
             f"rsync -aHAX --numeric-ids --delete --exclude /lost+found --exclude '/{trees.OWN}/*' "
-            f"/srv/scenes/{number}/ /srv/root/; "
+            f"/srv/scenes/{number}/ /srv/root/; rsync -rt --delete --exclude /EFI/dualroot /srv/scenes/esp{number}/ /boot/; "
             f"for dir in {' '.join(MOUNTED)}; do mount --rbind /$dir /srv/root/$dir; mount --make-rslave /srv/root/$dir; done")
 
     def spare(self, content=None):

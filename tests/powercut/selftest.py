@@ -1,5 +1,6 @@
 """Tests of the proof itself: that it reads what is there, and sees what is wrong. Needs dosfstools, mtools and e2fsprogs."""
 
+import collections
 import os
 import random
 import stat
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import ext
 import fat
+import generations
 import oracle
 import roots
 import sdboot
@@ -745,6 +748,18 @@ def test_fsck_follows_the_image():
     says(judged(before, before, image), "the ESP can't be read")
 
 
+def test_what_a_mount_writes_is_undone():
+    rng = random.Random(8)
+    image = writelog.Image(bytearray(rng.randbytes(6 * MIB)))
+    scratch = trees.Scratch(image, oracle.Part(MIB, 4 * MIB))
+    scratch.mapped[0:9000], scratch.mapped[2 * MIB:2 * MIB + 5] = bytes(9000), b"other"
+    image.write(3 * MIB + 70000, b"meanwhile")
+    scratch.restore()
+    scratch.follow()
+    assert scratch.mapped[:] == image[MIB:5 * MIB]
+    scratch.close()
+
+
 def test_an_xbootldr_partition():
     on_esp = {path: content for path, content in OLD.items() if "EFI" in path or "loader.conf" in path}
     esp, rest = oracle.Part(MIB, 36 * MIB), {path: content for path, content in OLD.items() if path not in on_esp}
@@ -820,7 +835,7 @@ def test_an_unsafe_order_is_found():
     assert proven(disk, subsets=60, fsck=False)[1]
 
 
-def generations():
+def all_looks():
     """What the generations of the small root look like; None without the right to make what is in them."""
     found = []
     for number in range(1, roots.GENERATIONS + 1) if os.geteuid() == 0 else ():
@@ -897,7 +912,7 @@ def test_generations_differ_as_rsync_sees_it():
 
 
 def test_a_tree_of_two_generations_is_none():
-    for old, new in zip(generations(), generations()[1:]):
+    for old, new in zip(all_looks(), all_looks()[1:]):
         equal((trees.judge(old, [old, new]), trees.judge(new, [old, new])), (None, None))
         says(trees.judge(new, [old]), "not old: ")
         tried = 0
@@ -911,8 +926,37 @@ def test_a_tree_of_two_generations_is_none():
         assert tried > 150, tried
 
 
+def test_an_entry_boots_the_generation_of_its_kernel():
+    equal(generations.booted("quiet root=UUID=1 rootflags=noatime,subvol=dualroot/2 generation=3"), ["UUID=1", "dualroot/2", "3"])
+    equal(generations.booted("root=UUID=1 rootflags=noatime"), ["UUID=1", None, None])
+    if os.geteuid():
+        return
+    System = collections.namedtuple("System", "options")
+
+    def boots(subvolume, number):
+        return System(f"root=UUID={roots.UUID} rootflags=subvol={subvolume} ro generation={number}")
+    looks = {str(number): tree for number, tree in enumerate(all_looks(), 1)}
+    with tempfile.NamedTemporaryFile(suffix=".btrfs") as file:
+        roots.make("btrfs", file.name, 256, str(uuid.uuid4()))
+        with trees.mounted(file.name, "btrfs") as place:
+            (place / "dualroot").mkdir()
+            for number in (1, 2):
+                subprocess.run(["btrfs", "-q", "subvolume", "create", place / f"dualroot/{number}"], check=True)
+                (place / f"dualroot/{number}").chmod(0o700)
+                roots.write(roots.generation(number, roots.UUID, ""), place / f"dualroot/{number}")
+                line = f"root=UUID={roots.UUID} rootflags=subvol=dualroot/{number} ro generation={number}\n"
+                (place / f"dualroot/{number}/etc/kernel/cmdline").write_text(line)
+            both = [boots("dualroot/1", 1), boots("dualroot/2", 2)]
+            equal(generations.judge(both, place, looks), None)
+            says(generations.judge([boots("dualroot/1", 2)], place, looks), "boots dualroot/1 as generation 2", "differs")
+            says(generations.judge([boots("dualroot/3", 3)], place, looks), "no subvolume")
+            says(generations.judge([boots("dualroot", 1)], place, looks), "no subvolume")
+            (place / "dualroot/2/var/empty").chmod(0o777)
+            says(generations.judge(both, place, looks), "boots dualroot/2", "var/empty differs in mode")
+
+
 def test_what_comes_after_a_tree_may_be_of_the_other_generation():
-    for old, new in zip(generations()[:1], generations()[1:2]):
+    for old, new in zip(all_looks()[:1], all_looks()[1:2]):
         fstab, module = "etc/fstab", next(path for path in sorted(old) if path.endswith(".ko"))
         equal(trees.judge(new | {fstab: old[fstab]}, [old, new]), None)
         equal(trees.judge(new | {fstab: old[fstab]._replace(time=1)}, [old, new]), None)

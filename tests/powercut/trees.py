@@ -32,6 +32,9 @@ OWN = "var/lib/dualroot"
 # Where superblocks are: that of ext4, of which a kernel reads no other, and those of btrfs.
 SUPERBLOCKS = {"ext4": [(1024, 1024)], "btrfs": [(64 << 10, 4 << 10), (64 << 20, 4 << 10)]}
 
+# A discard would make holes in the file that is mounted, which nobody knows to be changes.
+OPTIONS = {"ext4": "noatime,nodiscard", "btrfs": "noatime,nodiscard,subvolid=5"}
+
 # What lies at a path. `names` are those that a file has in the tree, where it has several.
 Thing = collections.namedtuple("Thing", "kind mode owner time content attributes names")
 
@@ -148,11 +151,11 @@ def alone(fstype):
 
 @contextlib.contextmanager
 def mounted(file, fstype):
-    """The directory where a file system in a file is mounted. Raises Unreadable if it can't be."""
+    """The directory where a file system in a file is mounted, the top of all subvolumes. Raises Unreadable if it can't be."""
     with alone(fstype), tempfile.TemporaryDirectory(prefix="dualroot-tree-") as place:
         loop = must("losetup", "--find", "--show", file)
         try:
-            must("mount", "-t", fstype, "-o", "noatime,nodiscard", loop, place)
+            must("mount", "-t", fstype, "-o", OPTIONS[fstype], loop, place)
             try:
                 yield Path(place)
             finally:
@@ -168,10 +171,11 @@ class Scratch(oracle.Scratch):
 
     def restore(self):
         """Makes what was written to the file undone."""
+        start = self.part.start
         for first, end in self.extents():
             for offset in range(first, end, writelog.CHUNK):
                 stop = min(offset + writelog.CHUNK, end)
-                content = self.image[offset:stop]
+                content = self.image[start + offset:start + stop]
                 if self.mapped[offset:stop] != content:
                     self.mapped[offset:stop] = content
 
@@ -198,11 +202,11 @@ def judge_mounted(place, staged, generations, program):
     return judge(look(place), generations)
 
 
-def judge_file(file, fstype, generations, program):
+def judge_file(file, generations, program):
     """(what is staged, what is wrong)."""
     staged = None
     try:
-        with mounted(file, fstype) as place:
+        with mounted(file, "ext4") as place:
             staged = stage(place)
             return staged, judge_mounted(place, staged, generations, program)
     except (oracle.Unreadable, OSError) as problem:
@@ -218,15 +222,15 @@ def whole_superblocks(states, fstype):
             yield state
 
 
-def prove(image, log, fstype, generations, program, wanted, enough=None):
-    """({what was staged: number of states}, [(what, problem)]) of these states of a file system, of which `generations` are those that
+def prove(image, log, generations, program, wanted, enough=None):
+    """({what was staged: number of states}, [(what, problem)]) of these states of an ext4 file system, of which `generations` are those that
     may be found; ends after `enough` problems. The image is left with all of the log written, if it comes to the end."""
     scratch = Scratch(image, oracle.Part(0, len(image)))
     count, faults = collections.Counter(), []
     try:
-        for what in writelog.visit(image, log, whole_superblocks(wanted, fstype)):
+        for what in writelog.visit(image, log, whole_superblocks(wanted, "ext4")):
             scratch.follow()
-            staged, problem = judge_file(scratch.file.name, fstype, generations, program)
+            staged, problem = judge_file(scratch.file.name, generations, program)
             scratch.restore()
             count[staged] += 1
             if problem:
@@ -238,12 +242,12 @@ def prove(image, log, fstype, generations, program, wanted, enough=None):
     return count, faults
 
 
-def stage_in(content, fstype):
+def stage_in(content):
     """How far a sync has come that left this file system."""
     with tempfile.NamedTemporaryFile(dir=ext.scratch_directory(len(content))) as file:
         file.write(content)
         file.flush()
-        with mounted(file.name, fstype) as place:
+        with mounted(file.name, "ext4") as place:
             return stage(place)
 
 
