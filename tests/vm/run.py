@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cases  # noqa: E402
+import clone  # noqa: E402
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -39,7 +40,7 @@ def faults(report, _directory, _staging):
 
 
 # The longest first.
-CASES = cases.CASES | {"faults": (faults,)}
+CASES = cases.CASES | clone.CASES | {"faults": (faults,)}
 
 
 def run(name, staging, directory):

@@ -1,0 +1,86 @@
+//! dualroot-clone(8): makes a blank disk a spare.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Parser;
+use dualroot::clone::{Job, Wish};
+use dualroot::lock;
+use dualroot::log::Log;
+use dualroot::machine::{exit_status, refused};
+use dualroot::root::Root;
+use dualroot::types::DiskName;
+
+/// Erase a disk, and make it a bootable copy of the booted disk.
+///
+/// Exit status: 0 the disk boots; 1 failed; 2 usage; 3 refused, nothing was written.
+#[derive(Parser)]
+#[command(name = "dualroot-clone", version)]
+struct Arguments {
+    /// The disk, as /dev/sdb; everything on it is lost
+    disk: PathBuf,
+    /// Print what is on the disk and what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Don't ask; the disk is named again here, by its path, its name or its serial number
+    #[arg(long, value_name = "DISK")]
+    yes_erase: Option<String>,
+    /// The disk takes the place of this one of the configuration (disk0, disk1, …), which is gone
+    #[arg(long, value_name = "DISK", value_parser = DiskName::parse)]
+    replace: Option<DiskName>,
+    /// Make it like the disk of its name in this file, a layout.json, and not like the booted one
+    #[arg(long, value_name = "FILE")]
+    layout: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let mut log = Log::new();
+    match run(&arguments, &mut log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            log.error(&format!("{e:#}"));
+            ExitCode::from(exit_status(&e))
+        }
+    }
+}
+
+fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
+    let root = Root::new("/");
+    let _lock = lock::take(false)?;
+    let wish = Wish { disk: arguments.disk.clone(), replace: arguments.replace, layout: arguments.layout.clone() };
+    let job = Job::plan(&root, &wish)?;
+    print!("{}", job.told());
+    if arguments.dry_run {
+        return Ok(());
+    }
+    let named = match &arguments.yes_erase {
+        Some(named) => named.clone(),
+        None => ask(&job)?,
+    };
+    if !job.target.is_named(named.trim()) {
+        return Err(refused(format!(
+            "'{}' is not what {} is called; nothing was done",
+            named.trim().escape_debug(),
+            job.target.path()
+        )));
+    }
+    // From here on, it isn't true any more that nothing was written.
+    job.check_again(&root)?;
+    job.run(&root, log).map_err(|e| anyhow!("{e:#}; the disk was erased; once that is mended, run this again"))
+}
+
+/// What somebody types who is asked for a name of the disk.
+fn ask(job: &Job) -> Result<String> {
+    if !io::stdin().is_terminal() {
+        return Err(refused(format!("nobody is there to be asked; '--yes-erase {}' says that it is meant", job.target.path())));
+    }
+    let name = job.target.serial().unwrap_or_else(|| job.target.path());
+    print!("To erase it, type its serial number or its name ({}): ", name.escape_debug());
+    io::stdout().flush().context("standard output")?;
+    let mut line = String::new();
+    io::stdin().read_line(&mut line).context("standard input")?;
+    Ok(line)
+}

@@ -1,0 +1,308 @@
+//! A blank disk becomes a spare: dualroot-clone(8).
+//!
+//! Partitions and file systems are made by sfdisk(8) and mkfs(8), and filled by the same sync that keeps spares up to date. Until that has
+//! proved that the disk boots, its ESP is marked in the partition table so that no firmware boots it, and no configuration names it: whatever
+//! is cut before is begun anew.
+
+pub mod config;
+pub mod plan;
+pub mod source;
+pub mod target;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use uuid::Uuid;
+
+use crate::below::Below;
+use crate::booted;
+use crate::bootfiles::BootFiles;
+use crate::clone::config::{Draft, Section};
+use crate::clone::plan::{Plan, UNFINISHED};
+use crate::clone::source::Source;
+use crate::clone::target::Target;
+use crate::conf::{Config, Layout};
+use crate::generation;
+use crate::inventory::Inventory;
+use crate::layout;
+use crate::log::Log;
+use crate::machine::{Machine, booted_disk, booted_esp, refused};
+use crate::mounts;
+use crate::nvram;
+use crate::opaque;
+use crate::program;
+use crate::root::Root;
+use crate::searched::Searched;
+use crate::sync::{self, Options, Outcome};
+use crate::tree::Rewritten;
+use crate::types::{DiskName, PartUuid, Role};
+
+/// 1 MiB in bytes.
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// Bytes as people read them: whole MiB.
+pub(crate) fn mib(bytes: u64) -> u64 {
+    bytes / MIB
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// The disk that is to be erased.
+    pub disk: PathBuf,
+    /// The disk of the configuration whose place it takes; a new one if None.
+    pub replace: Option<DiskName>,
+    /// A file of layouts; the disk becomes like the one in it that has the name that this one gets.
+    pub layout: Option<PathBuf>,
+}
+
+/// What will be done.
+pub struct Job {
+    /// The disk that is erased.
+    pub target: Target,
+    /// What it is called.
+    pub name: DiskName,
+    /// What is made on it.
+    pub plan: Plan,
+    source: Source,
+    draft: Draft,
+    esp: PartUuid,
+    /// On a machine that isn't configured, the booted disk and its section.
+    first: Option<(DiskName, Section)>,
+    /// The section of the new disk.
+    section: Section,
+}
+
+impl Job {
+    /// Decides, from what the machine is now. Nothing is written.
+    ///
+    /// # Errors
+    /// A refusal: what is missing, in the way, or not understood.
+    pub fn plan(root: &Root, wish: &Wish) -> Result<Self> {
+        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
+        let target = Target::look(&wish.disk, config.as_ref())?;
+        let (_, esp) = booted_esp(root)?;
+        // An automount shows nothing before somebody looks.
+        let _ = ["/boot", "/efi"].map(|dir| root.names(dir));
+        let inventory = Inventory::read()?;
+        let table = mounts::table()?;
+        let roles = match &config {
+            Some(config) if config.layout() == Layout::SharedRoot => {
+                return Err(refused(
+                    "a disk of a shared root can't be cloned; dualroot(7) says how one is added; nothing was done",
+                ));
+            }
+            Some(config) => booted_disk(config, &esp)?.parts.clone(),
+            None => source::roles(&inventory, &table, &esp)?,
+        };
+        let name = name(config.as_ref(), &inventory, wish)?;
+        let source = match &wish.layout {
+            Some(file) => {
+                let disk = layout::load(file, name).map_err(|e| refused(format!("{e:#}")))?;
+                Source::shaped(disk, &file.display().to_string(), &inventory, &table, &roles)?
+            }
+            None => Source::read(&inventory, &table, &roles)?,
+        };
+        let taken = inventory.labels_beside(target.path());
+        let plan = Plan::make(&source, name, (target.bytes, target.sector), taken, fresh_id)
+            .map_err(|e| refused(format!("{}: {e:#}", target.path())))?;
+        let section: Section = plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).collect();
+        let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
+        let draft = config::draft(root, first.as_ref(), name, &section)?;
+        check_programs(&plan)?;
+        check_source(root, &draft, name)?;
+        Ok(Self { target, name, plan, source, draft, esp, first, section })
+    }
+
+    /// What is there and what will be, for people.
+    pub fn told(&self) -> String {
+        let mut text = format!("What is on the disk, and will be lost:\n{}\n", self.target.table());
+        let _ = writeln!(text, "What it becomes, as {}:", self.name);
+        for part in &self.plan.parts {
+            let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug();
+            let _ = writeln!(
+                text,
+                "  {:<10} {:>10} MiB  {:<8} {label:<16} {}",
+                part.role.to_string(),
+                mib(part.bytes),
+                part.content.told(),
+                part.partuuid
+            );
+        }
+        for line in &self.source.left_out {
+            let _ = writeln!(text, "  {line}");
+        }
+        let _ = writeln!(text, "Then {} names it, and it is booted by the firmware behind the booted disk.", config::FILE);
+        text
+    }
+
+    /// Looks again whether the disk may be erased, as somebody may have taken their time to answer; and notes that a disk of the pair that
+    /// isn't there was left behind: the one whose place this one takes may come back.
+    ///
+    /// # Errors
+    /// A refusal, as for [`Job::plan`].
+    pub fn check_again(&self, root: &Root) -> Result<()> {
+        self.target.check_same()?;
+        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
+        Target::look(Path::new(self.target.path()), config.as_ref())?;
+        booted::note(root)
+    }
+
+    /// Does it. The caller holds the lock, and has asked.
+    ///
+    /// # Errors
+    /// Whatever fails; no configuration names the disk then, and no firmware boots it, unless that is said.
+    pub fn run(self, root: &Root, log: &mut Log) -> Result<()> {
+        self.partition(log)?;
+        self.make_file_systems(log)?;
+        mounts::enter_private_namespace()?;
+        let mut machine = Machine::with(root.clone(), self.draft.config.clone())?;
+        if machine.booted.esp() != self.esp {
+            bail!("another disk was booted than a moment ago");
+        }
+        let file = |draft: &Draft| Rewritten { path: config::FILE.to_owned(), bytes: draft.text.clone() };
+        machine.draft = Some(file(&self.draft));
+        self.sync(&mut machine, log)?;
+        self.finish()?;
+        // Somebody may have changed it since.
+        let draft = config::draft(root, self.first.as_ref(), self.name, &self.section)
+            .with_context(|| format!("the disk boots, but {} does not name it yet", config::FILE))?;
+        Below::open(&root.path("/"))?.apply(&file(&draft).change("", root))?;
+        program::output("systemctl", ["daemon-reload".into()]).context("the configuration is written, but not in force")?;
+        // What is known of the disks, which nobody was to know before.
+        let mut machine = Machine::with(root.clone(), draft.config)?;
+        self.sync(&mut machine, log)?;
+        mounts::start_spares(log);
+        nvram::carry_out(&machine, log)?;
+        log.info(&format!("{} is {} now, and boots", self.target.path(), self.name));
+        Ok(())
+    }
+
+    fn sync(&self, machine: &mut Machine, log: &mut Log) -> Result<()> {
+        let options = Options { only: Some(self.name), ..Options::default() };
+        let noted = booted::note_with(&machine.root, Some(&machine.config));
+        match sync::run(machine, &options, noted, log).outcome? {
+            Outcome::Whole => Ok(()),
+            _ => bail!("{} would not boot", self.name),
+        }
+    }
+
+    fn partition(&self, log: &Log) -> Result<()> {
+        log.status(&format!("{}: making partitions", self.target.path()));
+        self.target.check_same()?;
+        // What is in the old places would be found in the new ones.
+        for old in self.target.partitions() {
+            program::output("wipefs", ["-q", "-a", old].map(Into::into))?;
+        }
+        self.target.check_same()?;
+        program::output("wipefs", ["-q", "-a", self.target.path()].map(Into::into))?;
+        let options = ["-q", "--wipe=always", "--wipe-partitions=always", self.target.path()];
+        program::fed("sfdisk", options.map(Into::into), self.plan.table().as_bytes())?;
+        settle()
+    }
+
+    fn make_file_systems(&self, log: &Log) -> Result<()> {
+        let nodes = self.nodes()?;
+        for part in &self.plan.parts {
+            let node = nodes.get(&part.role).context("a partition has gone")?;
+            let (program, arguments) = part.make(node, self.target.sector);
+            log.status(&format!("{node}: making {} for {}", part.content.told(), part.role));
+            self.target.check_same()?;
+            program::output(&program, arguments)?;
+        }
+        // udev notices by itself, but perhaps only after it has been waited for.
+        let arguments = ["trigger".to_owned(), "--settle".to_owned()].into_iter().chain(nodes.into_values());
+        program::output("udevadm", arguments.map(OsString::from)).map(drop)
+    }
+
+    /// The device nodes of the new partitions.
+    fn nodes(&self) -> Result<BTreeMap<Role, String>> {
+        let now = Inventory::read()?;
+        let find = |part: &plan::Part| -> Result<_> {
+            let found = now.find(&part.partuuid)?;
+            let found = found.with_context(|| format!("the new partition {} doesn't appear", part.partuuid))?;
+            Ok((part.role.clone(), found.path.clone()))
+        };
+        self.plan.parts.iter().map(find).collect()
+    }
+
+    /// Takes the mark away.
+    fn finish(&self) -> Result<()> {
+        let at = self.plan.parts.iter().position(|part| part.role == Role::Esp).context("there is no ESP")?;
+        let attributes = self.plan.parts.get(at).map(|part| part.attributes.clone()).unwrap_or_default();
+        let arguments = ["-q", "--no-reread", "--no-tell-kernel", "--part-attrs", self.target.path()];
+        let arguments = arguments.into_iter().map(OsString::from).chain([(at + 1).to_string().into(), attributes.into()]);
+        program::output("sfdisk", arguments).with_context(|| format!("the mark {UNFINISHED} can't be taken from the ESP"))?;
+        settle()
+    }
+}
+
+/// Whether every program is there, before something needs to be undone for lack of one.
+fn check_programs(plan: &Plan) -> Result<()> {
+    let made = plan.parts.iter().map(|part| part.make("", 512).0);
+    let is_btrfs = plan.parts.iter().any(|part| part.content.told() == "btrfs");
+    for name in made
+        .chain(is_btrfs.then(|| "btrfs".to_owned()))
+        .chain(["wipefs", "sfdisk", "udevadm", "rsync", "fsck.fat", "systemctl"].map(str::to_owned))
+    {
+        program::path(&name).map_err(|e| refused(format!("{e:#}; nothing was done")))?;
+    }
+    Ok(())
+}
+
+/// Whether the booted disk can be copied, as far as that can be seen before.
+fn check_source(root: &Root, draft: &Draft, name: DiskName) -> Result<()> {
+    let machine = Machine::with(root.clone(), draft.config.clone())?;
+    let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
+    // As the sync will search for what names another disk.
+    let names = machine.rewriter(new)?;
+    let mut files = BTreeMap::new();
+    for (role, _, dir) in machine.booted.boot_places() {
+        let place = Path::new(dir.as_str());
+        let found = BootFiles::scan(&Below::open(place)?).with_context(|| dir.to_string())?;
+        let faults = opaque::boot_partition(place, &found, &names, &mut Searched::new(&names)?)
+            .map_err(|e| refused(format!("{dir}: {e:#}; nothing was done")))?;
+        if let Some(fault) = faults.first() {
+            return Err(refused(format!("{dir}/{fault}; a copy would not boot without the booted disk; nothing was done")));
+        }
+        files.insert(role, found);
+    }
+    let running = machine.subvolume()?;
+    match running.and_then(|running| generation::no_source(&running, &files)) {
+        Some(why) => Err(refused(format!("on {}, {why}; nothing was done", machine.booted.name))),
+        None => Ok(()),
+    }
+}
+
+/// What the new disk is called.
+fn name(config: Option<&Config>, inventory: &Inventory, wish: &Wish) -> Result<DiskName> {
+    let Some(name) = wish.replace else { return config::free_name(config) };
+    let disk = config.and_then(|config| config.disks.iter().find(|disk| disk.name == name));
+    let disk = disk.ok_or_else(|| refused(format!("there is no [{name}] in the configuration; nothing was done")))?;
+    for partuuid in disk.parts.values() {
+        if let Some(part) = inventory.find(partuuid)? {
+            return Err(refused(format!(
+                "{name} is there: {} is one of its partitions; take the disk out, or erase it ('wipefs -a'), before another one takes its \
+                 place",
+                part.path
+            )));
+        }
+    }
+    Ok(name)
+}
+
+/// An identifier that nothing else has, from the kernel.
+fn fresh_id() -> Result<Uuid> {
+    const PATH: &str = "/proc/sys/kernel/random/uuid";
+    let text = Root::new("/").read(PATH).with_context(|| format!("{PATH} can't be read"))?;
+    let id = std::str::from_utf8(text.trim_ascii()).ok().and_then(|id| Uuid::try_parse(id).ok());
+    id.with_context(|| format!("{PATH} holds no UUID"))
+}
+
+/// Waits until udev has seen what was done.
+fn settle() -> Result<()> {
+    program::output("udevadm", ["settle".into()]).map(drop)
+}

@@ -1,0 +1,206 @@
+//! /etc/dualroot.conf with one more disk in it, every other line kept as it is.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use anyhow::{Context, Result};
+
+use crate::conf::Config;
+use crate::machine::refused;
+use crate::root::Root;
+use crate::types::{DiskName, PartUuid, Role};
+
+/// The file that is written.
+pub const FILE: &str = "/etc/dualroot.conf";
+
+/// A configuration that isn't in force yet.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    /// What [`FILE`] is to hold.
+    pub text: Vec<u8>,
+    /// What all files say then.
+    pub config: Config,
+}
+
+/// The partitions that a section names.
+pub type Section = BTreeMap<Role, PartUuid>;
+
+/// The configuration with these partitions for `name`: a new section at the end, or the values of the section that is there, replaced.
+/// Where there is no configuration, `first` is the section of the booted disk, which comes before.
+///
+/// # Errors
+/// A refusal where the files, changed in that way, don't say that: somebody has to do it by hand.
+pub fn draft(root: &Root, first: Option<&(DiskName, Section)>, name: DiskName, section: &Section) -> Result<Draft> {
+    let sources = Config::sources(root)?;
+    let at = sources.iter().find(|(file, _)| file == FILE);
+    let old = at.map(|(_, text)| text.clone()).unwrap_or_default();
+    let by_hand = || {
+        format!(
+            "{FILE} can't be changed line by line; have every disk's section there and nowhere else, one key a line; nothing was done"
+        )
+    };
+    let old = String::from_utf8(old).ok().with_context(|| refused(format!("{FILE} is not UTF-8; {}", by_hand())))?;
+    let text = match has_section(&old, name) {
+        true => replaced(&old, name, section),
+        false => appended(&old, first, name, section),
+    };
+    // A main file in /etc is the one that counts.
+    if at.is_none() && sources.iter().any(|(file, _)| !file.contains(".conf.d/")) {
+        return Err(refused(by_hand()));
+    }
+    let rest = sources.into_iter().filter(|(file, _)| file != FILE);
+    let sources: Vec<_> = std::iter::once((FILE.to_owned(), text.clone().into_bytes())).chain(rest).collect();
+    let config = Config::parse(&sources).map_err(|e| refused(format!("{e:#}; {}", by_hand())))?;
+    let config = config.with_context(|| refused(by_hand()))?;
+    match config.disks.iter().find(|disk| disk.name == name).is_some_and(|disk| disk.parts == *section) {
+        true => Ok(Draft { text: text.into_bytes(), config }),
+        false => Err(refused(by_hand())),
+    }
+}
+
+/// The lowest number that no disk has.
+///
+/// # Errors
+/// A thousand disks.
+pub fn free_name(config: Option<&Config>) -> Result<DiskName> {
+    let taken: Vec<DiskName> = config.iter().flat_map(|config| config.disks.iter().map(|disk| disk.name)).collect();
+    let names = (u32::from(config.is_none())..1000).filter_map(|n| DiskName::parse(&format!("disk{n}")).ok());
+    names.into_iter().find(|name| !taken.contains(name)).context("there are a thousand disks already")
+}
+
+fn section_text(name: DiskName, section: &Section) -> String {
+    let mut text = format!("[{name}]\n");
+    // As people write it: what boots first.
+    let boot = section.iter().filter(|(role, _)| role.is_boot());
+    for (role, partuuid) in boot.chain(section.iter().filter(|(role, _)| !role.is_boot())) {
+        let _ = writeln!(text, "{role}={partuuid}");
+    }
+    text
+}
+
+fn appended(old: &str, first: Option<&(DiskName, Section)>, name: DiskName, section: &Section) -> String {
+    let mut text = old.to_owned();
+    if !text.is_empty() {
+        text.push_str(if text.ends_with('\n') { "\n" } else { "\n\n" });
+    }
+    if let Some((booted, its)) = first {
+        text += &section_text(*booted, its);
+        text.push('\n');
+    }
+    text + &section_text(name, section)
+}
+
+/// The section that begins with this line, if one does.
+fn section_of(line: &str) -> Option<&str> {
+    line.trim().strip_prefix('[')?.strip_suffix(']').map(str::trim)
+}
+
+fn has_section(text: &str, name: DiskName) -> bool {
+    text.lines().any(|line| section_of(line) == Some(&name.to_string()))
+}
+
+fn replaced(old: &str, name: DiskName, section: &Section) -> String {
+    let name = name.to_string();
+    let mut inside = false;
+    let mut text = String::new();
+    for line in old.split_inclusive('\n') {
+        if let Some(begun) = section_of(line) {
+            inside = begun == name;
+        }
+        let role = |key: &str| section.iter().find(|(role, _)| role.key() == key.trim()).map(|(_, partuuid)| partuuid);
+        match line.split_once('=').filter(|_| inside).and_then(|(key, value)| Some((key, value, role(key)?))) {
+            Some((key, value, partuuid)) => {
+                let blank = value.len() - value.trim_start_matches([' ', '\t']).len();
+                let end = if value.ends_with('\n') { "\n" } else { "" };
+                let _ = write!(text, "{key}={}{partuuid}{end}", value.get(..blank).unwrap_or_default());
+            }
+            None => text.push_str(line),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Refused;
+    use std::fs;
+
+    fn id(n: u32) -> PartUuid {
+        PartUuid::parse(&format!("{n:08}-0000-4000-8000-000000000000")).unwrap()
+    }
+
+    fn section(n: u32) -> Section {
+        [(Role::Esp, id(n)), (Role::Root, id(n + 1))].into()
+    }
+
+    fn disk(n: u32) -> DiskName {
+        DiskName::parse(&format!("disk{n}")).unwrap()
+    }
+
+    fn with(files: &[(&str, &str)]) -> (tempfile::TempDir, Root) {
+        let tmp = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = tmp.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let root = Root::new(tmp.path());
+        (tmp, root)
+    }
+
+    fn text(root: &Root, first: bool, n: u32) -> Result<String> {
+        let booted = (disk(0), section(0));
+        let draft = draft(root, first.then_some(&booted), disk(n), &section(10))?;
+        Ok(String::from_utf8(draft.text).unwrap())
+    }
+
+    #[test]
+    fn a_first_configuration() {
+        let (_tmp, root) = with(&[]);
+        let expected = format!("[disk0]\nesp={}\nroot={}\n\n[disk1]\nesp={}\nroot={}\n", id(0), id(1), id(10), id(11));
+        assert_eq!(text(&root, true, 1).unwrap(), expected);
+        // What is there and says nothing stays.
+        let (_tmp, root) = with(&[("etc/dualroot.conf", "# Nothing yet.\n[dualroot]\nsettle=1")]);
+        assert_eq!(text(&root, true, 1).unwrap(), format!("# Nothing yet.\n[dualroot]\nsettle=1\n\n{expected}"));
+        assert_eq!((free_name(None).unwrap(), disk(1)), (disk(1), disk(1)));
+    }
+
+    #[test]
+    fn lines_stay_as_they_are() {
+        let pair = format!(
+            "# The pair.\n[disk0]\nesp={}\nroot = {}\n\n[disk1]\n title=[1]\nesp=  {}\n; the root\nroot={}",
+            id(0),
+            id(1),
+            id(2),
+            id(3)
+        );
+        let (_tmp, root) = with(&[("etc/dualroot.conf", &pair)]);
+        let new = pair.replace(&id(2).to_string(), &id(10).to_string()).replace(&id(3).to_string(), &id(11).to_string());
+        assert_eq!(text(&root, false, 1).unwrap(), new);
+        let third = format!("{pair}\n\n[disk2]\nesp={}\nroot={}\n", id(10), id(11));
+        assert_eq!(text(&root, false, 2).unwrap(), third);
+        let config = Config::load(&root).unwrap();
+        assert_eq!(free_name(config.as_ref()).unwrap(), disk(2));
+    }
+
+    #[test]
+    fn what_would_have_to_be_guessed_is_left_to_people() {
+        let pair = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(0), id(1), id(2), id(3));
+        let elsewhere = [("usr/lib/dualroot.conf", pair.as_str())];
+        let later = [
+            ("etc/dualroot.conf", pair.as_str()),
+            ("etc/dualroot.conf.d/a.conf", "[disk1]\nesp=00000077-0000-4000-8000-000000000000\n"),
+        ];
+        let continued = pair.replace(&format!("root={}\n", id(3)), &format!("root=\\\n{}\n", id(3)));
+        let more = format!("{pair}home={}\n", id(4)).replace("[disk1]", &format!("home={}\n[disk1]", id(5)));
+        for files in [&elsewhere[..], &later, &[("etc/dualroot.conf", &continued)], &[("etc/dualroot.conf", &more)]] {
+            let (_tmp, root) = with(files);
+            let error = text(&root, false, 1).unwrap_err();
+            assert!(
+                error.is::<Refused>() && error.to_string().contains("have every disk's section there"),
+                "{files:?}: {error:#}"
+            );
+        }
+    }
+}

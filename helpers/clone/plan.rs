@@ -1,0 +1,342 @@
+//! What a blank disk becomes: partitions, file systems and their names, decided from what the booted disk has and how large the other is.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+
+use anyhow::{Result, bail};
+use uuid::Uuid;
+
+use crate::clone::source::{Content, Source};
+use crate::clone::{MIB, mib};
+use crate::layout;
+use crate::types::{DiskName, PartUuid, Role};
+
+/// "Firmware must not produce EFI_BLOCK_IO_PROTOCOL for this partition" (UEFI specification, 5.3.3): from an ESP with this attribute,
+/// nothing is booted. It is the mark of a disk that isn't whole yet.
+pub const UNFINISHED: &str = "NoBlockIOProtocol";
+
+/// Where the first partition begins, and what is left free behind the last one: GPT's own copies are smaller.
+const MARGIN: u64 = MIB;
+
+/// A partition that is to be made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// What it is for.
+    pub role: Role,
+    /// Its PARTUUID.
+    pub partuuid: PartUuid,
+    /// Its size in bytes, a multiple of 1 MiB.
+    pub bytes: u64,
+    /// The GUID of its type, as sfdisk has it.
+    pub kind: String,
+    /// Its name in the GPT.
+    pub name: Option<String>,
+    /// Its attributes in the GPT once it is finished, as sfdisk has them.
+    pub attributes: String,
+    /// What is made on it.
+    pub content: Content,
+    /// The UUID of that; of FAT and the like, the first eight digits count.
+    pub uuid: Uuid,
+    /// The label of that.
+    pub label: Option<String>,
+}
+
+/// What a disk is to become.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// The disk's GUID.
+    pub disk: Uuid,
+    /// Its partitions, in their order on the disk.
+    pub parts: Vec<Part>,
+    /// The size of its sectors in bytes.
+    sector: u64,
+}
+
+impl Plan {
+    /// The partitions of the booted disk, on a disk of so many bytes that will be called `name`: boot partitions and swap space as they are,
+    /// trees in proportion, with no less room than what is in them needs. Labels that are `taken` are other disks'. `ids` gives new
+    /// identifiers.
+    ///
+    /// # Errors
+    /// A disk that is too small, with figures; identifiers that can't be had.
+    pub fn make(
+        source: &Source,
+        name: DiskName,
+        (bytes, sector): (u64, u64),
+        taken: BTreeSet<String>,
+        mut ids: impl FnMut() -> Result<Uuid>,
+    ) -> Result<Self> {
+        let sizes = sizes(source, bytes)?;
+        let other = |old: Option<&str>, taken: &mut BTreeSet<String>, limit: usize| {
+            let new = old.filter(|old| !old.is_empty()).map(|old| label(old, name, taken, limit));
+            taken.extend(new.clone());
+            new
+        };
+        // A partition and what is on it may have the same.
+        let (mut names, mut labels) = (taken.clone(), taken);
+        let mut parts = Vec::new();
+        for (part, bytes) in source.parts.iter().zip(sizes) {
+            parts.push(Part {
+                role: part.role.clone(),
+                partuuid: PartUuid::from(ids()?),
+                bytes,
+                kind: part.kind.clone(),
+                name: other(part.name.as_deref(), &mut names, 36),
+                // A disk that died before its mark was taken away may be the model.
+                attributes: part.attributes.replace(UNFINISHED, "").trim().to_owned(),
+                content: part.content.clone(),
+                uuid: ids()?,
+                label: other(
+                    part.label.as_deref().map(|label| part.content.plain(label)).as_deref(),
+                    &mut labels,
+                    part.content.label_length(),
+                ),
+            });
+        }
+        Ok(Self { disk: ids()?, parts, sector })
+    }
+
+    /// The input of sfdisk(8) that makes the partitions. The ESP is marked as unfinished.
+    pub fn table(&self) -> String {
+        let mut text = format!("label: gpt\nlabel-id: {}\n", self.disk);
+        let mut start = MARGIN;
+        for part in &self.parts {
+            let attributes = match part.role {
+                Role::Esp => format!("{} {UNFINISHED}", part.attributes),
+                _ => part.attributes.clone(),
+            };
+            let (at, size) = (start / self.sector, part.bytes / self.sector);
+            text += &layout::line(at, size, &part.kind, part.partuuid, part.name.as_deref(), &attributes);
+            text.push('\n');
+            start += part.bytes;
+        }
+        text
+    }
+}
+
+impl Part {
+    /// The program that makes its file system, and what it is told.
+    pub fn make(&self, device: &str, sector: u64) -> (String, Vec<OsString>) {
+        let uuid = self.uuid.to_string();
+        let volume = uuid.replace('-', "").chars().take(8).collect::<String>();
+        let label = |option: &str| self.label.iter().flat_map(|l| [option.to_owned(), l.clone()]).collect::<Vec<_>>();
+        let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
+        let (program, mut args) = match &self.content {
+            Content::Swap => ("mkswap".to_owned(), [words(&["-q", "-U", &uuid]), label("-L")].concat()),
+            Content::Fs(fs) => {
+                let args = match fs.as_str() {
+                    "vfat" => {
+                        // The least size of a FAT32 grows with the sectors. Of anything less, mkfs.vfat(8) chooses the width.
+                        let wide = if self.bytes >= 65_600 * sector + 2 * MIB { words(&["-F", "32"]) } else { Vec::new() };
+                        [wide, words(&["-i", &volume]), label("-n")].concat()
+                    }
+                    "ext2" | "ext3" | "ext4" => [words(&["-q", "-F", "-U", &uuid]), label("-L")].concat(),
+                    "xfs" => [words(&["-q", "-f", "-m", &format!("uuid={uuid}")]), label("-L")].concat(),
+                    "f2fs" => [words(&["-q", "-f", "-U", &uuid]), label("-l")].concat(),
+                    _ => [words(&["-q", "-f", "-U", &uuid]), label("-L")].concat(),
+                };
+                (format!("mkfs.{fs}"), args)
+            }
+        };
+        args.push(device.to_owned());
+        (program, args.into_iter().map(OsString::from).collect())
+    }
+}
+
+/// How large each partition becomes, in bytes.
+fn sizes(source: &Source, bytes: u64) -> Result<Vec<u64>> {
+    let up = |size: u64| size.div_ceil(MIB) * MIB;
+    // No tree is made smaller than what is in it, and some more, among that the least that mkfs.xfs(8) and mkfs.btrfs(8) take. That it is
+    // as large as it was is enough in any case.
+    let need = |part: &crate::clone::source::Part| match part.used {
+        Some(used) => up((used + used / 10 + 320 * MIB).min(part.bytes.max(used))),
+        None => up(part.bytes),
+    };
+    let room = (bytes / MIB * MIB).saturating_sub(2 * MARGIN);
+    let needed: u64 = source.parts.iter().map(need).sum();
+    let Some(rest) = room.checked_sub(needed) else {
+        let each: Vec<String> = source.parts.iter().map(|p| format!("{} {} MiB", p.role, mib(need(p)))).collect();
+        bail!(
+            "it is too small: it has {} MiB, and {} MiB are needed ({}), {} MiB more",
+            mib(room),
+            mib(needed),
+            each.join(", "),
+            mib(needed - room)
+        );
+    };
+    // What is left is shared as it is on the booted disk.
+    let weight = |part: &crate::clone::source::Part| match part.used {
+        Some(_) => up(part.bytes).saturating_sub(need(part)) / MIB,
+        None => 0,
+    };
+    let all: u64 = source.parts.iter().map(weight).sum();
+    let share = |part: &crate::clone::source::Part| {
+        u128::from(rest / MIB).saturating_mul(weight(part).into()).checked_div(all.into()).unwrap_or(0) as u64 * MIB
+    };
+    let mut sizes: Vec<u64> = source.parts.iter().map(|part| need(part) + share(part)).collect();
+    let spare = room - sizes.iter().sum::<u64>();
+    // To the last one that can have any size.
+    if let Some((_, last)) = source.parts.iter().zip(&mut sizes).rfind(|(part, _)| part.used.is_some()) {
+        *last += spare;
+    }
+    Ok(sizes)
+}
+
+/// Another label: the old one with this disk's number in the place of the number at its end. Not longer than the limit, and none of those
+/// that are taken.
+fn label(old: &str, name: DiskName, taken: &BTreeSet<String>, limit: usize) -> String {
+    let number = name.number();
+    let stem = old.trim_end_matches(|c: char| c.is_ascii_digit());
+    let end = |stem: &str, end: &str| {
+        let mut stem = stem.to_owned();
+        while stem.len() + end.len() > limit && stem.pop().is_some() {}
+        stem + end
+    };
+    let first = end(stem, &number.to_string());
+    let others = (1..).map(|n: u32| end(stem, &format!("{number}-{n}")));
+    // FAT knows no case.
+    let is_free = |label: &String| !taken.iter().any(|t| t.eq_ignore_ascii_case(label));
+    std::iter::once(first).chain(others).find(is_free).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clone::source::Part as Old;
+
+    fn old(role: &str, mebibytes: u64, used: Option<u64>) -> Old {
+        Old {
+            role: Role::parse_key(role).unwrap().unwrap(),
+            bytes: mebibytes * MIB,
+            kind: "0FC63DAF-8483-4772-8E79-3D69D8477DE4".into(),
+            name: Some(format!("{role}0")),
+            attributes: String::new(),
+            content: match role {
+                "swap" => Content::Swap,
+                "esp" => Content::Fs("vfat".into()),
+                _ => Content::Fs("ext4".into()),
+            },
+            label: Some(format!("{role}0")),
+            used: used.map(|used| used * MIB),
+        }
+    }
+
+    fn source(parts: Vec<Old>) -> Source {
+        Source { parts, left_out: Vec::new() }
+    }
+
+    fn disk1() -> DiskName {
+        DiskName::parse("disk1").unwrap()
+    }
+
+    fn make(source: &Source, mebibytes: u64) -> Result<Plan> {
+        let mut next = 0;
+        let taken = source.parts.iter().flat_map(|p| [p.name.clone(), p.label.clone()]).flatten().collect();
+        Plan::make(source, disk1(), (mebibytes * MIB, 512), taken, || {
+            next += 1;
+            Ok(Uuid::from_u128(0x1000_0000_0000_4000_8000_0000_0000_0000 + next))
+        })
+    }
+
+    fn mebibytes(plan: &Plan) -> Vec<u64> {
+        plan.parts.iter().map(|p| p.bytes / MIB).collect()
+    }
+
+    #[test]
+    fn trees_get_what_the_disk_has() {
+        let source = source(vec![
+            old("esp", 512, None),
+            old("root", 20_000, Some(4000)),
+            old("swap", 1024, None),
+            old("home", 40_000, Some(10_000)),
+        ]);
+        assert_eq!(mebibytes(&make(&source, 61_538).unwrap()), [512, 20_000, 1024, 40_000], "the same size");
+        let larger = mebibytes(&make(&source, 121_538).unwrap());
+        assert_eq!((larger[0], larger[2]), (512, 1024), "as they are");
+        assert_eq!(larger.iter().sum::<u64>(), 121_536, "all of it");
+        assert!(larger[1] > 35_000 && larger[3] > 75_000, "{larger:?}");
+        let smaller = mebibytes(&make(&source, 18_000).unwrap());
+        assert_eq!(smaller.iter().sum::<u64>(), 17_998);
+        assert!(smaller[1] >= 4720 && smaller[3] >= 11_320, "what is there has room: {smaller:?}");
+        let error = make(&source, 17_577).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "it is too small: it has 17575 MiB, and 17576 MiB are needed (esp 512 MiB, root 4720 MiB, swap 1024 MiB, home 11320 MiB), \
+             1 MiB more"
+        );
+        make(&source, 17_578).unwrap();
+        make(&source, 0).unwrap_err();
+    }
+
+    #[test]
+    fn a_full_disk_fits_on_one_of_its_size() {
+        let source = source(vec![old("esp", 100, None), old("root", 900, Some(890))]);
+        assert_eq!(mebibytes(&make(&source, 1002).unwrap()), [100, 900]);
+        make(&source, 1001).unwrap_err();
+        // Sizes that aren't whole MiB.
+        let mut odd = source.clone();
+        odd.parts[1].bytes += 5 * 512;
+        assert_eq!(mebibytes(&make(&odd, 1003).unwrap()), [100, 901]);
+    }
+
+    #[test]
+    fn the_table_says_that_the_disk_is_unfinished() {
+        let mut source = source(vec![old("esp", 64, None), old("root", 1000, Some(10))]);
+        source.parts[1].name = Some(r#"a "\"#.into());
+        source.parts[1].attributes = "GUID:60".into();
+        let plan = make(&source, 1066).unwrap();
+        let kind = &plan.parts[0].kind;
+        let id = |n: u128| Uuid::from_u128(0x1000_0000_0000_4000_8000_0000_0000_0000 + n);
+        assert_eq!(
+            plan.table(),
+            format!(
+                "label: gpt\nlabel-id: {}\nstart=2048, size=131072, type={kind}, uuid={}, name=\"esp1\", attrs=\"NoBlockIOProtocol\"\n\
+                 start=133120, size=2048000, type={kind}, uuid={}, name=\"a \\x22\\x5c1\", attrs=\"GUID:60\"\n",
+                id(5),
+                id(1),
+                id(3)
+            )
+        );
+    }
+
+    #[test]
+    fn labels_are_others() {
+        let taken = ["root0", "root1", "EFI"].map(str::to_owned).into();
+        for (old, limit, expected) in [
+            ("root0", 16, "root1-1"),
+            ("root", 16, "root1-1"),
+            ("EFI", 11, "EFI1"),
+            ("home12", 16, "home1"),
+            ("0", 16, "1"),
+            ("LONGLONGLONG", 11, "LONGLONGLO1"),
+            ("Größe", 6, "Grö1"),
+        ] {
+            assert_eq!(label(old, disk1(), &taken, limit), expected, "{old}");
+        }
+    }
+
+    #[test]
+    fn file_systems_get_the_planned_names() {
+        let plan = make(&source(vec![old("esp", 64, None), old("swap", 10, None), old("root", 1000, Some(10))]), 1200).unwrap();
+        let said: Vec<String> = plan
+            .parts
+            .iter()
+            .map(|part| {
+                let (program, args) = part.make("/dev/x", 512);
+                let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
+                format!("{program} {}", args.join(" "))
+            })
+            .collect();
+        let [_, swap, root] = &plan.parts[..] else { panic!() };
+        assert_eq!(
+            said,
+            [
+                "mkfs.vfat -F 32 -i 10000000 -n ESP1 /dev/x".to_owned(),
+                format!("mkswap -q -U {} -L swap1 /dev/x", swap.uuid),
+                format!("mkfs.ext4 -q -F -U {} -L root1 /dev/x", root.uuid),
+            ]
+        );
+        let (_, args) = plan.parts[0].make("/dev/x", 4096);
+        assert!(!args.contains(&"-F".into()), "too small for that: {args:?}");
+    }
+}

@@ -1,0 +1,306 @@
+//! What the booted disk has that a clone gets: its partitions, by role, and what is on them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::conf::disk_role;
+use crate::inventory::{Inventory, Partition};
+use crate::layout::{DiskLayout, PartLayout};
+use crate::machine::refused;
+use crate::mounts::{self, Mount};
+use crate::types::{DiskName, PartUuid, Role};
+
+/// What is made on a partition.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Content {
+    /// A file system of this kind, as mkfs(8) knows it.
+    Fs(String),
+    /// Swap space.
+    Swap,
+}
+
+impl Content {
+    /// How many bytes a label may have.
+    pub fn label_length(&self) -> usize {
+        match self {
+            Self::Fs(fs) => match fs.as_str() {
+                "vfat" => 11,
+                "xfs" => 12,
+                "ext2" | "ext3" | "ext4" => 16,
+                _ => 255,
+            },
+            Self::Swap => 15,
+        }
+    }
+
+    /// A label as this can have it: mkfs.vfat(8) takes no letters but those of ASCII, and firmware wants capitals.
+    pub fn plain(&self, label: &str) -> String {
+        match self {
+            Self::Fs(fs) if fs == "vfat" => {
+                let ours = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | ' ');
+                label.chars().filter(ours).map(|c| c.to_ascii_uppercase()).collect()
+            }
+            _ => label.to_owned(),
+        }
+    }
+
+    /// For people.
+    pub fn told(&self) -> &str {
+        match self {
+            Self::Fs(fs) => fs,
+            Self::Swap => "swap",
+        }
+    }
+}
+
+/// A partition of the booted disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// What it is for.
+    pub role: Role,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The GUID of its type.
+    pub kind: String,
+    /// Its name in the GPT.
+    pub name: Option<String>,
+    /// Its attributes in the GPT, as sfdisk has them.
+    pub attributes: String,
+    /// What is on it.
+    pub content: Content,
+    /// The label of that.
+    pub label: Option<String>,
+    /// How many bytes a tree has; None for what is made as large as it is.
+    pub used: Option<u64>,
+}
+
+/// The booted disk.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Source {
+    /// Its partitions, in their order on the disk, that a clone gets.
+    pub parts: Vec<Part>,
+    /// Partitions of it that a clone doesn't get: a sentence for each.
+    pub left_out: Vec<String>,
+}
+
+/// The partitions of the booted disk that have a role, found by what is mounted from it: for a machine that isn't configured.
+///
+/// # Errors
+/// A refusal where the ESP, or the root, isn't where dualroot can work with it.
+pub fn roles(inventory: &Inventory, table: &[Mount], esp: &PartUuid) -> Result<BTreeMap<Role, PartUuid>> {
+    let booted = inventory.find(esp)?.with_context(|| format!("the booted ESP {esp} isn't there"))?;
+    let on = |part: &Partition, dir: &str| mounts::at(table, Path::new(dir)).is_some_and(|m| m.is_on(part));
+    let mut found = BTreeMap::from([(Role::Esp, *esp)]);
+    // systemd-gpt-auto-generator(8) may have it on /efi besides.
+    let place = if on(booted, "/boot") { "/boot" } else { "/efi" };
+    if !on(booted, place) {
+        let now = table.iter().find(|m| m.is_on(booted)).map_or("nowhere".to_owned(), |m| format!("on {}", m.at.display()));
+        return Err(refused(format!(
+            "the booted ESP, {}, is mounted {now}; dualroot has it on /boot, or on /efi with an XBOOTLDR partition on /boot: mount it \
+             there, change /etc/fstab to that, and install the kernels again",
+            booted.path
+        )));
+    }
+    for part in inventory.beside(booted) {
+        let Some(partuuid) = part.partuuid() else { continue };
+        let role = match part.fstype.as_deref() {
+            Some("swap") => Some(Role::Swap),
+            _ if on(part, "/") => Some(Role::Root),
+            _ if place == "/efi" && on(part, "/boot") => Some(Role::Xbootldr),
+            _ => table.iter().filter(|m| m.is_on(part) && m.root == "/").find_map(|m| role_at(m.at.to_str()?)),
+        };
+        if let Some(role) = role {
+            found.entry(role).or_insert(partuuid);
+        }
+    }
+    if place == "/efi" && !found.contains_key(&Role::Xbootldr) {
+        return Err(refused(format!(
+            "the booted ESP, {}, is mounted on /efi, but no partition of its disk on /boot; dualroot has the ESP on /boot where there is no \
+             XBOOTLDR partition: mount it there, change /etc/fstab to that, and install the kernels again",
+            booted.path
+        )));
+    }
+    if !found.contains_key(&Role::Root) {
+        let root = mounts::at(table, Path::new("/")).map_or("nothing that is known", |m| &m.source);
+        return Err(refused(format!(
+            "the root file system is on {root}, which is no partition of the booted disk; LUKS, LVM and md can't be cloned"
+        )));
+    }
+    Ok(found)
+}
+
+/// The role of a tree that is mounted there.
+fn role_at(dir: &str) -> Option<Role> {
+    let key = match dir {
+        "/usr" | "/home" | "/srv" | "/var" => dir.trim_start_matches('/'),
+        other => other,
+    };
+    disk_role(key).ok().flatten()
+}
+
+impl Source {
+    /// What a clone gets of the booted disk, whose partitions with a role these are.
+    ///
+    /// # Errors
+    /// sfdisk that fails; a refusal for what can't be made again.
+    pub fn read(inventory: &Inventory, table: &[Mount], roles: &BTreeMap<Role, PartUuid>) -> Result<Self> {
+        // Its name makes no difference here.
+        let disk = DiskLayout::read(DiskName::parse("disk0")?, inventory, roles)?;
+        Self::shaped(disk, "the disk of its ESP", inventory, table, roles)
+    }
+
+    /// As [`Source::read`], but shaped like another disk; `shape` says where that was kept.
+    ///
+    /// # Errors
+    /// As [`Source::read`]; a shape without a partition that the booted disk has, or with one that can't take its place.
+    pub fn shaped(
+        disk: DiskLayout,
+        shape: &str,
+        inventory: &Inventory,
+        table: &[Mount],
+        roles: &BTreeMap<Role, PartUuid>,
+    ) -> Result<Self> {
+        let is_there = |role: &Role| disk.partitions.iter().any(|part| part.role.as_ref() == Some(role));
+        if let Some((role, partuuid)) = roles.iter().find(|(role, _)| !is_there(role)) {
+            return Err(refused(format!(
+                "{role}= of the booted disk, {partuuid}, has no like on {shape}; a disk is cloned as a whole"
+            )));
+        }
+        let mut source = Self::default();
+        for part in disk.partitions {
+            let Some((role, partuuid)) = part.role.as_ref().and_then(|role| roles.get_key_value(role)) else {
+                source.left_out.push(why_not(&part, inventory, table)?);
+                continue;
+            };
+            let now = inventory.find(partuuid)?.with_context(|| format!("the partition {partuuid} has gone"))?;
+            source.add(part, role.clone(), now, table)?;
+        }
+        Ok(source)
+    }
+
+    /// A partition that is to be like one of the booted disk, which is `now`.
+    fn add(&mut self, part: PartLayout, role: Role, now: &Partition, table: &[Mount]) -> Result<()> {
+        let content = match part.fstype.as_deref() {
+            Some("swap") if role == Role::Swap => Content::Swap,
+            Some(fs @ ("vfat" | "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs")) => Content::Fs(fs.to_owned()),
+            other => {
+                return Err(refused(format!(
+                    "{role}=, the partition {}, holds {}, which can't be made again; ext2, ext3, ext4, xfs, btrfs, f2fs and FAT can",
+                    part.partuuid,
+                    other.unwrap_or("nothing that is known")
+                )));
+            }
+        };
+        if part.fstype != now.fstype {
+            return Err(refused(format!(
+                "{role}= of the booted disk, {}, holds {}, and not {}",
+                now.path,
+                now.fstype.as_deref().unwrap_or("nothing"),
+                content.told()
+            )));
+        }
+        let used = if role == Role::Swap { 0 } else { used(table, now)? };
+        let is_tree = role.tree().is_some();
+        if !is_tree && used > part.bytes {
+            return Err(refused(format!("{role}= would have {} bytes, but {used} are in use on {}", part.bytes, now.path)));
+        }
+        self.parts.push(Part {
+            bytes: part.bytes,
+            kind: part.kind,
+            name: part.name,
+            attributes: part.attributes,
+            label: part.label,
+            content,
+            used: is_tree.then_some(used),
+            role,
+        });
+        Ok(())
+    }
+}
+
+/// Why a partition of the booted disk is not cloned.
+fn why_not(part: &PartLayout, inventory: &Inventory, table: &[Mount]) -> Result<String> {
+    let what = part.fstype.as_deref().unwrap_or("nothing that is known");
+    let now = inventory.find(&part.partuuid)?;
+    let path = now.map_or_else(|| part.partuuid.to_string(), |now| now.path.clone());
+    Ok(match now.and_then(|now| table.iter().find(|mount| mount.is_on(now))) {
+        Some(mount) => {
+            format!("{path} ({what}) is NOT cloned, although it is mounted on {}: no key names it", mount.at.display())
+        }
+        None => format!("{path} ({what}) is not cloned: it is mounted nowhere, and no key names it"),
+    })
+}
+
+/// How many bytes the file system on a partition has, by one of its mounts.
+fn used(table: &[Mount], part: &Partition) -> Result<u64> {
+    let mount = table.iter().rfind(|m| m.is_on(part)).with_context(|| format!("{} is mounted nowhere", part.path))?;
+    let stat = nix::sys::statvfs::statvfs(&mount.at).with_context(|| mount.at.display().to_string())?;
+    Ok(stat.fragment_size() * (stat.blocks() - stat.blocks_free()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Refused;
+    use std::collections::BTreeSet;
+
+    fn id(n: u32) -> PartUuid {
+        PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap()
+    }
+
+    /// A disk with an ESP (1), and what is given: the number, and the type of file system.
+    fn inventory(parts: &[(u32, &str)]) -> Inventory {
+        let part = |n: u32, fstype: &str, disk: &str| {
+            format!(
+                r#"{{"kname":"{disk}{n}","pkname":"{disk}","path":"/dev/{disk}{n}","maj:min":"8:{n}","fstype":"{fstype}","uuid":null,
+                    "label":null,"partuuid":"{}","partlabel":null,"parttype":null,"log-sec":512}}"#,
+                id(n)
+            )
+        };
+        let mut all = vec![part(1, "vfat", "x"), part(9, "ext4", "y")];
+        all.extend(parts.iter().map(|(n, fstype)| part(*n, fstype, "x")));
+        let json = format!(r#"{{"blockdevices":[{}]}}"#, all.join(","));
+        Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap()
+    }
+
+    fn mounted(mounts: &[(u32, &str, &str)]) -> Vec<Mount> {
+        let line =
+            |(n, at, root): &(u32, &str, &str)| Mount::parse(&format!("1 1 8:{n} {root} {at} rw - ext4 /dev/none rw")).unwrap();
+        mounts.iter().map(line).collect()
+    }
+
+    fn found(parts: &[(u32, &str)], mounts: &[(u32, &str, &str)]) -> Result<Vec<(String, PartUuid)>> {
+        let roles = roles(&inventory(parts), &mounted(mounts), &id(1))?;
+        Ok(roles.into_iter().map(|(role, partuuid)| (role.key().to_owned(), partuuid)).collect())
+    }
+
+    #[test]
+    fn a_machine_says_what_its_partitions_are_for() {
+        let is = |found: Result<Vec<(String, PartUuid)>>, expected: &[(&str, u32)]| {
+            let expected: Vec<_> = expected.iter().map(|(role, n)| ((*role).to_owned(), id(*n))).collect();
+            assert_eq!(found.unwrap(), expected);
+        };
+        let all = [(2, "ext4"), (3, "swap"), (4, "xfs"), (5, "ext4"), (6, "ntfs")];
+        let mounts =
+            [(2, "/", "/"), (1, "/boot", "/"), (4, "/home", "/"), (5, "/data", "/"), (9, "/srv", "/"), (5, "/x", "/sub")];
+        is(found(&all, &mounts), &[("root", 2), ("esp", 1), ("home", 4), ("swap", 3), ("/data", 5)]);
+        is(found(&all[..1], &[(2, "/", "/"), (1, "/efi", "/"), (1, "/boot", "/")]), &[("root", 2), ("esp", 1)]);
+        let with_xbootldr = [(2, "/", "/"), (1, "/efi", "/"), (5, "/boot", "/")];
+        is(found(&all, &with_xbootldr), &[("root", 2), ("esp", 1), ("xbootldr", 5), ("swap", 3)]);
+    }
+
+    #[test]
+    fn a_machine_that_is_otherwise_is_refused() {
+        for (mounts, expected) in [
+            (&[(2, "/", "/"), (1, "/boot/efi", "/")][..], "is mounted on /boot/efi; dualroot has it on /boot"),
+            (&[(2, "/", "/")], "is mounted nowhere"),
+            (&[(2, "/", "/"), (1, "/efi", "/")], "but no partition of its disk on /boot"),
+            (&[(9, "/", "/"), (1, "/boot", "/")], "is no partition of the booted disk"),
+        ] {
+            let error = found(&[(2, "ext4")], mounts).unwrap_err();
+            assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The disk that is to be erased: what is on it, and whether it may be.
+
+use std::fmt::Write as _;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::libc;
+use serde::Deserialize;
+
+use crate::clone::mib;
+use crate::conf::Config;
+use crate::machine::refused;
+use crate::program;
+use crate::types::{DiskName, PartUuid};
+
+/// A block device as lsblk shows it, with those that it consists of or is used by.
+#[derive(Clone, Debug, Deserialize)]
+struct Device {
+    kname: String,
+    path: String,
+    r#type: String,
+    size: u64,
+    model: Option<String>,
+    serial: Option<String>,
+    ro: bool,
+    fstype: Option<String>,
+    label: Option<String>,
+    uuid: Option<String>,
+    partuuid: Option<String>,
+    partlabel: Option<String>,
+    partflags: Option<String>,
+    #[serde(default)]
+    mountpoints: Vec<Option<String>>,
+    #[serde(rename = "log-sec")]
+    sector: u64,
+    #[serde(default)]
+    children: Vec<Device>,
+}
+
+/// A disk that nothing uses, and that is no disk of the pair.
+#[derive(Debug)]
+pub struct Target {
+    device: Device,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The size of its sectors in bytes.
+    pub sector: u64,
+    /// While it is open, no other disk can get its name.
+    file: File,
+}
+
+// NAME is for the tree: without it, lsblk prints a list.
+const COLUMNS: &str =
+    "NAME,KNAME,PATH,TYPE,SIZE,MODEL,SERIAL,RO,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTFLAGS,MOUNTPOINTS,LOG-SEC";
+
+impl Target {
+    /// Looks at the disk with this path.
+    ///
+    /// # Errors
+    /// A refusal: no disk, a disk that is mounted or used, or one of the pair.
+    pub fn look(path: &Path, config: Option<&Config>) -> Result<Self> {
+        let shown = path.display();
+        // udev's links are as good.
+        let path = fs::canonicalize(path).map_err(|e| refused(format!("{shown}: {e}; 'lsblk -d' shows the disks")))?;
+        let file = File::open(&path).map_err(|e| refused(format!("{shown} can't be opened: {e}")))?;
+        let arguments = ["--json".into(), "--bytes".into(), "--output".into(), COLUMNS.into(), path.clone().into_os_string()];
+        let printed =
+            program::output("lsblk", arguments).map_err(|e| refused(format!("{shown} is no disk that lsblk knows: {e:#}")))?;
+        let device = parse(&printed)?;
+        check(&device, config)?;
+        for part in device.all() {
+            let path = &part.path;
+            // Of a member that was away for a while, the kernel may hold the one that went.
+            if let Some(uuid) = part.uuid.as_deref().filter(|uuid| Path::new("/sys/fs/btrfs").join(uuid).exists()) {
+                return Err(refused(format!("{path} is a part of a btrfs that is in use, {uuid}; nothing was done")));
+            }
+            // A member of a mounted file system of several devices, or whatever else the kernel itself holds.
+            let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path);
+            opened.map_err(|e| refused(format!("{path} is in use ({e}); nothing was done")))?;
+        }
+        let (bytes, sector) = (device.size, device.sector);
+        Ok(Self { device, bytes, sector, file })
+    }
+
+    /// The path of its device node.
+    pub fn path(&self) -> &str {
+        &self.device.path
+    }
+
+    /// Its serial number, where it has one.
+    pub fn serial(&self) -> Option<&str> {
+        self.device.serial.as_deref().map(str::trim).filter(|serial| !serial.is_empty())
+    }
+
+    /// Whether a text names it: its path, the kernel's name for it, or its serial number.
+    pub fn is_named(&self, text: &str) -> bool {
+        let is_path = || fs::canonicalize(text).is_ok_and(|path| path == Path::new(self.path()));
+        !text.is_empty() && (text == self.device.kname || Some(text) == self.serial() || is_path())
+    }
+
+    /// The device nodes of its partitions.
+    pub fn partitions(&self) -> Vec<&str> {
+        self.device.children.iter().map(|part| part.path.as_str()).collect()
+    }
+
+    /// A table of what is on it.
+    pub fn table(&self) -> String {
+        let device = &self.device;
+        let words = [device.model.as_deref().unwrap_or_default().trim(), self.serial().unwrap_or("no serial number")];
+        let words = words.join(" ");
+        let mut text = format!("{}: {} MiB, {}\n", device.path, mib(device.size), words.trim().escape_debug());
+        for part in &device.children {
+            let names = [&part.fstype, &part.label, &part.partlabel].map(|name| name.as_deref().unwrap_or("-").escape_debug());
+            let [fstype, label, name] = names;
+            let _ = writeln!(text, "  {:<16} {:>10} MiB  {fstype:<8} {label:<16} {name}", part.path, mib(part.size));
+        }
+        if device.children.iter().any(|part| part.partflags.as_deref().is_some_and(is_marked)) {
+            text.push_str("  It was to become a spare, and that was not finished.\n");
+        }
+        if device.children.is_empty() {
+            let _ = writeln!(text, "  {}", device.fstype.as_deref().unwrap_or("no partitions"));
+        }
+        text
+    }
+
+    /// Looks again whether it is the disk that it was: the one that was asked about.
+    ///
+    /// # Errors
+    /// A refusal if not.
+    pub fn check_same(&self) -> Result<()> {
+        let now = fs::metadata(self.path()).map(|meta| meta.rdev()).ok();
+        let was = self.file.metadata().context("the disk can't be looked at any more")?.rdev();
+        match now == Some(was) {
+            true => Ok(()),
+            false => Err(refused(format!("{} isn't the disk any more that it was; nothing was done", self.path()))),
+        }
+    }
+}
+
+impl Device {
+    fn all(&self) -> Vec<&Self> {
+        let mut all = vec![self];
+        all.extend(self.children.iter().flat_map(Device::all));
+        all
+    }
+}
+
+fn parse(printed: &[u8]) -> Result<Device> {
+    #[derive(Deserialize)]
+    struct Printed {
+        blockdevices: Vec<Device>,
+    }
+    let printed: Printed = serde_json::from_slice(printed).context("what lsblk printed can't be read")?;
+    printed.blockdevices.into_iter().next().context("lsblk printed nothing")
+}
+
+/// Whether a partition has the attribute [`crate::clone::plan::UNFINISHED`], among those that lsblk shows: bit 1.
+fn is_marked(flags: &str) -> bool {
+    flags.strip_prefix("0x").and_then(|hex| u64::from_str_radix(hex, 16).ok()).is_some_and(|bits| bits & 2 != 0)
+}
+
+/// Whatever makes a disk one that isn't erased.
+fn check(device: &Device, config: Option<&Config>) -> Result<()> {
+    let path = &device.path;
+    if device.r#type != "disk" {
+        return Err(refused(format!("{path} is a {}, and no disk; name the whole disk ('lsblk -d' shows them)", device.r#type)));
+    }
+    for part in device.all() {
+        if let Some(place) = part.mountpoints.iter().flatten().next() {
+            let place = if place == "[SWAP]" { "in use as swap space".to_owned() } else { format!("mounted on {place}") };
+            return Err(refused(format!("{} is {place}; nothing was done", part.path)));
+        }
+        if let Some(disk) = disk_of(part, config) {
+            return Err(refused(format!(
+                "{} belongs to {disk} of the pair; to make that anew, erase it by hand first ('wipefs -a' on its partitions, then on \
+                 {path}), and clone with '--replace {disk}'",
+                part.path
+            )));
+        }
+        if let Some(user) = part.children.iter().find(|child| child.r#type != "part") {
+            return Err(refused(format!("{} is used by {} ({}); nothing was done", part.path, user.path, user.r#type)));
+        }
+    }
+    match device.ro {
+        true => Err(refused(format!("{path} is read-only"))),
+        false => Ok(()),
+    }
+}
+
+/// The disk of the pair that a partition belongs to.
+fn disk_of(part: &Device, config: Option<&Config>) -> Option<DiskName> {
+    let partuuid = PartUuid::parse(part.partuuid.as_deref()?).ok()?;
+    config?.disks.iter().find(|disk| disk.parts.values().any(|of| *of == partuuid)).map(|disk| disk.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Refused;
+
+    fn device(json: &str) -> Device {
+        parse(format!(r#"{{"blockdevices":[{json}]}}"#).as_bytes()).unwrap()
+    }
+
+    fn node(path: &str, kind: &str, more: &str) -> String {
+        format!(
+            r#"{{"kname":"{}","path":"{path}","type":"{kind}","size":1073741824,"model":"A disk","serial":"123","ro":false,"fstype":null,
+               "label":null,"uuid":null,"partuuid":null,"partlabel":null,"log-sec":512{more}}}"#,
+            path.trim_start_matches("/dev/")
+        )
+    }
+
+    fn why(json: &str, config: Option<&Config>) -> String {
+        let error = check(&device(json), config).unwrap_err();
+        assert!(error.is::<Refused>());
+        error.to_string()
+    }
+
+    #[test]
+    fn f04_what_is_in_use_is_not_erased() {
+        check(&device(&node("/dev/sdb", "disk", "")), None).unwrap();
+        let part = |more: &str| format!(r#","children":[{}]"#, node("/dev/sdb1", "part", more));
+        check(&device(&node("/dev/sdb", "disk", &part(r#","mountpoints":[null]"#))), None).unwrap();
+        for (more, expected) in [
+            (part(r#","mountpoints":[null,"/mnt"]"#), "/dev/sdb1 is mounted on /mnt"),
+            (part(r#","mountpoints":["[SWAP]"]"#), "/dev/sdb1 is in use as swap space"),
+            (r#","mountpoints":["/srv"]"#.to_owned(), "/dev/sdb is mounted on /srv"),
+            (
+                part(&format!(r#","children":[{}]"#, node("/dev/mapper/x", "crypt", ""))),
+                "/dev/sdb1 is used by /dev/mapper/x (crypt)",
+            ),
+            (format!(r#","children":[{}]"#, node("/dev/md0", "raid1", "")), "/dev/sdb is used by /dev/md0 (raid1)"),
+        ] {
+            let found = why(&node("/dev/sdb", "disk", &more), None);
+            assert!(found.starts_with(expected), "{found}");
+        }
+        assert!(why(&node("/dev/sdb1", "part", ""), None).contains("is a part, and no disk"));
+        assert!(why(&node("/dev/sdb", "disk", "").replace("\"ro\":false", "\"ro\":true"), None).contains("read-only"));
+    }
+
+    #[test]
+    fn the_mark_is_one_of_the_attributes() {
+        assert!(["0x2", "0x3", "0x8000000000000002"].into_iter().all(is_marked));
+        assert!(!["0x1", "0x4", "0x8000000000000000", "", "2", "0xx"].into_iter().any(is_marked));
+    }
+
+    #[test]
+    fn f04_a_disk_of_the_pair_is_not_erased() {
+        let id = |n| format!("aaaaaaaa-0000-4000-8000-00000000000{n}");
+        let text = format!("[disk0]\nesp={}\n[disk1]\nesp={}\n", id(1), id(2));
+        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
+        let part = |n| node("/dev/sdb1", "part", "").replace(r#""partuuid":null"#, &format!(r#""partuuid":"{}""#, id(n)));
+        let disk = |n| node("/dev/sdb", "disk", &format!(r#","children":[{}]"#, part(n)));
+        let found = why(&disk(2), Some(&config));
+        assert!(found.starts_with("/dev/sdb1 belongs to disk1 of the pair"), "{found}");
+        check(&device(&disk(3)), Some(&config)).unwrap();
+    }
+}

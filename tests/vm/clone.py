@@ -1,0 +1,149 @@
+"""The cases that begin with one disk: a blank one becomes its spare, and another one takes the place of the one that died."""
+
+import images
+from cases import Pair
+
+MIB = images.MIB
+# Of what names the disks of a pair on purpose.
+NAMED = "-not -path '*/etc/dualroot.conf' -not -path '*/var/lib/dualroot/*' -not -path '*/var/log/*'"
+UNPACK = {"initramfs-tools": "unmkinitramfs {} .", "dracut": "lsinitrd --unpack {} >/dev/null"}
+
+
+def blank(directory, name, mebibytes):
+    path = directory / f"{name}.raw"
+    with open(path, "wb") as disk:
+        disk.truncate(mebibytes * MIB)
+    return path
+
+
+def adopted(machine, number, roles):
+    """A disk as the configuration and the file systems on it have it."""
+    disk = images.Disk(number, roles)
+    text = machine.run("cat /etc/dualroot.conf").split(f"[disk{number}]")[1].split("[")[0]
+    disk.partuuid = dict(line.split("=") for line in text.split())
+    for role, partuuid in disk.partuuid.items():
+        disk.uuid[role] = machine.run(f"blkid -p -s UUID -o value /dev/disk/by-partuuid/{partuuid}")
+    return disk
+
+
+def device(serial):
+    return f"/dev/disk/by-id/virtio-{serial}"
+
+
+def plug(machine, serial, image):
+    machine.plug(serial, image)
+    machine.run(f"udevadm wait -t 60 {device(serial)}", 90)
+
+
+def check_refusals(pair):
+    report, machine = pair.report, pair.machine
+    plug(machine, "T", blank(machine.directory, "t", 700))
+    for what, arguments, expected in (
+            ("the booted disk", f"--yes-erase {device('A')} {device('A')}", "is mounted on"),
+            ("a partition of it", f"--yes-erase {device('A')}-part1 {device('A')}-part1", "and no disk"),
+            ("a disk without a word", device("B"), "nobody is there to be asked"),
+            ("a disk by another's name", f"--yes-erase A {device('B')}", "is not what /dev/"),
+            ("a disk that isn't there", "--yes-erase X /dev/disk/by-id/virtio-X", "No such file"),
+            ("a disk that is too small", f"--yes-erase T {device('T')}", "it is too small"),
+            ("a place that no disk has", f"--replace disk7 --yes-erase B {device('B')}", "there is no [disk7]")):
+        code, said = machine.status(f"dualroot-clone {arguments} </dev/null 2>&1")
+        report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
+    machine.unplug("T")
+    # As the hook of initramfs-tools for resuming does, where dualroot's isn't installed.
+    initrd = machine.run("ls /boot/*/*/initrd.img-*")
+    machine.run(f"mkdir /run/x; cd /run/x; echo RESUME=UUID={pair.a.uuid['root']} >resume; cp {initrd} /run/initrd; "
+                f"echo resume | cpio -o -H newc >/run/made; cat /run/initrd >>/run/made; cp /run/made {initrd}")
+    code, said = machine.status(f"dualroot-clone --yes-erase B {device('B')} 2>&1", 300)
+    report.check("refused: an initrd that names the booted disk", code == 3 and "built in" in said, (code, said))
+    machine.run(f"cp /run/initrd {initrd}; rm /run/initrd /run/made")
+    written = machine.run(f"cmp -n 67108864 {device('B')} /dev/zero && ls /etc/dualroot.conf 2>/dev/null || true")
+    report.equal("nothing was written by that", written, "")
+
+
+def kill(pair):
+    """A clone is killed while it copies."""
+    report, machine = pair.report, pair.machine
+    machine.run(f"(dualroot-clone --yes-erase B {device('B')} >/run/said 2>&1; touch /run/ended) </dev/null >/dev/null 2>&1 &")
+    machine.run("until pidof rsync >/dev/null || [ -e /run/ended ]; do sleep 0.1; done", 300)
+    machine.run("kill -KILL $(pidof dualroot-clone rsync)")
+    machine.run("until [ -e /run/ended ] && ! pidof rsync; do sleep 0.1; done")
+    said = machine.run(f"dualroot-clone --dry-run {device('B')}")
+    report.check("a clone that was killed has left a mark", "that was not finished" in said, said)
+    report.equal("and nothing on the booted disk", machine.status("cat /etc/dualroot.conf")[0], 1)
+
+
+def clone(pair, number, serial, more=""):
+    """Makes a disk a spare, and returns it."""
+    report, machine = pair.report, pair.machine
+    report.step(f"dualroot-clone {more}{serial}")
+    code, said = machine.status(f"dualroot-clone {more}--yes-erase {serial} {device(serial)} 2>&1", 900)
+    report.check("the disk boots, it says", code == 0 and f"is disk{number} now, and boots" in said, (code, said))
+    flags = machine.run(f"lsblk -no PARTFLAGS {device(serial)}").split()
+    report.equal("the mark is gone", flags, [])
+    return adopted(machine, number, pair.a.roles)
+
+
+def check_nothing_left(pair, old, initrd):
+    """Nothing of the disk that was copied is named by the copy, which is booted: not in files, and not in the initrds."""
+    report, machine = pair.report, pair.machine
+    names = [name for role in old.roles for name in (old.partuuid[role], old.uuid[role], old.uuid[role].replace("-", ""))]
+    # Labels of this length could be anything's.
+    names += [f"LABEL={role}{old.number}" for role in old.roles]
+    pattern = " ".join(f"-e {name}" for name in names)
+    machine.run(f"for i in /boot/*/*/initrd*; do mkdir -p /run/i/$i; cd /run/i/$i; {UNPACK[initrd].format('$i')}; done", 300)
+    found = machine.run(f"find /etc /boot /efi /root /home /var/lib /usr/lib/systemd /run/i -type f {NAMED} -print0 | "
+                        f"xargs -0 grep -liF {pattern} || true", 300)
+    report.equal("nothing of the other disk is named here", found, "")
+
+
+def check_mark(pair):
+    """From a disk with the mark, no firmware boots, whole as it is otherwise."""
+    report, machine = pair.report, pair.machine
+    report.step("B gets the mark of a clone that isn't finished, and is put in alone")
+    images.sh("sfdisk", "-q", "--part-attrs", pair.disks["B"], 1, "NoBlockIOProtocol")
+    machine.power_on({"B": pair.disks["B"]})
+    machine.await_console("UEFI Interactive Shell", 60)
+    report.check("the firmware boots nothing", True)
+    machine.kill()
+
+
+def one_disk(report, directory, staging, release, initrd, layout):
+    """A gets a spare, B, and goes; B gets another one, C, in the place of A, and goes."""
+    pair = Pair(report, directory, staging, release, initrd, layout)
+    machine, first = pair.machine, pair.kernels[0]
+    try:
+        pair.boot("A")
+        pair.check_booted(pair.a, first)
+        machine.run("echo 'written on A' >/root/note")
+        # Smaller than A, and larger.
+        size = sum(images.SIZES[role] for role in pair.a.roles)
+        pair.disks |= {"B": blank(directory, "b", size - 200), "C": blank(directory, "c", size + 500)}
+        plug(machine, "B", pair.disks["B"])
+        check_refusals(pair)
+        kill(pair)
+        pair.b = clone(pair, 1, "B")
+        pair.check_spare(pair.b)
+        machine.power_off()
+
+        report.step("A is removed")
+        pair.boot("B")
+        pair.check_booted(pair.b, first)
+        report.equal("what was written on A is here", machine.run("cat /root/note"), "written on A")
+        check_nothing_left(pair, pair.a, initrd)
+        plug(machine, "C", pair.disks["C"])
+        pair.c = clone(pair, 0, "C", "--replace disk0 --layout /var/lib/dualroot/layout.json ")
+        pair.check_spare(pair.c)
+        machine.power_off()
+        check_mark(pair)
+
+        report.step("B is removed")
+        pair.boot("C")
+        pair.check_booted(pair.c, first)
+        report.equal("what was written on A is here, too", machine.run("cat /root/note"), "written on A")
+        check_nothing_left(pair, pair.b, initrd)
+        machine.power_off()
+    finally:
+        machine.kill()
+
+
+CASES = {"one-ext4-13": (one_disk, 13, "dracut", "one-ext4"), "one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs")}
