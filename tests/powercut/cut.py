@@ -320,7 +320,7 @@ def table(cells):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", default=None)
-    parser.add_argument("--subsets", type=int, default=40, help="random subsets of each run of writes between two flushes")
+    parser.add_argument("--subsets", type=int, default=20, help="random subsets of each run of writes between two flushes")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--peers", action="store_true", help="other tools too, and a table")
     parser.add_argument("--jobs", type=int, default=2)
