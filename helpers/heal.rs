@@ -5,30 +5,26 @@
 //! machine runs is noted there, too. Once the disk is back, dualroot-heal.service brings it what was written meanwhile (btrfs scrub, then
 //! balance), and removes both. Until then the disk's half is old, and can't be relied on: alone, it is not mounted.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use efivar::efi::{Variable, VariableFlags};
 use uuid::{Uuid, uuid};
 
 use crate::below::{Below, Change};
+use crate::btrfs::Mounted;
 use crate::conf::{Config, Layout};
 use crate::efi::EfiVars;
 use crate::machine::refused;
-use crate::mounts;
 use crate::program;
 use crate::root::Root as Directory;
-use crate::state;
 
 const NOW: &str = "/run/dualroot/degraded";
 const KEPT: &str = "/var/lib/dualroot/degraded";
 const NAME: &str = "degraded";
-const BTRFS: &str = "/sys/fs/btrfs";
 
 /// The namespace of dualroot's variable, which units/initrd/degraded.sh writes.
-const VENDOR: Uuid = uuid!("5e3df885-f0ed-4d14-bd72-a97d06c0619f");
+pub(crate) const VENDOR: Uuid = uuid!("5e3df885-f0ed-4d14-bd72-a97d06c0619f");
 
 /// How a shared root stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,65 +49,14 @@ pub fn look(root: &Directory, config: &Config) -> Result<Root> {
     Ok(match () {
         () if root.exists(NOW) || mounted.as_ref().is_some_and(Mounted::lacks_a_device) => Root::Degraded,
         // A system that was powered off early, or lost a disk while it ran, has only the second.
-        () if root.exists(KEPT) || mounted.is_some_and(|mounted| mounted.is_in_firmware(root)) => Root::Behind,
+        () if root.exists(KEPT) || mounted.is_some_and(|mounted| is_in_firmware(root, &mounted)) => Root::Behind,
         () => Root::Whole,
     })
 }
 
-/// The btrfs that is mounted on /, as the kernel shows it (fs/btrfs/sysfs.c of Linux).
-struct Mounted {
-    uuid: Uuid,
-    /// How many devices it has, missing ones counted.
-    devices: usize,
-    /// The kernel's names of those that are read and written. btrfs doesn't let go of one that was pulled, nor does it take one that is
-    /// put back, before it is mounted anew.
-    at_work: Vec<String>,
-}
-
-impl Mounted {
-    fn look(root: &Directory) -> Result<Option<Self>> {
-        let table = mounts::table_of(root)?;
-        let Some(mount) = mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs") else { return Ok(None) };
-        // The node of a device that was pulled is gone.
-        let source = fs::canonicalize(root.path(&mount.source)).unwrap_or_else(|_| mount.source.clone().into());
-        for uuid in root.names(BTRFS)? {
-            let shown = Path::new(BTRFS).join(&uuid);
-            // Links, of which that of a device that was pulled leads nowhere. One that was missing at the mount has none.
-            let links = root.names(shown.join("devices"))?;
-            let Some(uuid) = uuid.to_str().and_then(|uuid| Uuid::try_parse(uuid).ok()) else { continue };
-            if links.iter().any(|name| Some(name.as_os_str()) == source.file_name()) {
-                let alive = links.into_iter().filter(|name| root.path(shown.join("devices").join(name)).exists());
-                let at_work = alive.filter_map(|name| name.into_string().ok()).collect();
-                return Ok(Some(Self { uuid, devices: root.names(shown.join("devinfo"))?.len(), at_work }));
-            }
-        }
-        Ok(None)
-    }
-
-    fn lacks_a_device(&self) -> bool {
-        self.at_work.len() < self.devices
-    }
-
-    /// Whether there is a variable, and it is about this file system.
-    fn is_in_firmware(&self, root: &Directory) -> bool {
-        variable(root).is_some_and(|value| said_of(&value, &self.uuid).is_some())
-    }
-
-    /// What blkid(8) calls UUID_SUB, of each device that is at work.
-    fn device_uuids(&self, root: &Directory) -> Result<Vec<String>> {
-        self.at_work.iter().map(|name| self.device_uuid(&root.path("/dev").join(name.replace('!', "/")))).collect()
-    }
-
-    /// Of the superblock (struct btrfs_super_block of Linux), fsid and dev_item.uuid.
-    fn device_uuid(&self, device: &Path) -> Result<String> {
-        let mut block = [0; 0x11b];
-        let read = File::open(device).and_then(|device| device.read_exact_at(&mut block, 64 << 10));
-        read.with_context(|| format!("{} can't be read", device.display()))?;
-        match (block.get(0x20..0x30), block.get(0x10b..).and_then(|uuid| Uuid::from_slice(uuid).ok())) {
-            (Some(fsid), Some(uuid)) if fsid == self.uuid.as_bytes() => Ok(uuid.to_string()),
-            _ => bail!("{} does not hold the btrfs {}", device.display(), self.uuid),
-        }
-    }
+/// Whether there is a variable, and it is about this file system.
+fn is_in_firmware(root: &Directory, mounted: &Mounted) -> bool {
+    variable(root).is_some_and(|value| said_of(&value, &mounted.uuid).is_some())
 }
 
 /// What the variable says. One that can't be read tells the initrd nothing, either.
@@ -173,15 +118,16 @@ pub fn healed(root: &Directory) -> Result<()> {
              reboot; the next sync starts dualroot-heal.service again",
         ));
     }
-    if mounted.is_some_and(|mounted| mounted.is_in_firmware(root))
+    if mounted.is_some_and(|mounted| is_in_firmware(root, &mounted))
         && let Some(vars) = EfiVars::open(root)
     {
         vars.remove(&alone())?;
     }
-    match root.exists(KEPT) {
-        true => Below::open(&root.path(state::DIRECTORY))?.apply(&Change::Remove(NAME.to_owned())),
-        false => Ok(()),
+    for path in [NOW, KEPT].map(Path::new).into_iter().filter(|path| root.exists(path)) {
+        let dir = path.parent().unwrap_or(path);
+        Below::open(&root.path(dir))?.apply(&Change::Remove(NAME.to_owned()))?;
     }
+    Ok(())
 }
 
 /// Starts the healing, and doesn't wait for it.
@@ -196,9 +142,15 @@ pub fn start() -> Result<()> {
 mod tests {
     use super::*;
     use crate::machine::Refused;
+    use std::fs;
     use std::os::unix::fs::symlink;
 
     const UUID: Uuid = uuid!("a8426465-b755-429d-9604-9c77c2838fda");
+
+    /// The id of a device, by its first letter.
+    fn id(device: &str) -> u64 {
+        u64::from(device.as_bytes()[0] - b'a' + 1)
+    }
 
     /// A machine whose root is a btrfs, and the test's hands.
     struct Machine {
@@ -218,7 +170,7 @@ mod tests {
             }
             fs::create_dir_all(new.vars()).unwrap();
             for device in devices {
-                fs::create_dir_all(new.shown("devinfo").join(device)).unwrap();
+                fs::create_dir_all(new.shown("devinfo").join(id(device).to_string())).unwrap();
                 new.put(device, device);
                 new.opens(device);
             }
@@ -243,7 +195,7 @@ mod tests {
         }
 
         fn shown(&self, what: &str) -> std::path::PathBuf {
-            self.root.path(BTRFS).join(UUID.to_string()).join(what)
+            self.root.path("/sys/fs/btrfs").join(UUID.to_string()).join(what)
         }
 
         /// Device `which` of the file system is put in, and gets this name.
@@ -251,6 +203,8 @@ mod tests {
             let mut block = vec![0; 0x10000];
             block.resize(0x10020, 0);
             block.extend(UUID.as_bytes());
+            block.resize(0x100c9, 0);
+            block.extend(id(which).to_le_bytes());
             block.resize(0x1010b, 0);
             block.extend([which.as_bytes()[0]; 16]);
             self.write(&format!("/dev/{}", name.replace('!', "/")), block);
@@ -292,6 +246,7 @@ mod tests {
             assert_eq!((note(&machine.root).unwrap(), machine.said(), machine.look()), (false, None, Root::Whole));
             machine.pull(gone);
             assert_eq!(machine.look(), Root::Degraded);
+            assert_eq!(Mounted::look(&machine.root).unwrap().unwrap().lost(&machine.root).unwrap(), [id(gone)]);
             assert!(note(&machine.root).unwrap() && !note(&machine.root).unwrap(), "it is noted once");
             assert_eq!(machine.said().unwrap(), left[..1]);
             // It is put back, and btrfs doesn't care: nothing is healed.

@@ -10,6 +10,7 @@ pub mod below;
 pub mod booted;
 pub mod bootfiles;
 pub mod bootplan;
+mod btrfs;
 pub mod clone;
 pub mod conf;
 pub mod efi;

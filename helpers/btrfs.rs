@@ -1,0 +1,92 @@
+//! A btrfs of several devices, as the kernel shows it (fs/btrfs/sysfs.c of Linux), and the devices' superblocks.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use uuid::Uuid;
+
+use crate::mounts;
+use crate::root::Root;
+
+const BTRFS: &str = "/sys/fs/btrfs";
+
+/// The btrfs that is mounted on /.
+pub(crate) struct Mounted {
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// The ids of its devices, those of missing ones too.
+    pub ids: Vec<u64>,
+    /// The kernel's names of those that are read and written. btrfs doesn't let go of one that was pulled, nor does it take one that is
+    /// put back, before it is mounted anew.
+    pub at_work: Vec<String>,
+}
+
+impl Mounted {
+    /// Looks; None where another file system is mounted.
+    ///
+    /// # Errors
+    /// What is mounted, or what the kernel shows of it, can't be read.
+    pub fn look(root: &Root) -> Result<Option<Self>> {
+        let table = mounts::table_of(root)?;
+        let Some(mount) = mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs") else { return Ok(None) };
+        // The node of a device that was pulled is gone.
+        let source = fs::canonicalize(root.path(&mount.source)).unwrap_or_else(|_| mount.source.clone().into());
+        for uuid in root.names(BTRFS)? {
+            let shown = Path::new(BTRFS).join(&uuid);
+            // Links, of which that of a device that was pulled leads nowhere. One that was missing at the mount has none.
+            let links = root.names(shown.join("devices"))?;
+            let Some(uuid) = uuid.to_str().and_then(|uuid| Uuid::try_parse(uuid).ok()) else { continue };
+            if links.iter().any(|name| Some(name.as_os_str()) == source.file_name()) {
+                let alive = links.into_iter().filter(|name| root.path(shown.join("devices").join(name)).exists());
+                let at_work = alive.filter_map(|name| name.into_string().ok()).collect();
+                let ids = root.names(shown.join("devinfo"))?.into_iter();
+                let ids = ids.filter_map(|id| id.to_str().and_then(|id| id.parse().ok())).collect();
+                return Ok(Some(Self { uuid, ids, at_work }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether it goes on without one of its devices.
+    pub fn lacks_a_device(&self) -> bool {
+        self.at_work.len() < self.ids.len()
+    }
+
+    /// The devices that it goes on without.
+    ///
+    /// # Errors
+    /// A device that can't be read.
+    pub fn lost(&self, root: &Root) -> Result<Vec<u64>> {
+        let here = self.at_work.iter().map(|name| self.device(root, name).map(|(id, _)| id)).collect::<Result<Vec<_>>>()?;
+        Ok(self.ids.iter().copied().filter(|id| !here.contains(id)).collect())
+    }
+
+    /// What blkid(8) calls UUID_SUB, of each device that is at work.
+    ///
+    /// # Errors
+    /// A device that can't be read.
+    pub fn device_uuids(&self, root: &Root) -> Result<Vec<String>> {
+        self.at_work.iter().map(|name| self.device(root, name).map(|(_, uuid)| uuid.to_string())).collect()
+    }
+
+    /// Id and UUID of a device by the kernel's name: of its superblock (struct btrfs_super_block of Linux), dev_item.devid and
+    /// dev_item.uuid.
+    ///
+    /// # Errors
+    /// A device that can't be read, or holds something else.
+    pub fn device(&self, root: &Root, kname: &str) -> Result<(u64, Uuid)> {
+        let path = root.path("/dev").join(kname.replace('!', "/"));
+        let mut block = [0; 0x11b];
+        let read = File::open(&path).and_then(|device| device.read_exact_at(&mut block, 64 << 10));
+        read.with_context(|| format!("{} can't be read", path.display()))?;
+        let part = |at: usize, length: usize| block.get(at..at + length);
+        let id = part(0xc9, 8).and_then(|id| id.try_into().ok()).map(u64::from_le_bytes);
+        let uuid = part(0x10b, 16).and_then(|uuid| Uuid::from_slice(uuid).ok());
+        match (part(0x20, 16), id, uuid) {
+            (Some(fsid), Some(id), Some(uuid)) if fsid == self.uuid.as_bytes() => Ok((id, uuid)),
+            _ => bail!("{} does not hold the btrfs {}", path.display(), self.uuid),
+        }
+    }
+}
