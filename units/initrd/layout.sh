@@ -39,3 +39,26 @@ dualroot_configured() {
 dualroot_shared_root() {
     dualroot_configured "${1-}" && ! dualroot_says "${1-}" '^[[:space:]]*root[[:space:]]*=[[:space:]]*[^[:space:]]'
 }
+
+# Whether disks share their root, or nothing is configured yet and they may come to: a disk is cloned with the initrds that there are.
+# What lies on several devices already is somebody else's affair until it is configured.
+dualroot_may_share_root() {
+    dualroot_shared_root "${1-}" && return 0
+    ! dualroot_configured "${1-}" && dualroot_btrfs_root "${1-}" && [ -x "${1-}/usr/bin/btrfs" ] && ! dualroot_several_devices
+}
+
+# Whether the root is a btrfs of several devices, as far as that can be seen from here.
+dualroot_several_devices() {
+    set -- /sys/fs/btrfs/"$(findmnt -no UUID / 2>/dev/null)"/devinfo/*
+    [ $# -gt 1 ]
+}
+
+# Whether fstab has a btrfs as the root.
+dualroot_btrfs_root() {
+    [ -r "${1-}/etc/fstab" ] || return 1
+    while read -r dualroot_spec dualroot_place dualroot_type _ || [ -n "$dualroot_spec" ]; do
+        case $dualroot_spec in '#'*) continue ;; esac
+        [ "$dualroot_place $dualroot_type" = "/ btrfs" ] && return 0
+    done <"${1-}/etc/fstab"
+    return 1
+}
