@@ -5,6 +5,7 @@
 //! is cut before is begun anew.
 
 pub mod config;
+mod join;
 pub mod plan;
 pub mod source;
 pub mod target;
@@ -21,13 +22,14 @@ use crate::below::Below;
 use crate::booted;
 use crate::bootfiles::BootFiles;
 use crate::clone::config::{Draft, Section};
+use crate::clone::join::Shared;
 use crate::clone::plan::{Plan, UNFINISHED};
 use crate::clone::source::Source;
 use crate::clone::target::Target;
-use crate::conf::{Config, Layout};
+use crate::conf::Config;
 use crate::generation;
 use crate::inventory::Inventory;
-use crate::layout;
+use crate::layout::{self, DiskLayout};
 use crate::log::Log;
 use crate::machine::{Machine, booted_disk, booted_esp, refused};
 use crate::mounts;
@@ -57,6 +59,8 @@ pub struct Wish {
     pub replace: Option<DiskName>,
     /// A file of layouts; the disk becomes like the one in it that has the name that this one gets.
     pub layout: Option<PathBuf>,
+    /// Whether the disks of a machine that isn't configured are to share the root.
+    pub shared_root: bool,
 }
 
 /// What will be done.
@@ -68,7 +72,10 @@ pub struct Job {
     /// What is made on it.
     pub plan: Plan,
     source: Source,
-    draft: Draft,
+    shared: Option<Shared>,
+    /// What files will hold: the configuration, and fstab where that changes.
+    drafts: Vec<Rewritten>,
+    config: Config,
     esp: PartUuid,
     /// On a machine that isn't configured, the booted disk and its section.
     first: Option<(DiskName, Section)>,
@@ -83,38 +90,55 @@ impl Job {
     /// A refusal: what is missing, in the way, or not understood.
     pub fn plan(root: &Root, wish: &Wish) -> Result<Self> {
         let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
-        let target = Target::look(&wish.disk, config.as_ref())?;
+        let shared = Shared::look(root, config.as_ref(), wish)?;
+        let target = Target::look(&wish.disk, config.as_ref(), shared.as_ref().and_then(Shared::joined))?;
         let (_, esp) = booted_esp(root)?;
         // An automount shows nothing before somebody looks.
         let _ = ["/boot", "/efi"].map(|dir| root.names(dir));
         let inventory = Inventory::read()?;
         let table = mounts::table()?;
-        let roles = match &config {
-            Some(config) if config.layout() == Layout::SharedRoot => {
-                return Err(refused(
-                    "a disk of a shared root can't be cloned; dualroot(7) says how one is added; nothing was done",
-                ));
-            }
+        let part = shared.as_ref().map(|shared| shared.beside(&inventory, &esp)).transpose()?;
+        let mut roles = match &config {
             Some(config) => booted_disk(config, &esp)?.parts.clone(),
-            None => source::roles(&inventory, &table, &esp)?,
+            None => source::roles(&inventory, &table, &esp, part)?,
         };
+        roles.extend(part.map(|part| (Role::Root, part)));
         let name = name(config.as_ref(), &inventory, wish)?;
-        let source = match &wish.layout {
+        let mut source = match &wish.layout {
             Some(file) => {
                 let disk = layout::load(file, name).map_err(|e| refused(format!("{e:#}")))?;
-                Source::shaped(disk, &file.display().to_string(), &inventory, &table, &roles)?
+                Source::shaped(disk, &file.display().to_string(), &inventory, &table, &roles, shared.is_some())?
             }
-            None => Source::read(&inventory, &table, &roles)?,
+            None => Source::read(&inventory, &table, &roles, shared.is_some())?,
         };
+        if let Some(least) = shared.as_ref().and_then(|shared| shared.least(name)) {
+            source.give_root(least);
+        }
         let taken = inventory.labels_beside(target.path());
-        let plan = Plan::make(&source, name, (target.bytes, target.sector), taken, fresh_id)
-            .map_err(|e| refused(format!("{}: {e:#}", target.path())))?;
-        let section: Section = plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).collect();
+        let in_the_way = |e| refused(format!("{}: {e:#}", target.path()));
+        let mut plan = Plan::make(&source, name, (target.bytes, target.sector), taken, fresh_id).map_err(in_the_way)?;
+        if let (Some(shared), Some(esp)) = (&shared, target.unfinished())
+            && shared.joined().is_some()
+        {
+            let made = DiskLayout::read(name, &inventory, &BTreeMap::from([(Role::Esp, esp)]));
+            let is_shared = |partuuid: &PartUuid| inventory.find(partuuid).is_ok_and(|part| part.is_some_and(|p| shared.has(p)));
+            made.and_then(|made| plan.adopt(&made, is_shared)).map_err(in_the_way)?;
+        }
+        // No section names the parts of a shared root.
+        let named = |role: &Role| shared.is_none() || *role != Role::Root;
+        let section: Section =
+            plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).filter(|(role, _)| named(role)).collect();
+        roles.retain(|role, _| named(role));
         let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
-        let draft = config::draft(root, first.as_ref(), name, &section)?;
+        let Draft { text, config } = config::draft(root, first.as_ref(), name, &section)?;
+        let mut drafts = vec![Rewritten { path: config::FILE.to_owned(), bytes: text }];
+        let machine = Machine::with(root.clone(), config.clone())?;
+        if shared.is_some() {
+            drafts.extend(join::fstab(&machine, name)?);
+        }
         check_programs(&plan)?;
-        check_source(root, &draft, name)?;
-        Ok(Self { target, name, plan, source, draft, esp, first, section })
+        check_source(machine, &drafts, name, shared.as_ref())?;
+        Ok(Self { target, name, plan, source, shared, drafts, config, esp, first, section })
     }
 
     /// What is there and what will be, for people.
@@ -135,6 +159,16 @@ impl Job {
         for line in &self.source.left_out {
             let _ = writeln!(text, "  {line}");
         }
+        if let Some(shared) = &self.shared {
+            let _ = writeln!(text, "{}", shared.told());
+        }
+        if self.drafts.iter().any(|draft| draft.path == join::FSTAB) {
+            let _ = writeln!(
+                text,
+                "{} loses its lines for the booted disk's boot partitions and swap space, which dualroot's generator mounts.",
+                join::FSTAB
+            );
+        }
         let _ = writeln!(text, "Then {} names it, and it is booted by the firmware behind the booted disk.", config::FILE);
         text
     }
@@ -147,7 +181,7 @@ impl Job {
     pub fn check_again(&self, root: &Root) -> Result<()> {
         self.target.check_same()?;
         let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
-        Target::look(Path::new(self.target.path()), config.as_ref())?;
+        Target::look(Path::new(self.target.path()), config.as_ref(), self.joined())?;
         booted::note(root)
     }
 
@@ -156,21 +190,29 @@ impl Job {
     /// # Errors
     /// Whatever fails; no configuration names the disk then, and no firmware boots it, unless that is said.
     pub fn run(self, root: &Root, log: &mut Log) -> Result<()> {
-        self.partition(log)?;
-        self.make_file_systems(log)?;
+        if self.joined().is_none() {
+            self.partition(log)?;
+        }
+        let nodes = self.make_file_systems(log)?;
+        if let Some(shared) = &self.shared {
+            shared.join(root, nodes.get(&Role::Root).context("there is no part of the root")?, log)?;
+        }
         mounts::enter_private_namespace()?;
-        let mut machine = Machine::with(root.clone(), self.draft.config.clone())?;
+        let mut machine = Machine::with(root.clone(), self.config.clone())?;
         if machine.booted.esp() != self.esp {
             bail!("another disk was booted than a moment ago");
         }
-        let file = |draft: &Draft| Rewritten { path: config::FILE.to_owned(), bytes: draft.text.clone() };
-        machine.draft = Some(file(&self.draft));
+        machine.drafts.clone_from(&self.drafts);
         self.sync(&mut machine, log)?;
         self.finish()?;
         // Somebody may have changed it since.
         let draft = config::draft(root, self.first.as_ref(), self.name, &self.section)
             .with_context(|| format!("the disk boots, but {} does not name it yet", config::FILE))?;
-        Below::open(&root.path("/"))?.apply(&file(&draft).change("", root))?;
+        let files = std::iter::once(Rewritten { path: config::FILE.to_owned(), bytes: draft.text });
+        let fstab = if self.shared.is_some() { join::fstab(&machine, self.name)? } else { None };
+        for file in files.chain(fstab) {
+            Below::open(&root.path("/"))?.apply(&file.change("", root))?;
+        }
         program::output("systemctl", ["daemon-reload".into()]).context("the configuration is written, but not in force")?;
         // What is known of the disks, which nobody was to know before.
         let mut machine = Machine::with(root.clone(), draft.config)?;
@@ -179,6 +221,10 @@ impl Job {
         nvram::carry_out(&machine, log)?;
         log.info(&format!("{} is {} now, and boots", self.target.path(), self.name));
         Ok(())
+    }
+
+    fn joined(&self) -> Option<&[String]> {
+        self.shared.as_ref().and_then(Shared::joined)
     }
 
     fn sync(&self, machine: &mut Machine, log: &mut Log) -> Result<()> {
@@ -204,18 +250,20 @@ impl Job {
         settle()
     }
 
-    fn make_file_systems(&self, log: &Log) -> Result<()> {
+    /// Makes the file systems, and returns the device nodes that they are on.
+    fn make_file_systems(&self, log: &Log) -> Result<BTreeMap<Role, String>> {
         let nodes = self.nodes()?;
         for part in &self.plan.parts {
             let node = nodes.get(&part.role).context("a partition has gone")?;
-            let (program, arguments) = part.make(node, self.target.sector);
+            let Some((program, arguments)) = part.make(node, self.target.sector) else { continue };
             log.status(&format!("{node}: making {} for {}", part.content.told(), part.role));
             self.target.check_same()?;
             program::output(&program, arguments)?;
         }
         // udev notices by itself, but perhaps only after it has been waited for.
-        let arguments = ["trigger".to_owned(), "--settle".to_owned()].into_iter().chain(nodes.into_values());
-        program::output("udevadm", arguments.map(OsString::from)).map(drop)
+        let arguments = ["trigger".to_owned(), "--settle".to_owned()].into_iter().chain(nodes.values().cloned());
+        program::output("udevadm", arguments.map(OsString::from))?;
+        Ok(nodes)
     }
 
     /// The device nodes of the new partitions.
@@ -242,7 +290,7 @@ impl Job {
 
 /// Whether every program is there, before something needs to be undone for lack of one.
 fn check_programs(plan: &Plan) -> Result<()> {
-    let made = plan.parts.iter().map(|part| part.make("", 512).0);
+    let made = plan.parts.iter().filter_map(|part| part.make("", 512)).map(|(program, _)| program);
     let is_btrfs = plan.parts.iter().any(|part| part.content.told() == "btrfs");
     for name in made
         .chain(is_btrfs.then(|| "btrfs".to_owned()))
@@ -254,9 +302,11 @@ fn check_programs(plan: &Plan) -> Result<()> {
 }
 
 /// Whether the booted disk can be copied, as far as that can be seen before.
-fn check_source(root: &Root, draft: &Draft, name: DiskName) -> Result<()> {
-    let machine = Machine::with(root.clone(), draft.config.clone())?;
+fn check_source(mut machine: Machine, drafts: &[Rewritten], name: DiskName, shared: Option<&Shared>) -> Result<()> {
     let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
+    if let Some(shared) = shared {
+        shared.forget(&mut machine.ids);
+    }
     // As the sync will search for what names another disk.
     let names = machine.rewriter(new)?;
     let mut files = BTreeMap::new();
@@ -269,6 +319,9 @@ fn check_source(root: &Root, draft: &Draft, name: DiskName) -> Result<()> {
             return Err(refused(format!("{dir}/{fault}; a copy would not boot without the booted disk; nothing was done")));
         }
         files.insert(role, found);
+    }
+    if shared.is_some() {
+        return join::check(&machine, drafts, &names, &files);
     }
     let running = machine.subvolume()?;
     match running.and_then(|running| generation::no_source(&running, &files)) {

@@ -149,6 +149,12 @@ pub fn rewrite(fstab: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> boo
     out
 }
 
+/// fstab without some of its lines.
+pub fn without(fstab: &[u8], goes: impl Fn(&Line<'_>) -> bool) -> Vec<u8> {
+    let goes = |span: &Range<usize>| parse(fstab, span.clone(), 0).is_some_and(|line| goes(&line));
+    split(fstab).filter(|span| !goes(span)).filter_map(|span| fstab.get(span)).flatten().copied().collect()
+}
+
 /// fstab without the options of the root that say which subvolume of a btrfs it is: `rootflags=` on the kernel's command line says it.
 pub fn any_subvolume(fstab: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(fstab.len());
@@ -277,6 +283,14 @@ mod tests {
         assert!(line.has_option("nofail") && !line.has_option("no") && !line.has_option("x-systemd.requires"));
         assert_eq!(line.option_values("x-systemd.requires"), [b"/a b"]);
         assert!(text[line.span.clone()].ends_with("0 2\r\n"));
+    }
+
+    #[test]
+    fn lines_of_a_partition_go() {
+        let text = b"# /boot is /dev/sda1\n/dev/sda1 /boot vfat defaults 0 2\nUUID=1 / btrfs\n/dev/sda1 /efi vfat noauto";
+        let left = without(text, |line| line.spec.raw == b"/dev/sda1");
+        assert_eq!(left, b"# /boot is /dev/sda1\nUUID=1 / btrfs\n");
+        assert_eq!(without(text, |_| false), text);
     }
 
     #[test]

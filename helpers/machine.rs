@@ -94,8 +94,8 @@ pub struct Machine {
     pub ids: Vec<DiskIds>,
     /// The boot loader's name and version, as it gives them.
     pub loader: Option<String>,
-    /// The configuration file, where it is not in force yet: spares get that one.
-    pub draft: Option<Rewritten>,
+    /// What files are to hold that are not in force yet, the configuration among them: spares get these.
+    pub drafts: Vec<Rewritten>,
 }
 
 impl Machine {
@@ -117,7 +117,8 @@ impl Machine {
         let (vars, esp) = booted_esp(&root)?;
         let booted = booted_disk(&config, &esp)?.clone();
         let loader = efi::loader_says(&vars, "LoaderInfo");
-        let mut machine = Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new(), loader, draft: None };
+        let mut machine =
+            Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new(), loader, drafts: Vec::new() };
         machine.look_again()?;
         Ok(machine)
     }
@@ -261,7 +262,7 @@ mod tests {
         let json = format!(r#"{{"blockdevices":[{lines}]}}"#);
         let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), std::collections::BTreeSet::new()).unwrap();
         let booted = config.disks.first().unwrap().clone();
-        Machine { root: Root::new("/"), config, booted, inventory, ids: Vec::new(), loader: None, draft: None }
+        Machine { root: Root::new("/"), config, booted, inventory, ids: Vec::new(), loader: None, drafts: Vec::new() }
     }
 
     #[test]

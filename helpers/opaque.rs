@@ -65,7 +65,8 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
     Ok(faults)
 }
 
-fn initrds(text: &[u8]) -> Vec<String> {
+/// The paths of the initrds that an entry names.
+pub fn initrds(text: &[u8]) -> Vec<String> {
     let lines = text.split(|b| *b == b'\n').filter(|line| line.trim_ascii().starts_with(b"initrd"));
     lines.flat_map(entry::files).collect()
 }

@@ -301,7 +301,7 @@ impl<'a> Spare<'a> {
             true => {
                 let keep = |dir: &_| self.machine.is_apart(dir);
                 let mut files = tree::rewritten(&self.machine.root, &self.rewriter, generation, keep)?;
-                files.extend(self.machine.draft.clone());
+                files.extend(self.machine.drafts.iter().cloned());
                 Ok(files)
             }
             false => Ok(Vec::new()),
@@ -419,6 +419,9 @@ impl<'a> Spare<'a> {
             if let Some(bytes) = root.read_opt(&path)? {
                 files.insert(path, bytes);
             }
+        }
+        for draft in &self.machine.drafts {
+            files.entry(draft.path.clone()).and_modify(|bytes| bytes.clone_from(&draft.bytes));
         }
         faults.extend(prove::root_files(&files, &self.rewriter));
         if let Some(generation) = self.generation() {

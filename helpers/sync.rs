@@ -73,7 +73,7 @@ pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mu
     });
     // Before anything is copied, as spares get it, too. Of a disk that isn't in force yet, nothing is kept.
     if !options.dry_run
-        && machine.draft.is_none()
+        && machine.drafts.is_empty()
         && let Err(e) = layout::save(&machine.root, &machine.config, &machine.inventory)
     {
         log.warning(&format!("{}/{} can't be kept up to date: {e:#}", state::DIRECTORY, layout::NAME));
@@ -126,7 +126,7 @@ fn spares<'a>(machine: &'a Machine, options: &Options) -> impl Iterator<Item = &
 /// Syncs every spare once; None where one of them was left as it was, as the booted disk changed meanwhile.
 fn round(machine: &Machine, options: &Options, status: &mut Status, log: &mut Log) -> Result<Option<Outcome>> {
     if !options.dry_run {
-        if machine.draft.is_none() {
+        if machine.drafts.is_empty() {
             idstore::save(&machine.ids)?;
         }
         for (dir, tree) in stage::left_here(Some(&machine.config))? {

@@ -33,6 +33,9 @@ struct Arguments {
     /// Make it like the disk of its name in this file, a layout.json, and not like the booted one
     #[arg(long, value_name = "FILE")]
     layout: Option<PathBuf>,
+    /// On a machine that isn't configured yet: let the disks share the root, a btrfs, by mirroring it to this one
+    #[arg(long, conflicts_with = "replace")]
+    shared_root: bool,
 }
 
 fn main() -> ExitCode {
@@ -50,7 +53,12 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     let root = Root::new("/");
     let _lock = lock::take(false)?;
-    let wish = Wish { disk: arguments.disk.clone(), replace: arguments.replace, layout: arguments.layout.clone() };
+    let wish = Wish {
+        disk: arguments.disk.clone(),
+        replace: arguments.replace,
+        layout: arguments.layout.clone(),
+        shared_root: arguments.shared_root,
+    };
     let job = Job::plan(&root, &wish)?;
     print!("{}", job.told());
     if arguments.dry_run {

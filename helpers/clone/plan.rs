@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::clone::source::{Content, Source};
 use crate::clone::{MIB, mib};
-use crate::layout;
+use crate::layout::{self, DiskLayout, PartLayout};
 use crate::types::{DiskName, PartUuid, Role};
 
 /// "Firmware must not produce EFI_BLOCK_IO_PROTOCOL for this partition" (UEFI specification, 5.3.3): from an ESP with this attribute,
@@ -96,6 +96,24 @@ impl Plan {
         Ok(Self { disk: ids()?, parts, sector })
     }
 
+    /// Takes the partitions that such a plan has made on a disk before, instead of others. The part of the shared root, and nothing else, is
+    /// what `is_shared` says is in use.
+    ///
+    /// # Errors
+    /// A disk with other partitions.
+    pub fn adopt(&mut self, disk: &DiskLayout, is_shared: impl Fn(&PartUuid) -> bool) -> Result<()> {
+        let is_same = |(part, made): (&Part, &PartLayout)| {
+            part.kind.eq_ignore_ascii_case(&made.kind) && (part.content == Content::Shared) == is_shared(&made.partuuid)
+        };
+        if self.parts.len() != disk.partitions.len() || !self.parts.iter().zip(&disk.partitions).all(is_same) {
+            bail!("it was not finished, and has other partitions than it would get now");
+        }
+        for (part, made) in self.parts.iter_mut().zip(&disk.partitions) {
+            (part.partuuid, part.bytes) = (made.partuuid, made.bytes);
+        }
+        Ok(())
+    }
+
     /// The input of sfdisk(8) that makes the partitions. The ESP is marked as unfinished.
     pub fn table(&self) -> String {
         let mut text = format!("label: gpt\nlabel-id: {}\n", self.disk);
@@ -115,13 +133,14 @@ impl Plan {
 }
 
 impl Part {
-    /// The program that makes its file system, and what it is told.
-    pub fn make(&self, device: &str, sector: u64) -> (String, Vec<OsString>) {
+    /// The program that makes its file system, and what it is told; None for a part of a shared root.
+    pub fn make(&self, device: &str, sector: u64) -> Option<(String, Vec<OsString>)> {
         let uuid = self.uuid.to_string();
         let volume = uuid.replace('-', "").chars().take(8).collect::<String>();
         let label = |option: &str| self.label.iter().flat_map(|l| [option.to_owned(), l.clone()]).collect::<Vec<_>>();
         let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
         let (program, mut args) = match &self.content {
+            Content::Shared => return None,
             Content::Swap => ("mkswap".to_owned(), [words(&["-q", "-U", &uuid]), label("-L")].concat()),
             Content::Fs(fs) => {
                 let args = match fs.as_str() {
@@ -139,7 +158,7 @@ impl Part {
             }
         };
         args.push(device.to_owned());
-        (program, args.into_iter().map(OsString::from).collect())
+        Some((program, args.into_iter().map(OsString::from).collect()))
     }
 }
 
@@ -322,7 +341,7 @@ mod tests {
             .parts
             .iter()
             .map(|part| {
-                let (program, args) = part.make("/dev/x", 512);
+                let (program, args) = part.make("/dev/x", 512).unwrap();
                 let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
                 format!("{program} {}", args.join(" "))
             })
@@ -336,7 +355,33 @@ mod tests {
                 format!("mkfs.ext4 -q -F -U {} -L root1 /dev/x", root.uuid),
             ]
         );
-        let (_, args) = plan.parts[0].make("/dev/x", 4096);
+        let (_, args) = plan.parts[0].make("/dev/x", 4096).unwrap();
         assert!(!args.contains(&"-F".into()), "too small for that: {args:?}");
+    }
+
+    #[test]
+    fn partitions_that_were_made_before_are_taken_again() {
+        let source = source(vec![old("esp", 512, None), old("root", 2000, Some(100))]);
+        let mut plan = make(&source, 3000).unwrap();
+        let made = |part: &Part| PartLayout {
+            role: None,
+            partuuid: PartUuid::parse("aaaaaaaa-0000-4000-8000-000000000001").unwrap(),
+            bytes: 7,
+            kind: part.kind.to_lowercase(),
+            name: part.name.clone(),
+            attributes: String::new(),
+            fstype: None,
+            uuid: None,
+            label: None,
+        };
+        let mut disk =
+            DiskLayout { name: disk1(), sector: 512, table: Vec::new(), partitions: plan.parts.iter().map(made).collect() };
+        plan.adopt(&disk, |_| false).unwrap();
+        plan.adopt(&disk, |_| true).unwrap_err();
+        assert!(plan.parts.iter().all(|part| part.bytes == 7 && part.partuuid == disk.partitions[0].partuuid));
+        disk.partitions[1].kind.clear();
+        plan.adopt(&disk, |_| false).unwrap_err();
+        disk.partitions.pop();
+        plan.adopt(&disk, |_| false).unwrap_err();
     }
 }

@@ -19,6 +19,8 @@ pub enum Content {
     Fs(String),
     /// Swap space.
     Swap,
+    /// A part of the root that all disks share. It is made by joining that.
+    Shared,
 }
 
 impl Content {
@@ -32,6 +34,7 @@ impl Content {
                 _ => 255,
             },
             Self::Swap => 15,
+            Self::Shared => 0,
         }
     }
 
@@ -51,6 +54,7 @@ impl Content {
         match self {
             Self::Fs(fs) => fs,
             Self::Swap => "swap",
+            Self::Shared => "btrfs",
         }
     }
 }
@@ -86,10 +90,16 @@ pub struct Source {
 }
 
 /// The partitions of the booted disk that have a role, found by what is mounted from it: for a machine that isn't configured.
+/// `shared` is its part of a root that spans disks.
 ///
 /// # Errors
 /// A refusal where the ESP, or the root, isn't where dualroot can work with it.
-pub fn roles(inventory: &Inventory, table: &[Mount], esp: &PartUuid) -> Result<BTreeMap<Role, PartUuid>> {
+pub fn roles(
+    inventory: &Inventory,
+    table: &[Mount],
+    esp: &PartUuid,
+    shared: Option<PartUuid>,
+) -> Result<BTreeMap<Role, PartUuid>> {
     let booted = inventory.find(esp)?.with_context(|| format!("the booted ESP {esp} isn't there"))?;
     let on = |part: &Partition, dir: &str| mounts::at(table, Path::new(dir)).is_some_and(|m| m.is_on(part));
     let mut found = BTreeMap::from([(Role::Esp, *esp)]);
@@ -107,7 +117,7 @@ pub fn roles(inventory: &Inventory, table: &[Mount], esp: &PartUuid) -> Result<B
         let Some(partuuid) = part.partuuid() else { continue };
         let role = match part.fstype.as_deref() {
             Some("swap") => Some(Role::Swap),
-            _ if on(part, "/") => Some(Role::Root),
+            _ if on(part, "/") || shared == Some(partuuid) => Some(Role::Root),
             _ if place == "/efi" && on(part, "/boot") => Some(Role::Xbootldr),
             _ => table.iter().filter(|m| m.is_on(part) && m.root == "/").find_map(|m| role_at(m.at.to_str()?)),
         };
@@ -141,14 +151,14 @@ fn role_at(dir: &str) -> Option<Role> {
 }
 
 impl Source {
-    /// What a clone gets of the booted disk, whose partitions with a role these are.
+    /// What a clone gets of the booted disk, whose partitions with a role these are; root= is a part of a shared root, or the disk's own.
     ///
     /// # Errors
     /// sfdisk that fails; a refusal for what can't be made again.
-    pub fn read(inventory: &Inventory, table: &[Mount], roles: &BTreeMap<Role, PartUuid>) -> Result<Self> {
+    pub fn read(inventory: &Inventory, table: &[Mount], roles: &BTreeMap<Role, PartUuid>, is_shared: bool) -> Result<Self> {
         // Its name makes no difference here.
         let disk = DiskLayout::read(DiskName::parse("disk0")?, inventory, roles)?;
-        Self::shaped(disk, "the disk of its ESP", inventory, table, roles)
+        Self::shaped(disk, "the disk of its ESP", inventory, table, roles, is_shared)
     }
 
     /// As [`Source::read`], but shaped like another disk; `shape` says where that was kept.
@@ -161,6 +171,7 @@ impl Source {
         inventory: &Inventory,
         table: &[Mount],
         roles: &BTreeMap<Role, PartUuid>,
+        is_shared: bool,
     ) -> Result<Self> {
         let is_there = |role: &Role| disk.partitions.iter().any(|part| part.role.as_ref() == Some(role));
         if let Some((role, partuuid)) = roles.iter().find(|(role, _)| !is_there(role)) {
@@ -175,14 +186,22 @@ impl Source {
                 continue;
             };
             let now = inventory.find(partuuid)?.with_context(|| format!("the partition {partuuid} has gone"))?;
-            source.add(part, role.clone(), now, table)?;
+            source.add(part, role.clone(), now, table, is_shared)?;
         }
         Ok(source)
     }
 
+    /// Has the root need just so many bytes.
+    pub fn give_root(&mut self, bytes: u64) {
+        for part in self.parts.iter_mut().filter(|part| part.role == Role::Root) {
+            (part.bytes, part.used) = (bytes, Some(bytes));
+        }
+    }
+
     /// A partition that is to be like one of the booted disk, which is `now`.
-    fn add(&mut self, part: PartLayout, role: Role, now: &Partition, table: &[Mount]) -> Result<()> {
+    fn add(&mut self, part: PartLayout, role: Role, now: &Partition, table: &[Mount], is_shared: bool) -> Result<()> {
         let content = match part.fstype.as_deref() {
+            Some("btrfs") if is_shared && role == Role::Root => Content::Shared,
             Some("swap") if role == Role::Swap => Content::Swap,
             Some(fs @ ("vfat" | "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs")) => Content::Fs(fs.to_owned()),
             other => {
@@ -201,7 +220,12 @@ impl Source {
                 content.told()
             )));
         }
-        let used = if role == Role::Swap { 0 } else { used(table, now)? };
+        let used = match role {
+            Role::Swap => 0,
+            // A shared one is mounted by any of its devices.
+            Role::Root => used(mounts::at(table, Path::new("/")), now)?,
+            _ => used(table.iter().rfind(|m| m.is_on(now)), now)?,
+        };
         let is_tree = role.tree().is_some();
         if !is_tree && used > part.bytes {
             return Err(refused(format!("{role}= would have {} bytes, but {used} are in use on {}", part.bytes, now.path)));
@@ -211,7 +235,7 @@ impl Source {
             kind: part.kind,
             name: part.name,
             attributes: part.attributes,
-            label: part.label,
+            label: part.label.filter(|_| content != Content::Shared),
             content,
             used: is_tree.then_some(used),
             role,
@@ -234,8 +258,8 @@ fn why_not(part: &PartLayout, inventory: &Inventory, table: &[Mount]) -> Result<
 }
 
 /// How many bytes the file system on a partition has, by one of its mounts.
-fn used(table: &[Mount], part: &Partition) -> Result<u64> {
-    let mount = table.iter().rfind(|m| m.is_on(part)).with_context(|| format!("{} is mounted nowhere", part.path))?;
+fn used(mount: Option<&Mount>, part: &Partition) -> Result<u64> {
+    let mount = mount.with_context(|| format!("{} is mounted nowhere", part.path))?;
     let stat = nix::sys::statvfs::statvfs(&mount.at).with_context(|| mount.at.display().to_string())?;
     Ok(stat.fragment_size() * (stat.blocks() - stat.blocks_free()))
 }
@@ -272,7 +296,7 @@ mod tests {
     }
 
     fn found(parts: &[(u32, &str)], mounts: &[(u32, &str, &str)]) -> Result<Vec<(String, PartUuid)>> {
-        let roles = roles(&inventory(parts), &mounted(mounts), &id(1))?;
+        let roles = roles(&inventory(parts), &mounted(mounts), &id(1), None)?;
         Ok(roles.into_iter().map(|(role, partuuid)| (role.key().to_owned(), partuuid)).collect())
     }
 

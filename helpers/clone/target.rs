@@ -56,11 +56,12 @@ const COLUMNS: &str =
     "NAME,KNAME,PATH,TYPE,SIZE,MODEL,SERIAL,RO,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTFLAGS,MOUNTPOINTS,LOG-SEC";
 
 impl Target {
-    /// Looks at the disk with this path.
+    /// Looks at the disk with this path. Where it was not finished, one of its partitions may be among those that are `joined`: devices of
+    /// the shared root, by the kernel's names.
     ///
     /// # Errors
     /// A refusal: no disk, a disk that is mounted or used, or one of the pair.
-    pub fn look(path: &Path, config: Option<&Config>) -> Result<Self> {
+    pub fn look(path: &Path, config: Option<&Config>, joined: Option<&[String]>) -> Result<Self> {
         let shown = path.display();
         // udev's links are as good.
         let path = fs::canonicalize(path).map_err(|e| refused(format!("{shown}: {e}; 'lsblk -d' shows the disks")))?;
@@ -69,8 +70,11 @@ impl Target {
         let printed =
             program::output("lsblk", arguments).map_err(|e| refused(format!("{shown} is no disk that lsblk knows: {e:#}")))?;
         let device = parse(&printed)?;
-        check(&device, config)?;
-        for part in device.all() {
+        let joined = joined.filter(|_| device.unfinished().is_some()).unwrap_or_default();
+        check(&device, config, joined)?;
+        // A disk is in use as a whole by what uses a part of it.
+        for part in device.all().into_iter().filter(|part| !part.is_among(joined) && (joined.is_empty() || part.r#type == "part"))
+        {
             let path = &part.path;
             // Of a member that was away for a while, the kernel may hold the one that went.
             if let Some(uuid) = part.uuid.as_deref().filter(|uuid| Path::new("/sys/fs/btrfs").join(uuid).exists()) {
@@ -116,13 +120,18 @@ impl Target {
             let [fstype, label, name] = names;
             let _ = writeln!(text, "  {:<16} {:>10} MiB  {fstype:<8} {label:<16} {name}", part.path, mib(part.size));
         }
-        if device.children.iter().any(|part| part.partflags.as_deref().is_some_and(is_marked)) {
+        if device.unfinished().is_some() {
             text.push_str("  It was to become a spare, and that was not finished.\n");
         }
         if device.children.is_empty() {
             let _ = writeln!(text, "  {}", device.fstype.as_deref().unwrap_or("no partitions"));
         }
         text
+    }
+
+    /// The ESP of a disk that was to become a spare, where that was not finished.
+    pub fn unfinished(&self) -> Option<PartUuid> {
+        self.device.unfinished()
     }
 
     /// Looks again whether it is the disk that it was: the one that was asked about.
@@ -145,6 +154,16 @@ impl Device {
         all.extend(self.children.iter().flat_map(Device::all));
         all
     }
+
+    /// The ESP with the attribute that marks it; see [`crate::clone::plan::UNFINISHED`].
+    fn unfinished(&self) -> Option<PartUuid> {
+        let marked = self.children.iter().find(|part| part.partflags.as_deref().is_some_and(is_marked))?;
+        PartUuid::parse(marked.partuuid.as_deref()?).ok()
+    }
+
+    fn is_among(&self, knames: &[String]) -> bool {
+        knames.contains(&self.kname)
+    }
 }
 
 fn parse(printed: &[u8]) -> Result<Device> {
@@ -161,13 +180,13 @@ fn is_marked(flags: &str) -> bool {
     flags.strip_prefix("0x").and_then(|hex| u64::from_str_radix(hex, 16).ok()).is_some_and(|bits| bits & 2 != 0)
 }
 
-/// Whatever makes a disk one that isn't erased.
-fn check(device: &Device, config: Option<&Config>) -> Result<()> {
+/// Whatever makes a disk one that isn't erased. Its partitions that are `joined` stay, and are not looked at.
+fn check(device: &Device, config: Option<&Config>, joined: &[String]) -> Result<()> {
     let path = &device.path;
     if device.r#type != "disk" {
         return Err(refused(format!("{path} is a {}, and no disk; name the whole disk ('lsblk -d' shows them)", device.r#type)));
     }
-    for part in device.all() {
+    for part in device.all().into_iter().filter(|part| !part.is_among(joined)) {
         if let Some(place) = part.mountpoints.iter().flatten().next() {
             let place = if place == "[SWAP]" { "in use as swap space".to_owned() } else { format!("mounted on {place}") };
             return Err(refused(format!("{} is {place}; nothing was done", part.path)));
@@ -213,16 +232,16 @@ mod tests {
     }
 
     fn why(json: &str, config: Option<&Config>) -> String {
-        let error = check(&device(json), config).unwrap_err();
+        let error = check(&device(json), config, &[]).unwrap_err();
         assert!(error.is::<Refused>());
         error.to_string()
     }
 
     #[test]
     fn f04_what_is_in_use_is_not_erased() {
-        check(&device(&node("/dev/sdb", "disk", "")), None).unwrap();
+        check(&device(&node("/dev/sdb", "disk", "")), None, &[]).unwrap();
         let part = |more: &str| format!(r#","children":[{}]"#, node("/dev/sdb1", "part", more));
-        check(&device(&node("/dev/sdb", "disk", &part(r#","mountpoints":[null]"#))), None).unwrap();
+        check(&device(&node("/dev/sdb", "disk", &part(r#","mountpoints":[null]"#))), None, &[]).unwrap();
         for (more, expected) in [
             (part(r#","mountpoints":[null,"/mnt"]"#), "/dev/sdb1 is mounted on /mnt"),
             (part(r#","mountpoints":["[SWAP]"]"#), "/dev/sdb1 is in use as swap space"),
@@ -255,6 +274,22 @@ mod tests {
         let disk = |n| node("/dev/sdb", "disk", &format!(r#","children":[{}]"#, part(n)));
         let found = why(&disk(2), Some(&config));
         assert!(found.starts_with("/dev/sdb1 belongs to disk1 of the pair"), "{found}");
-        check(&device(&disk(3)), Some(&config)).unwrap();
+        check(&device(&disk(3)), Some(&config), &[]).unwrap();
+    }
+
+    #[test]
+    fn f04_a_part_of_the_shared_root_is_left_alone_where_the_disk_was_not_finished() {
+        let flags = |flags: &str| format!(r#","partflags":{flags},"partuuid":"aaaaaaaa-0000-4000-8000-000000000001""#);
+        let disk = |esp: &str| {
+            let esp = node("/dev/sdb1", "part", "").replace(r#","partuuid":null"#, &flags(esp));
+            let root = node("/dev/sdb2", "part", r#","mountpoints":["/"]"#);
+            device(&node("/dev/sdb", "disk", &format!(r#","children":[{esp},{root}]"#)))
+        };
+        assert!(disk(r#""0x2""#).unfinished().is_some() && disk("null").unfinished().is_none());
+        let joined = ["sdb2".to_owned()];
+        check(&disk(r#""0x2""#), None, &joined).unwrap();
+        for joined in [&[][..], &["sda2".to_owned()], &["sdb1".to_owned()]] {
+            assert!(check(&disk(r#""0x2""#), None, joined).unwrap_err().to_string().contains("/dev/sdb2 is mounted on /"));
+        }
     }
 }

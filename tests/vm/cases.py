@@ -77,7 +77,7 @@ class Pair:
         self.kernels = images.kernel_versions(release)
         self.extra = {"kernels": overlay(images.kernels(release), directory / "kernels.qcow2")}
         self.machine = Machine(directory)
-        self.own = layout != "shared-btrfs"
+        self.own = "shared" not in layout
         self.generations = layout == "own-btrfs"
 
     def boot(self, *names, logs=None):
@@ -551,4 +551,4 @@ CASES = {
     for layout in ("shared-btrfs", "own-xbootldr", "own-btrfs", "own-esp") for release, initrd in ((13, "dracut"), (12, "initramfs-tools"))
 }
 # With what else there is to do, tests/run has 45 minutes. These have to be asked for: the layout on the other release of Debian is there.
-ON_REQUEST = ("own-xbootldr-12", "own-btrfs-12", "own-esp-13", "one-ext4-13")
+ON_REQUEST = ("own-xbootldr-12", "own-btrfs-12", "own-esp-13", "one-ext4-13", "one-shared-btrfs-13")

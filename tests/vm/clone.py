@@ -49,6 +49,15 @@ def check_refusals(pair):
         code, said = machine.status(f"dualroot-clone {arguments} </dev/null 2>&1")
         report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
     machine.unplug("T")
+    if pair.own:
+        refuse_initrd(pair)
+    written = machine.run(f"cmp -n 67108864 {device('B')} /dev/zero && ls /etc/dualroot.conf 2>/dev/null || true")
+    report.equal("nothing was written by that", written, "")
+
+
+def refuse_initrd(pair):
+    """An initrd that names the booted disk's root is no good on another disk."""
+    report, machine = pair.report, pair.machine
     # As the hook of initramfs-tools for resuming does, where dualroot's isn't installed.
     initrd = machine.run("ls /boot/*/*/initrd.img-*")
     machine.run(f"mkdir /run/x; cd /run/x; echo RESUME=UUID={pair.a.uuid['root']} >resume; cp {initrd} /run/initrd; "
@@ -56,18 +65,25 @@ def check_refusals(pair):
     code, said = machine.status(f"dualroot-clone --yes-erase B {device('B')} 2>&1", 300)
     report.check("refused: an initrd that names the booted disk", code == 3 and "built in" in said, (code, said))
     machine.run(f"cp /run/initrd {initrd}; rm /run/initrd /run/made")
-    written = machine.run(f"cmp -n 67108864 {device('B')} /dev/zero && ls /etc/dualroot.conf 2>/dev/null || true")
-    report.equal("nothing was written by that", written, "")
 
 
-def kill(pair):
-    """A clone is killed while it copies."""
+def interrupt(pair):
+    """A clone is killed while it copies; that to a shared root by a power cut while that is mirrored."""
     report, machine = pair.report, pair.machine
-    machine.run(f"(dualroot-clone --yes-erase B {device('B')} >/run/said 2>&1; touch /run/ended) </dev/null >/dev/null 2>&1 &")
-    machine.run("until pidof rsync >/dev/null || [ -e /run/ended ]; do sleep 0.1; done", 300)
-    machine.run("kill -KILL $(pidof dualroot-clone rsync)")
-    machine.run("until [ -e /run/ended ] && ! pidof rsync; do sleep 0.1; done")
-    said = machine.run(f"dualroot-clone --dry-run {device('B')}")
+    begin = "(dualroot-clone {} --yes-erase B {} >/run/said 2>&1; touch /run/ended) </dev/null >/dev/null 2>&1 &"
+    if pair.own:
+        machine.run(begin.format("", device("B")))
+        machine.run("until pidof rsync >/dev/null || [ -e /run/ended ]; do sleep 0.1; done", 300)
+        machine.run("kill -KILL $(pidof dualroot-clone rsync)")
+        machine.run("until [ -e /run/ended ] && ! pidof rsync; do sleep 0.1; done")
+    else:
+        machine.run(begin.format("--shared-root", device("B")))
+        machine.run("until grep -q balance /sys/fs/btrfs/*/exclusive_operation || [ -e /run/ended ]; do sleep 0.1; done; sync", 300)
+        machine.kill()
+        pair.boot("A", "B")
+        code, said = machine.status(f"dualroot-clone --yes-erase B {device('B')} 2>&1")
+        report.check("refused: the disk, without another word, for a root of its own", code == 3 and ("in use" in said or "mounted on" in said), (code, said))
+    said = machine.run(f"dualroot-clone --dry-run {'' if pair.own else '--shared-root '}{device('B')}")
     report.check("a clone that was killed has left a mark", "that was not finished" in said, said)
     report.equal("and nothing on the booted disk", machine.status("cat /etc/dualroot.conf")[0], 1)
 
@@ -86,9 +102,10 @@ def clone(pair, number, serial, more=""):
 def check_nothing_left(pair, old, initrd):
     """Nothing of the disk that was copied is named by the copy, which is booted: not in files, and not in the initrds."""
     report, machine = pair.report, pair.machine
-    names = [name for role in old.roles for name in (old.partuuid[role], old.uuid[role], old.uuid[role].replace("-", ""))]
+    roles = [role for role in old.roles if pair.own or role != "root"]
+    names = [name for role in roles for name in (old.partuuid[role], old.uuid[role], old.uuid[role].replace("-", ""))]
     # Labels of this length could be anything's.
-    names += [f"LABEL={role}{old.number}" for role in old.roles]
+    names += [f"LABEL={role}{old.number}" for role in roles]
     pattern = " ".join(f"-e {name}" for name in names)
     machine.run(f"for i in /boot/*/*/initrd*; do mkdir -p /run/i/$i; cd /run/i/$i; {UNPACK[initrd].format('$i')}; done", 300)
     found = machine.run(f"find /etc /boot /efi /root /home /var/lib /usr/lib/systemd /run/i -type f {NAMED} -print0 | "
@@ -107,6 +124,15 @@ def check_mark(pair):
     machine.kill()
 
 
+def check_mirrored(pair):
+    """Either half of the root is enough, and nothing says that one is behind."""
+    report, machine = pair.report, pair.machine
+    kinds = machine.run("btrfs filesystem df / | grep -v GlobalReserve | sed 's/:.*//'").split("\n")
+    report.check("all of the root is there twice", kinds and all(kind.endswith(", RAID1") for kind in kinds), kinds)
+    report.equal("no disk is behind", machine.run("ls -d /run/dualroot/degraded /var/lib/dualroot/degraded "
+                                                  "/sys/firmware/efi/efivars/Dualroot* 2>/dev/null || true"), "")
+
+
 def one_disk(report, directory, staging, release, initrd, layout):
     """A gets a spare, B, and goes; B gets another one, C, in the place of A, and goes."""
     pair = Pair(report, directory, staging, release, initrd, layout)
@@ -120,9 +146,12 @@ def one_disk(report, directory, staging, release, initrd, layout):
         pair.disks |= {"B": blank(directory, "b", size - 200), "C": blank(directory, "c", size + 500)}
         plug(machine, "B", pair.disks["B"])
         check_refusals(pair)
-        kill(pair)
-        pair.b = clone(pair, 1, "B")
+        interrupt(pair)
+        pair.b = clone(pair, 1, "B", "" if pair.own else "--shared-root ")
         pair.check_spare(pair.b)
+        if not pair.own:
+            check_mirrored(pair)
+            report.equal("fstab mounts the root only", machine.run("grep -c ^[^#] /etc/fstab"), "1")
         machine.power_off()
 
         report.step("A is removed")
@@ -131,8 +160,13 @@ def one_disk(report, directory, staging, release, initrd, layout):
         report.equal("what was written on A is here", machine.run("cat /root/note"), "written on A")
         check_nothing_left(pair, pair.a, initrd)
         plug(machine, "C", pair.disks["C"])
+        if not pair.own:
+            code, said = machine.status(f"dualroot-clone --yes-erase C {device('C')} 2>&1")
+            report.check("refused: a third disk, while one is missing", code == 3 and "--replace diskN" in said, (code, said))
         pair.c = clone(pair, 0, "C", "--replace disk0 --layout /var/lib/dualroot/layout.json ")
         pair.check_spare(pair.c)
+        if not pair.own:
+            check_mirrored(pair)
         machine.power_off()
         check_mark(pair)
 
@@ -146,4 +180,5 @@ def one_disk(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
-CASES = {"one-ext4-13": (one_disk, 13, "dracut", "one-ext4"), "one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs")}
+CASES = {"one-ext4-13": (one_disk, 13, "dracut", "one-ext4"), "one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"),
+         "one-shared-btrfs-13": (one_disk, 13, "dracut", "one-shared-btrfs")}

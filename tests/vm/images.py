@@ -208,7 +208,7 @@ def btrfs(path, role, disk, content=None):
 LAYOUTS = {"own-esp": ("esp", "root"), "own-btrfs": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root", "home", "swap"),
            "shared-btrfs": ("esp", "root"),
            # Of these, there is only one disk, and no configuration.
-           "one-ext4": ("esp", "root", "swap", "home"), "one-btrfs": ("esp", "xbootldr", "root")}
+           "one-ext4": ("esp", "root", "swap", "home"), "one-btrfs": ("esp", "xbootldr", "root"), "one-shared-btrfs": ("esp", "root")}
 
 
 def pair(layout):

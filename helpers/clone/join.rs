@@ -1,0 +1,278 @@
+//! How a disk gets its part of a shared btrfs root: as the second device, or in the place of the one that is lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use uuid::Uuid;
+
+use crate::bootfiles::{BootFiles, Class, fold};
+use crate::btrfs::Mounted;
+use crate::clone::Wish;
+use crate::conf::{Config, Layout};
+use crate::fstab;
+use crate::heal;
+use crate::ident::{DiskIds, PartIds, Rewriter};
+use crate::inventory::{Inventory, Partition};
+use crate::layout;
+use crate::log::Log;
+use crate::machine::{Machine, refused};
+use crate::opaque;
+use crate::program;
+use crate::prove;
+use crate::root::Root;
+use crate::state;
+use crate::tree::{self, Rewritten};
+use crate::types::{DiskName, PartUuid, Role};
+
+/// The file that says what is mounted at boot.
+pub const FSTAB: &str = "/etc/fstab";
+
+/// What is left to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    /// It has one device.
+    Add,
+    /// It goes on without the device of this id.
+    Replace(u64),
+    /// The new device is one of its two already: that was cut.
+    GoOn,
+}
+
+/// The root that the booted disk and the new one are to share.
+#[derive(Debug)]
+pub struct Shared {
+    uuid: Uuid,
+    way: Way,
+    /// The kernel's names of its devices.
+    devices: Vec<String>,
+}
+
+impl Shared {
+    /// The shared root of this machine: of one that isn't configured, only where that is wished for. None where each disk has its own.
+    ///
+    /// # Errors
+    /// A refusal where the root is no btrfs that can get this disk, or is to be another's than the configuration's.
+    pub fn look(root: &Root, config: Option<&Config>, wish: &Wish) -> Result<Option<Self>> {
+        match config.map(Config::layout) {
+            None if !wish.shared_root => return Ok(None),
+            Some(Layout::OwnRoots) if wish.shared_root => {
+                return Err(refused("by the configuration, each disk has a root of its own; nothing was done"));
+            }
+            Some(Layout::OwnRoots) => return Ok(None),
+            None | Some(Layout::SharedRoot) => {}
+        }
+        let mounted =
+            Mounted::look(root)?.ok_or_else(|| refused("the root is no btrfs, which disks could share; nothing was done"))?;
+        if config.is_some() && wish.replace.is_none() {
+            return Err(refused(
+                "the disks share their root, and so a new one takes the place of another: '--replace diskN'; nothing was done",
+            ));
+        }
+        let disk = kname(&wish.disk).unwrap_or_default();
+        let is_ours = mounted.at_work.iter().any(|part| root.exists(format!("/sys/class/block/{disk}/{part}")));
+        let way = way(&mounted.ids, &mounted.lost(root)?, is_ours)
+            .map_err(|why| refused(format!("the root, the btrfs {}, {why}; nothing was done", mounted.uuid)))?;
+        Ok(Some(Self { uuid: mounted.uuid, way, devices: mounted.at_work }))
+    }
+
+    /// Where the new disk is a part of it already, the kernel's names of its devices.
+    pub fn joined(&self) -> Option<&[String]> {
+        (self.way == Way::GoOn).then_some(&self.devices)
+    }
+
+    /// The partition of the booted disk that holds a device of it.
+    ///
+    /// # Errors
+    /// A refusal where there is none.
+    pub fn beside(&self, inventory: &Inventory, esp: &PartUuid) -> Result<PartUuid> {
+        let booted = inventory.find(esp)?.with_context(|| format!("the booted ESP {esp} isn't there"))?;
+        let part = inventory.beside(booted).find(|part| self.has(part)).and_then(Partition::partuuid);
+        part.ok_or_else(|| {
+            refused(format!("no partition beside the booted ESP, {}, holds a device of the root; nothing was done", booted.path))
+        })
+    }
+
+    /// Whether a partition is one of its devices.
+    pub fn has(&self, part: &Partition) -> bool {
+        self.devices.contains(&part.kname)
+    }
+
+    /// Takes its names out of those of the disks: it will be every disk's.
+    pub fn forget(&self, ids: &mut [DiskIds]) {
+        let uuid = self.uuid.to_string();
+        for part in ids.iter_mut().flat_map(|disk| disk.parts.values_mut()).filter(|part| part.uuid.as_ref() == Some(&uuid)) {
+            (part.uuid, part.label) = (None, None);
+        }
+    }
+
+    /// How many bytes its device on the new disk has at least: what the one had that is lost, as far as that is known.
+    pub fn least(&self, name: DiskName) -> Option<u64> {
+        let was = layout::load(&Path::new(state::DIRECTORY).join(layout::NAME), name).ok();
+        let was = was.filter(|_| matches!(self.way, Way::Replace(_)))?;
+        was.partitions.iter().find(|part| part.role == Some(Role::Root)).map(|part| part.bytes)
+    }
+
+    /// For people.
+    pub fn told(&self) -> String {
+        let does = match self.way {
+            Way::Add => "is added to".to_owned(),
+            Way::Replace(id) => format!("takes the place, number and UUID of device {id}, which is missing, in"),
+            Way::GoOn => "is a device already of".to_owned(),
+        };
+        format!(
+            "Its root {does} the btrfs that is mounted on /, {}, and all of that is mirrored to it. That takes its time, and \
+             until it has ended, the root needs both disks. Erase a disk whose place was taken before it is put in again.",
+            self.uuid
+        )
+    }
+
+    /// Has the root's file system use the new partition, and puts two copies of everything on it. What is cut goes on when this is done
+    /// again.
+    ///
+    /// # Errors
+    /// btrfs(8) that fails: too little room, or what can't be read of the only copy.
+    pub fn join(&self, root: &Root, node: &str, log: &Log) -> Result<()> {
+        let btrfs = |words: &[&str]| program::output("btrfs", words.iter().map(Into::into)).map(drop);
+        log.status(&format!("{node}: becoming a part of the shared root"));
+        match self.way {
+            Way::Add => btrfs(&["device", "add", "--enqueue", "-f", node, "/"])?,
+            Way::Replace(id) => {
+                let status = program::output("btrfs", ["replace", "status", "-1", "/"].map(Into::into))?;
+                // The device that was to take the place has gone, too; until that is given up, no other one may.
+                if String::from_utf8_lossy(&status).contains("suspended") {
+                    btrfs(&["replace", "cancel", "/"])?;
+                }
+                btrfs(&["replace", "start", "-B", "--enqueue", "-r", "-f", &id.to_string(), node, "/"])?;
+            }
+            Way::GoOn => {}
+        }
+        log.status(&format!("{node}: mirroring the root"));
+        // Soft: what has two copies stays, and what was written while there was one device gets them. On a small disk, the last of the old
+        // chunks may find no room before those that were moved are given back.
+        // What was begun before, and the kernel goes on with, is waited for.
+        let balance = || btrfs(&["balance", "start", "--enqueue", "-dconvert=raid1,soft", "-mconvert=raid1,soft", "/"]);
+        balance().or_else(|_| balance())?;
+        if self.way == Way::GoOn {
+            // Either half may have been mounted without the other since it was begun: what has two copies may have an old one.
+            log.status(&format!("{node}: comparing the halves of the root"));
+            btrfs(&["scrub", "start", "-B", "/"])?;
+        }
+        let mounted = Mounted::look(root)?.context("the root isn't mounted any more")?;
+        let (id, _) = mounted.device(root, &kname(Path::new(node))?)?;
+        btrfs(&["filesystem", "resize", "--enqueue", &format!("{id}:max"), "/"])?;
+        // udev doesn't see what btrfs writes, and others ask it.
+        program::output("udevadm", ["trigger", "--settle", node].map(Into::into))?;
+        heal::healed(root)
+    }
+}
+
+/// Whether the machine's files let another disk boot with the same root, and alone. `names` finds what names the booted disk, of which the
+/// root isn't a part any more; `drafts` are files as they will be.
+///
+/// # Errors
+/// A refusal: the first that doesn't.
+pub fn check(machine: &Machine, drafts: &[Rewritten], names: &Rewriter, files: &BTreeMap<Role, BootFiles>) -> Result<()> {
+    for (role, _, dir) in machine.booted.boot_places() {
+        let Some(found) = files.get(&role) else { continue };
+        for entry in found.of(Class::Entry) {
+            let text = entry.text.as_deref().unwrap_or_default();
+            let roots = text.split(u8::is_ascii_whitespace).filter(|word| word.starts_with(b"root="));
+            if let Some(id) = roots.flat_map(|word| names.foreign(word)).next() {
+                return Err(refused(format!(
+                    "{dir}/{}: the root is {id}, and not the UUID of the btrfs; nothing was done",
+                    entry.path
+                )));
+            }
+            if !mounts_alone(Path::new(dir.as_str()), text, found)? {
+                return Err(refused(format!(
+                    "{dir}/{}: its initrd would not mount the root without one of its disks; make the initrds again ('update-initramfs -u \
+                     -k all', 'dracut --regenerate-all --force'); nothing was done",
+                    entry.path
+                )));
+            }
+        }
+    }
+    for path in tree::identifying_files(&machine.root)? {
+        let draft = drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
+        let text = draft.map_or_else(|| machine.root.read(&path), Ok).with_context(|| path.clone())?;
+        if let Some(fault) = prove::root_files(&BTreeMap::from([(path, text)]), names).first() {
+            return Err(refused(format!("{fault}; it is every disk's; nothing was done")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether an initrd of an entry has what mounts a shared root while a device of it is missing, which has the name of a variable in it (see
+/// `units/initrd/degraded.sh`).
+fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
+    let variable = PartIds { partuuid: heal::VENDOR.into(), uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+    let [target, other] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")));
+    let other = DiskIds { name: other?, parts: BTreeMap::from([(Role::Esp, variable)]) };
+    let names = Rewriter::new(&DiskIds { name: target?, parts: BTreeMap::new() }, &[other])?;
+    for initrd in opaque::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
+        let file = File::open(place.join(&initrd.path)).with_context(|| initrd.path.clone())?;
+        if !opaque::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// fstab of a shared root, which is every disk's: without the lines for boot partitions and swap space of the booted disk, which the
+/// generator mounts. None where it has no such lines. `name` is the new disk's.
+///
+/// # Errors
+/// A file that can't be read; names that can't be told apart.
+pub fn fstab(machine: &Machine, name: DiskName) -> Result<Option<Rewritten>> {
+    let old = machine.root.read_opt(FSTAB).context(FSTAB)?.unwrap_or_default();
+    let own: Vec<DiskIds> = machine.ids.iter().filter(|ids| ids.name == machine.booted.name).cloned().collect();
+    let own = own.into_iter().map(|mut ids| {
+        ids.parts.retain(|role, _| role.is_boot() || *role == Role::Swap);
+        ids
+    });
+    let names = Rewriter::new(&DiskIds { name, parts: BTreeMap::new() }, &own.collect::<Vec<_>>())?;
+    let goes = |line: &fstab::Line<'_>| {
+        !names.foreign(line.spec.raw).is_empty() && !line.dir().is_some_and(|dir| machine.is_apart(&dir))
+    };
+    let bytes = fstab::without(&old, goes);
+    Ok((bytes != old).then(|| Rewritten { path: FSTAB.to_owned(), bytes }))
+}
+
+/// The kernel's name of a device node.
+fn kname(node: &Path) -> Result<String> {
+    let path = fs::canonicalize(node).with_context(|| node.display().to_string())?;
+    let name = path.strip_prefix("/dev").ok().and_then(|name| name.to_str());
+    Ok(name.with_context(|| format!("{} is no device node", path.display()))?.replace('/', "!"))
+}
+
+/// What is to be done, or why there is nothing to be.
+fn way(ids: &[u64], lost: &[u64], is_ours: bool) -> Result<Way, String> {
+    match (ids, lost) {
+        _ if is_ours => Ok(Way::GoOn),
+        ([_], []) => Ok(Way::Add),
+        ([_, _], [id]) => Ok(Way::Replace(*id)),
+        _ => Err(format!("has {} devices, {} of them missing, and not two with the new one", ids.len(), lost.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_device_is_added_and_a_lost_one_replaced() {
+        assert_eq!(way(&[1], &[], false), Ok(Way::Add));
+        // It was mounted without the first one, and made one of a single device by hand since.
+        assert_eq!(way(&[2], &[], false), Ok(Way::Add));
+        assert_eq!(way(&[1, 2], &[1], false), Ok(Way::Replace(1)));
+        for (ids, lost) in [(&[1, 2][..], &[][..]), (&[1, 2, 3], &[3]), (&[1, 2], &[1, 2]), (&[1], &[1]), (&[], &[])] {
+            assert!(way(ids, lost, false).unwrap_err().contains("not two with the new one"), "{ids:?} {lost:?}");
+        }
+        // What was cut: after the device was added, and while it took the place of another.
+        for ids in [&[1, 2][..], &[0, 1, 2]] {
+            assert_eq!(way(ids, &[], true), Ok(Way::GoOn));
+        }
+    }
+}
