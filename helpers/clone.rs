@@ -2,7 +2,7 @@
 //!
 //! Partitions and file systems are made by sfdisk(8) and mkfs(8), and filled by the same sync that keeps spares up to date. Until that has
 //! proved that the disk boots, its ESP is marked in the partition table so that no firmware boots it, and no configuration names it: whatever
-//! is cut before is begun anew.
+//! is cut before is begun anew, but for what a shared root has been given already, which goes on.
 
 pub mod config;
 mod join;
@@ -16,7 +16,6 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use uuid::Uuid;
 
 use crate::below::Below;
 use crate::booted;
@@ -30,6 +29,7 @@ use crate::conf::Config;
 use crate::generation;
 use crate::inventory::Inventory;
 use crate::layout::{self, DiskLayout};
+use crate::lineage::kernel_id;
 use crate::log::Log;
 use crate::machine::{Machine, booted_disk, booted_esp, refused};
 use crate::mounts;
@@ -75,7 +75,6 @@ pub struct Job {
     shared: Option<Shared>,
     /// What files will hold: the configuration, and fstab where that changes.
     drafts: Vec<Rewritten>,
-    config: Config,
     esp: PartUuid,
     /// On a machine that isn't configured, the booted disk and its section.
     first: Option<(DiskName, Section)>,
@@ -116,6 +115,7 @@ impl Job {
         }
         let taken = inventory.labels_beside(target.path());
         let in_the_way = |e| refused(format!("{}: {e:#}", target.path()));
+        let fresh_id = || kernel_id(root, "uuid");
         let mut plan = Plan::make(&source, name, (target.bytes, target.sector), taken, fresh_id).map_err(in_the_way)?;
         if let (Some(shared), Some(esp)) = (&shared, target.unfinished())
             && shared.joined().is_some()
@@ -130,15 +130,12 @@ impl Job {
             plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).filter(|(role, _)| named(role)).collect();
         roles.retain(|role, _| named(role));
         let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
-        let Draft { text, config } = config::draft(root, first.as_ref(), name, &section)?;
-        let mut drafts = vec![Rewritten { path: config::FILE.to_owned(), bytes: text }];
-        let machine = Machine::with(root.clone(), config.clone())?;
-        if shared.is_some() {
-            drafts.extend(join::fstab(&machine, name)?);
-        }
-        check_programs(&plan)?;
-        check_source(machine, &drafts, name, shared.as_ref())?;
-        Ok(Self { target, name, plan, source, shared, drafts, config, esp, first, section })
+        let mut job = Self { target, name, plan, source, shared, drafts: Vec::new(), esp, first, section };
+        let machine = job.draft(root)?;
+        check_programs(&job.plan)?;
+        job.drafts.clone_from(&machine.drafts);
+        check_source(machine, name, job.shared.as_ref())?;
+        Ok(job)
     }
 
     /// What is there and what will be, for people.
@@ -198,29 +195,35 @@ impl Job {
             shared.join(root, nodes.get(&Role::Root).context("there is no part of the root")?, log)?;
         }
         mounts::enter_private_namespace()?;
-        let mut machine = Machine::with(root.clone(), self.config.clone())?;
+        // Somebody may have changed the files since.
+        let mut machine = self.draft(root)?;
         if machine.booted.esp() != self.esp {
             bail!("another disk was booted than a moment ago");
         }
-        machine.drafts.clone_from(&self.drafts);
         self.sync(&mut machine, log)?;
         self.finish()?;
-        // Somebody may have changed it since.
-        let draft = config::draft(root, self.first.as_ref(), self.name, &self.section)
-            .with_context(|| format!("the disk boots, but {} does not name it yet", config::FILE))?;
-        let files = std::iter::once(Rewritten { path: config::FILE.to_owned(), bytes: draft.text });
-        let fstab = if self.shared.is_some() { join::fstab(&machine, self.name)? } else { None };
-        for file in files.chain(fstab) {
+        // And since then.
+        let mut machine =
+            self.draft(root).with_context(|| format!("the disk boots, but {} does not name it yet", config::FILE))?;
+        for file in std::mem::take(&mut machine.drafts) {
             Below::open(&root.path("/"))?.apply(&file.change("", root))?;
         }
         program::output("systemctl", ["daemon-reload".into()]).context("the configuration is written, but not in force")?;
         // What is known of the disks, which nobody was to know before.
-        let mut machine = Machine::with(root.clone(), draft.config)?;
         self.sync(&mut machine, log)?;
         mounts::start_spares(log);
         nvram::carry_out(&machine, log)?;
         log.info(&format!("{} is {} now, and boots", self.target.path(), self.name));
         Ok(())
+    }
+
+    /// The machine as it is with the new disk in its configuration: that, and fstab where it changes, are the machine's drafts.
+    fn draft(&self, root: &Root) -> Result<Machine> {
+        let Draft { text, config } = config::draft(root, self.first.as_ref(), self.name, &self.section)?;
+        let mut machine = Machine::with(root.clone(), config)?;
+        let fstab = if self.shared.is_some() { join::fstab(&machine, self.name)? } else { None };
+        machine.drafts = std::iter::once(Rewritten { path: config::FILE.to_owned(), bytes: text }).chain(fstab).collect();
+        Ok(machine)
     }
 
     fn joined(&self) -> Option<&[String]> {
@@ -302,7 +305,7 @@ fn check_programs(plan: &Plan) -> Result<()> {
 }
 
 /// Whether the booted disk can be copied, as far as that can be seen before.
-fn check_source(mut machine: Machine, drafts: &[Rewritten], name: DiskName, shared: Option<&Shared>) -> Result<()> {
+fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -> Result<()> {
     let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
     if let Some(shared) = shared {
         shared.forget(&mut machine.ids);
@@ -321,7 +324,7 @@ fn check_source(mut machine: Machine, drafts: &[Rewritten], name: DiskName, shar
         files.insert(role, found);
     }
     if shared.is_some() {
-        return join::check(&machine, drafts, &names, &files);
+        return join::check(&machine, &names, &files);
     }
     let running = machine.subvolume()?;
     match running.and_then(|running| generation::no_source(&running, &files)) {
@@ -345,14 +348,6 @@ fn name(config: Option<&Config>, inventory: &Inventory, wish: &Wish) -> Result<D
         }
     }
     Ok(name)
-}
-
-/// An identifier that nothing else has, from the kernel.
-fn fresh_id() -> Result<Uuid> {
-    const PATH: &str = "/proc/sys/kernel/random/uuid";
-    let text = Root::new("/").read(PATH).with_context(|| format!("{PATH} can't be read"))?;
-    let id = std::str::from_utf8(text.trim_ascii()).ok().and_then(|id| Uuid::try_parse(id).ok());
-    id.with_context(|| format!("{PATH} holds no UUID"))
 }
 
 /// Waits until udev has seen what was done.

@@ -27,8 +27,8 @@ const NEW: &str = "dualroot/new";
 const OFFER: &str = "-dualroot-";
 /// The first version of systemd-boot for which that is so. For those before it, the hyphen is greater than letters.
 const SORTS_HYPHENS_LAST: u32 = 250;
-/// The number of the top directory of every subvolume.
-const TOP: u64 = 256;
+/// The inode number of the top directory of every subvolume.
+pub(crate) const TOP: u64 = 256;
 
 /// The number of a generation, from 1.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -142,10 +142,8 @@ pub fn no_source(root: &str, booted: &BTreeMap<Role, BootFiles>) -> Option<Strin
 /// of it, such as older generations and snapshots, stay on their disk, and so does what only these need.
 pub fn keep_own(files: &mut BootFiles, root: &str) {
     let root = root.trim_matches('/');
-    let is_other = |file: &BootFile| {
-        let offered = file.path.rsplit_once('/').is_some_and(|(_, name)| is_offer(name));
-        offered || file.text.as_deref().and_then(booted_by).is_some_and(|path| path != root)
-    };
+    let is_other =
+        |file: &BootFile| is_offered(file) || file.text.as_deref().and_then(booted_by).is_some_and(|path| path != root);
     let needed = |others: bool| -> BTreeSet<String> {
         let entries = files.of(Class::Entry).filter(|file| is_other(file) == others);
         entries.filter_map(|file| file.text.as_deref()).flat_map(entry::files).map(|path| fold(&path)).collect()
@@ -158,6 +156,10 @@ pub fn keep_own(files: &mut BootFiles, root: &str) {
 /// Whether this is the file name of an entry that boots an older generation: that of its own disk, so that it is never copied.
 pub fn is_offer(name: &str) -> bool {
     name.starts_with(OFFER)
+}
+
+fn is_offered(file: &BootFile) -> bool {
+    file.path.rsplit_once('/').is_some_and(|(_, name)| is_offer(name))
 }
 
 /// What becomes of a spare's generations in a sync.
@@ -238,7 +240,7 @@ pub fn prove(top: &Below, found: &BTreeMap<Role, BootFiles>, current: Generation
 
 /// The generations that the entries of a boot partition boot, but those that only offers boot.
 pub fn booted(files: &BootFiles) -> BTreeSet<Generation> {
-    let entries = files.of(Class::Entry).filter(|file| file.path.rsplit_once('/').is_none_or(|(_, name)| !is_offer(name)));
+    let entries = files.of(Class::Entry).filter(|file| !is_offered(file));
     entries.filter_map(|file| generation_of(file.text.as_deref()?)).collect()
 }
 
@@ -315,8 +317,7 @@ pub fn offers(spare: &BootFiles, wanted: &[Wanted], kept: &[Generation]) -> Vec<
 /// Takes the offers of these generations out of what a boot partition holds, and returns their paths.
 pub fn take_offers(files: &mut BootFiles, gone: &[Generation]) -> Vec<String> {
     let is_one = |file: &&BootFile| {
-        let offered = file.path.rsplit_once('/').is_some_and(|(_, name)| is_offer(name));
-        offered && file.text.as_deref().and_then(generation_of).is_some_and(|generation| gone.contains(&generation))
+        is_offered(file) && file.text.as_deref().and_then(generation_of).is_some_and(|generation| gone.contains(&generation))
     };
     let taken: Vec<String> = files.of(Class::Entry).filter(is_one).map(|file| file.path.clone()).collect();
     for path in &taken {

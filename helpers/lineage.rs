@@ -244,10 +244,7 @@ impl Record {
     /// # Errors
     /// A kernel that doesn't tell.
     pub fn note_boot(&mut self, root: &Root, own: DiskName) -> Result<()> {
-        const PATH: &str = "/proc/sys/kernel/random/boot_id";
-        let text = root.read(PATH).with_context(|| format!("{PATH} can't be read"))?;
-        let id = std::str::from_utf8(text.trim_ascii()).ok().and_then(|id| Uuid::try_parse(id).ok());
-        self.booted(own, id.with_context(|| format!("{PATH} holds no id"))?, now());
+        self.booted(own, kernel_id(root, "boot_id")?, now());
         Ok(())
     }
 
@@ -357,6 +354,17 @@ impl Record {
         of_spare.synced = Some((own, now()));
         self.level.insert(spare);
     }
+}
+
+/// An id that the kernel gives (random(4)): `boot_id`, that of this boot, or `uuid`, another one each time.
+///
+/// # Errors
+/// A kernel that doesn't tell.
+pub fn kernel_id(root: &Root, name: &str) -> Result<Uuid> {
+    let path = format!("/proc/sys/kernel/random/{name}");
+    let text = root.read(&path).with_context(|| format!("{path} can't be read"))?;
+    let id = std::str::from_utf8(text.trim_ascii()).ok().and_then(|id| Uuid::try_parse(id).ok());
+    id.with_context(|| format!("{path} holds no id"))
 }
 
 fn hash(text: &str) -> String {

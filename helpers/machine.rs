@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use crate::conf::{Config, Disk, Layout};
 use crate::efi::{self, EfiVars};
 use crate::entry::Titles;
+use crate::generation;
 use crate::ident::{DiskIds, Rewriter};
 use crate::idstore;
 use crate::inventory::Inventory;
@@ -240,8 +241,7 @@ impl Machine {
 
 /// Whether this is the top directory of a btrfs subvolume, and not one that is bound there.
 fn is_subvolume(dir: &Path) -> bool {
-    const TOP: u64 = 256;
-    fs::metadata(dir).is_ok_and(|meta| meta.ino() == TOP)
+    fs::metadata(dir).is_ok_and(|meta| meta.ino() == generation::TOP)
 }
 
 #[cfg(test)]

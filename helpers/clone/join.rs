@@ -169,11 +169,11 @@ impl Shared {
 }
 
 /// Whether the machine's files let another disk boot with the same root, and alone. `names` finds what names the booted disk, of which the
-/// root isn't a part any more; `drafts` are files as they will be.
+/// root isn't a part any more.
 ///
 /// # Errors
 /// A refusal: the first that doesn't.
-pub fn check(machine: &Machine, drafts: &[Rewritten], names: &Rewriter, files: &BTreeMap<Role, BootFiles>) -> Result<()> {
+pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFiles>) -> Result<()> {
     for (role, _, dir) in machine.booted.boot_places() {
         let Some(found) = files.get(&role) else { continue };
         for entry in found.of(Class::Entry) {
@@ -195,7 +195,7 @@ pub fn check(machine: &Machine, drafts: &[Rewritten], names: &Rewriter, files: &
         }
     }
     for path in tree::identifying_files(&machine.root)? {
-        let draft = drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
+        let draft = machine.drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
         let text = draft.map_or_else(|| machine.root.read(&path), Ok).with_context(|| path.clone())?;
         if let Some(fault) = prove::root_files(&BTreeMap::from([(path, text)]), names).first() {
             return Err(refused(format!("{fault}; it is every disk's; nothing was done")));
