@@ -27,7 +27,7 @@ use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::Config;
 use crate::generation;
-use crate::inventory::Inventory;
+use crate::inventory::{Inventory, Partition};
 use crate::layout::{self, DiskLayout};
 use crate::lineage::kernel_id;
 use crate::log::Log;
@@ -63,14 +63,20 @@ pub struct Wish {
     pub shared_root: bool,
 }
 
-/// What will be done.
-pub struct Job {
+/// A disk that is made anew.
+pub struct NewDisk {
     /// The disk that is erased.
     pub target: Target,
-    /// What it is called.
-    pub name: DiskName,
     /// What is made on it.
     pub plan: Plan,
+}
+
+/// What will be done.
+pub struct Job {
+    /// The disk that is erased, and what is made on it.
+    pub disk: NewDisk,
+    /// What it is called.
+    pub name: DiskName,
     source: Source,
     shared: Option<Shared>,
     /// What files will hold: the configuration, and fstab where that changes.
@@ -130,9 +136,10 @@ impl Job {
             plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).filter(|(role, _)| named(role)).collect();
         roles.retain(|role, _| named(role));
         let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
-        let mut job = Self { target, name, plan, source, shared, drafts: Vec::new(), esp, first, section };
+        let disk = NewDisk { target, plan };
+        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, first, section };
         let machine = job.draft(root)?;
-        check_programs(&job.plan)?;
+        check_programs(&job.disk.plan)?;
         job.drafts.clone_from(&machine.drafts);
         check_source(machine, name, job.shared.as_ref())?;
         Ok(job)
@@ -140,19 +147,7 @@ impl Job {
 
     /// What is there and what will be, for people.
     pub fn told(&self) -> String {
-        let mut text = format!("What is on the disk, and will be lost:\n{}\n", self.target.table());
-        let _ = writeln!(text, "What it becomes, as {}:", self.name);
-        for part in &self.plan.parts {
-            let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug();
-            let _ = writeln!(
-                text,
-                "  {:<10} {:>10} MiB  {:<8} {label:<16} {}",
-                part.role.to_string(),
-                mib(part.bytes),
-                part.content.told(),
-                part.partuuid
-            );
-        }
+        let mut text = self.disk.told(&format!("as {}", self.name));
         for line in &self.source.left_out {
             let _ = writeln!(text, "  {line}");
         }
@@ -176,9 +171,7 @@ impl Job {
     /// # Errors
     /// A refusal, as for [`Job::plan`].
     pub fn check_again(&self, root: &Root) -> Result<()> {
-        self.target.check_same()?;
-        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
-        Target::look(Path::new(self.target.path()), config.as_ref(), self.joined())?;
+        self.disk.check_again(root, self.joined())?;
         booted::note(root)
     }
 
@@ -188,9 +181,9 @@ impl Job {
     /// Whatever fails; no configuration names the disk then, and no firmware boots it, unless that is said.
     pub fn run(self, root: &Root, log: &mut Log) -> Result<()> {
         if self.joined().is_none() {
-            self.partition(log)?;
+            self.disk.partition(log)?;
         }
-        let nodes = self.make_file_systems(log)?;
+        let nodes = self.disk.make_file_systems(log)?;
         if let Some(shared) = &self.shared {
             shared.join(root, nodes.get(&Role::Root).context("there is no part of the root")?, log)?;
         }
@@ -201,7 +194,7 @@ impl Job {
             bail!("another disk was booted than a moment ago");
         }
         self.sync(&mut machine, log)?;
-        self.finish()?;
+        self.disk.finish()?;
         // And since then.
         let mut machine =
             self.draft(root).with_context(|| format!("the disk boots, but {} does not name it yet", config::FILE))?;
@@ -213,7 +206,7 @@ impl Job {
         self.sync(&mut machine, log)?;
         mounts::start_spares(log);
         nvram::carry_out(&machine, log)?;
-        log.info(&format!("{} is {} now, and boots", self.target.path(), self.name));
+        log.info(&format!("{} is {} now, and boots", self.disk.target.path(), self.name));
         Ok(())
     }
 
@@ -237,6 +230,33 @@ impl Job {
             Outcome::Whole => Ok(()),
             _ => bail!("{} would not boot", self.name),
         }
+    }
+}
+
+impl NewDisk {
+    /// What is there and what will be, for people; it becomes that as `what`.
+    fn told(&self, what: &str) -> String {
+        let mut text = format!("What is on the disk, and will be lost:\n{}\n", self.target.table());
+        let _ = writeln!(text, "What it becomes, {what}:");
+        for part in &self.plan.parts {
+            let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug();
+            let _ = writeln!(
+                text,
+                "  {:<10} {:>10} MiB  {:<8} {label:<16} {}",
+                part.role.to_string(),
+                mib(part.bytes),
+                part.content.told(),
+                part.partuuid
+            );
+        }
+        text
+    }
+
+    /// Looks again whether the disk may be erased. Its partitions may be among those that are `joined`, as for [`Target::look`].
+    fn check_again(&self, root: &Root, joined: Option<&[String]>) -> Result<()> {
+        self.target.check_same()?;
+        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
+        Target::look(Path::new(self.target.path()), config.as_ref(), joined).map(drop)
     }
 
     fn partition(&self, log: &Log) -> Result<()> {
@@ -272,10 +292,15 @@ impl Job {
     /// The device nodes of the new partitions.
     fn nodes(&self) -> Result<BTreeMap<Role, String>> {
         let now = Inventory::read()?;
+        Ok(self.parts(&now)?.into_iter().map(|(role, part)| (role, part.path.clone())).collect())
+    }
+
+    /// The new partitions, among those that are there.
+    fn parts<'i>(&self, now: &'i Inventory) -> Result<BTreeMap<Role, &'i Partition>> {
         let find = |part: &plan::Part| -> Result<_> {
             let found = now.find(&part.partuuid)?;
             let found = found.with_context(|| format!("the new partition {} doesn't appear", part.partuuid))?;
-            Ok((part.role.clone(), found.path.clone()))
+            Ok((part.role.clone(), found))
         };
         self.plan.parts.iter().map(find).collect()
     }

@@ -162,13 +162,21 @@ pub(crate) fn line(start: u64, size: u64, kind: &str, partuuid: PartUuid, name: 
     text
 }
 
-/// The disk with this name in a file that [`save`] has written.
+/// The disks in a file that [`save`] has written.
+///
+/// # Errors
+/// A file that can't be read, or is another one.
+pub fn load_all(file: &Path) -> Result<Vec<DiskLayout>> {
+    let bytes = Root::new("/").read(file).with_context(|| file.display().to_string())?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is no such file", file.display()))
+}
+
+/// The disk with this name in such a file.
 ///
 /// # Errors
 /// A file that can't be read, or has no such disk.
 pub fn load(file: &Path, name: DiskName) -> Result<DiskLayout> {
-    let bytes = Root::new("/").read(file).with_context(|| file.display().to_string())?;
-    let disks: Vec<DiskLayout> = serde_json::from_slice(&bytes).with_context(|| format!("{} is no such file", file.display()))?;
+    let disks = load_all(file)?;
     disks.into_iter().find(|disk| disk.name == name).with_context(|| format!("{} knows no {name}", file.display()))
 }
 

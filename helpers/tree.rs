@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -400,7 +400,16 @@ const VANISHED: i32 = 24;
 
 fn rsync(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Vec<u8>> {
     let mut command = program::command("rsync")?;
-    command.args(args).stdin(input).stdout(output).stderr(Stdio::piped());
+    command.args(args).stdin(input).stdout(output);
+    run_rsync(command, target)
+}
+
+/// Runs rsync on the directory of a handle, and returns what it printed, if that is piped.
+///
+/// # Errors
+/// As [`Tree::copy`].
+pub fn run_rsync(mut command: Command, target: &Below) -> Result<Vec<u8>> {
+    command.stderr(Stdio::piped());
     // The child changes to the directory by our handle, before it becomes rsync: no path can lead it elsewhere.
     let done = command.current_dir(target.proc_path()).spawn().context("rsync can't be run")?;
     let done = done.wait_with_output().context("rsync can't be waited for")?;

@@ -68,11 +68,11 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
         Some(named) => named.clone(),
         None => ask(&job)?,
     };
-    if !job.target.is_named(named.trim()) {
+    if !job.disk.target.is_named(named.trim()) {
         return Err(refused(format!(
             "'{}' is not what {} is called; nothing was done",
             named.trim().escape_debug(),
-            job.target.path()
+            job.disk.target.path()
         )));
     }
     // From here on, it isn't true any more that nothing was written.
@@ -83,9 +83,9 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
 /// What somebody types who is asked for a name of the disk.
 fn ask(job: &Job) -> Result<String> {
     if !io::stdin().is_terminal() {
-        return Err(refused(format!("nobody is there to be asked; '--yes-erase {}' says that it is meant", job.target.path())));
+        return Err(refused(format!("nobody is there to be asked; '--yes-erase {}' says that it is meant", job.disk.target.path())));
     }
-    let name = job.target.serial().unwrap_or_else(|| job.target.path());
+    let name = job.disk.target.serial().unwrap_or_else(|| job.disk.target.path());
     print!("To erase it, type its serial number or its name ({}): ", name.escape_debug());
     io::stdout().flush().context("standard output")?;
     let mut line = String::new();

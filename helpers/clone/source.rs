@@ -24,6 +24,22 @@ pub enum Content {
 }
 
 impl Content {
+    /// What can be made on the partition of a role in the place of what it holds, as blkid(8) has it.
+    ///
+    /// # Errors
+    /// A refusal for what can't be made again.
+    pub fn made_anew(part: &PartLayout, role: &Role) -> Result<Self> {
+        match part.fstype.as_deref() {
+            Some("swap") if *role == Role::Swap => Ok(Self::Swap),
+            Some(fs @ ("vfat" | "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs")) => Ok(Self::Fs(fs.to_owned())),
+            other => Err(refused(format!(
+                "{role}=, the partition {}, holds {}, which can't be made again; ext2, ext3, ext4, xfs, btrfs, f2fs and FAT can",
+                part.partuuid,
+                other.unwrap_or("nothing that is known")
+            ))),
+        }
+    }
+
     /// How many bytes a label may have.
     pub fn label_length(&self) -> usize {
         match self {
@@ -202,15 +218,7 @@ impl Source {
     fn add(&mut self, part: PartLayout, role: Role, now: &Partition, table: &[Mount], is_shared: bool) -> Result<()> {
         let content = match part.fstype.as_deref() {
             Some("btrfs") if is_shared && role == Role::Root => Content::Shared,
-            Some("swap") if role == Role::Swap => Content::Swap,
-            Some(fs @ ("vfat" | "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs")) => Content::Fs(fs.to_owned()),
-            other => {
-                return Err(refused(format!(
-                    "{role}=, the partition {}, holds {}, which can't be made again; ext2, ext3, ext4, xfs, btrfs, f2fs and FAT can",
-                    part.partuuid,
-                    other.unwrap_or("nothing that is known")
-                )));
-            }
+            _ => Content::made_anew(&part, &role)?,
         };
         if part.fstype != now.fstype {
             return Err(refused(format!(
