@@ -9,6 +9,7 @@ mod join;
 pub mod plan;
 pub mod source;
 pub mod target;
+pub mod template;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

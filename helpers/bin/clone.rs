@@ -1,4 +1,4 @@
-//! dualroot-clone(8): makes a blank disk a spare.
+//! dualroot-clone(8): makes a blank disk a spare, or the first disk of another machine.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -6,7 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
-use dualroot::clone::{Job, Wish};
+use dualroot::clone::target::Target;
+use dualroot::clone::template::identity::HostName;
+use dualroot::clone::template::origin::Origin;
+use dualroot::clone::{Job, Wish, template};
 use dualroot::lock;
 use dualroot::log::Log;
 use dualroot::machine::{exit_status, refused};
@@ -36,6 +39,12 @@ struct Arguments {
     /// On a machine that isn't configured yet: let the disks share the root, a btrfs, by mirroring it to this one
     #[arg(long, conflicts_with = "replace")]
     shared_root: bool,
+    /// Make it the first disk of another machine, from a template: a system's tree, here or behind ssh
+    #[arg(long, value_name = "DIR|HOST:DIR", value_parser = Origin::parse, conflicts_with_all = ["replace", "shared_root"])]
+    template: Option<Origin>,
+    /// The name of that machine
+    #[arg(long, value_name = "NAME", value_parser = HostName::parse, requires = "template")]
+    hostname: Option<HostName>,
 }
 
 fn main() -> ExitCode {
@@ -53,6 +62,9 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     let root = Root::new("/");
     let _lock = lock::take(false)?;
+    if let Some(origin) = &arguments.template {
+        return install(arguments, origin, &root, log);
+    }
     let wish = Wish {
         disk: arguments.disk.clone(),
         replace: arguments.replace,
@@ -64,29 +76,62 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     if arguments.dry_run {
         return Ok(());
     }
-    let named = match &arguments.yes_erase {
-        Some(named) => named.clone(),
-        None => ask(&job)?,
-    };
-    if !job.disk.target.is_named(named.trim()) {
-        return Err(refused(format!(
-            "'{}' is not what {} is called; nothing was done",
-            named.trim().escape_debug(),
-            job.disk.target.path()
-        )));
-    }
+    confirm(arguments, &job.disk.target)?;
     // From here on, it isn't true any more that nothing was written.
     job.check_again(&root)?;
-    job.run(&root, log).map_err(|e| anyhow!("{e:#}; the disk was erased; once that is mended, run this again"))
+    job.run(&root, log).map_err(erased)
 }
 
-/// What somebody types who is asked for a name of the disk.
-fn ask(job: &Job) -> Result<String> {
-    if !io::stdin().is_terminal() {
-        return Err(refused(format!("nobody is there to be asked; '--yes-erase {}' says that it is meant", job.disk.target.path())));
+/// Makes the disk another machine's.
+fn install(arguments: &Arguments, origin: &Origin, root: &Root, log: &Log) -> Result<()> {
+    let wish = template::Wish { disk: arguments.disk.clone(), origin: origin.clone(), layout: arguments.layout.clone() };
+    let job = template::Job::plan(root, &wish)?;
+    print!("{}", job.told());
+    if arguments.dry_run {
+        return Ok(());
     }
-    let name = job.disk.target.serial().unwrap_or_else(|| job.disk.target.path());
-    print!("To erase it, type its serial number or its name ({}): ", name.escape_debug());
+    let name = match &arguments.hostname {
+        Some(name) => name.clone(),
+        None => {
+            let typed = ask("The name of the new machine: ", "'--hostname NAME' gives the name of the new machine")?;
+            HostName::parse(typed.trim()).map_err(|e| refused(format!("{e:#}; nothing was done")))?
+        }
+    };
+    confirm(arguments, &job.disk.target)?;
+    job.check_again(root)?;
+    job.run(root, &name, log).map_err(erased)
+}
+
+fn erased(error: anyhow::Error) -> anyhow::Error {
+    anyhow!("{error:#}; the disk was erased; once that is mended, run this again")
+}
+
+/// Whether it is this disk that is meant.
+fn confirm(arguments: &Arguments, target: &Target) -> Result<()> {
+    let named = match &arguments.yes_erase {
+        Some(named) => named.clone(),
+        None => {
+            let name = target.serial().unwrap_or_else(|| target.path()).escape_debug();
+            ask(
+                &format!("To erase it, type its serial number or its name ({name}): "),
+                &format!("'--yes-erase {}' says that it is meant", target.path()),
+            )?
+        }
+    };
+    match target.is_named(named.trim()) {
+        true => Ok(()),
+        false => {
+            Err(refused(format!("'{}' is not what {} is called; nothing was done", named.trim().escape_debug(), target.path())))
+        }
+    }
+}
+
+/// What somebody types who is asked. Where nobody is there, `instead` says what to do.
+fn ask(question: &str, instead: &str) -> Result<String> {
+    if !io::stdin().is_terminal() {
+        return Err(refused(format!("nobody is there to be asked; {instead}")));
+    }
+    print!("{question}");
     io::stdout().flush().context("standard output")?;
     let mut line = String::new();
     io::stdin().read_line(&mut line).context("standard input")?;

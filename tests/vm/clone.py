@@ -1,4 +1,5 @@
-"""The cases that begin with one disk: a blank one becomes its spare, and another one takes the place of the one that died."""
+"""The cases that begin with one disk: a blank one becomes its spare, another one takes the place of the one that died, and a third one
+becomes the first of another machine."""
 
 import images
 from cases import Pair
@@ -6,6 +7,18 @@ from cases import Pair
 MIB = images.MIB
 # Of what names the disks of a pair on purpose.
 NAMED = "-not -path '*/etc/dualroot.conf' -not -path '*/var/lib/dualroot/*' -not -path '*/var/log/*'"
+# All that an installation from a template could change on the machine that does it. Files that may be absent are in there, too.
+STATE = ("sha256sum /etc/dualroot.conf /etc/fstab /etc/machine-id /etc/hostname /var/lib/dualroot/* /boot/loader/entries/* "
+         "/boot/EFI/dualroot/* /efi/EFI/dualroot/* /sys/firmware/efi/efivars/Boot* 2>/dev/null; ls /sys/firmware/efi/efivars; "
+         "findmnt -rno TARGET,SOURCE; cat /proc/swaps")
+TEMPLATE = "/srv/template"
+# As whoever has another machine reached by ssh(1) would have it, but this is the other machine.
+SSH = """#!/bin/sh
+env >/run/ssh-environment
+echo "$1" >/run/ssh-host
+shift
+exec sh -c "$*"
+"""
 UNPACK = {"initramfs-tools": "unmkinitramfs {} .", "dracut": "lsinitrd --unpack {} >/dev/null"}
 
 
@@ -133,8 +146,79 @@ def check_mirrored(pair):
                                                   "/sys/firmware/efi/efivars/Dualroot* 2>/dev/null || true"), "")
 
 
+def make_template(pair):
+    """A tree of the system that is booted, and in it what must not be copied."""
+    machine, name = pair.machine, TEMPLATE
+    machine.run(f"mkdir {name} && rsync -aHAX --one-file-system --exclude={name} / {name}/ && for dir in boot efi home; do "
+                f"! mountpoint -q /$dir || rsync -aHAX --one-file-system /$dir/ {name}/$dir/; done", 900)
+    machine.run(f"mkdir -p {name}/etc/ssh {name}/var/log/journal/{images.MACHINE_ID} && cd {name}/etc && touch ssh/ssh_config "
+                "ssh/ssh_host_ed25519_key ssh/ssh_host_ed25519_key.pub && echo 'a template' >../root/kind && "
+                f"echo '127.0.1.1 pair.example pair' >hosts && echo {images.MACHINE_ID} >kernel/entry-token && "
+                # The generator mounted it.
+                "sed -i '/ \\/boot /d' fstab && touch ../var/log/journal/*/system.journal ../boot/loader/random-seed")
+
+
+def install(pair, booted, initrd):
+    """A blank disk becomes the first one of another machine, which is told from a template; what is booted stays as it is."""
+    report, machine = pair.report, pair.machine
+    report.step("a template is made")
+    make_template(pair)
+    pair.disks["T"] = blank(machine.directory, "t", sum(images.SIZES[role] for role in pair.a.roles) - 100)
+    plug(machine, "T", pair.disks["T"])
+    # What they would do is not what is looked for.
+    machine.run("systemctl stop dualroot-sync.timer dualroot-{sync,entries}.path dualroot-{sync,entries}.service")
+    command = f"dualroot-clone --template {{}} --yes-erase T {device('T')}"
+    for what, origin, expected, exit_status in (
+            ("a template without a machine id", "/srv", "/srv has no /etc/machine-id", 3),
+            ("one without a name", TEMPLATE, "nobody is there to be asked; '--hostname NAME'", 3),
+            ("a name that is none", f"{TEMPLATE} --hostname a_b", "is no host name", 2),
+            ("one in the place of a disk", f"{TEMPLATE} --replace disk0", "cannot be used with", 2)):
+        code, said = machine.status(f"{command.format(origin)} </dev/null 2>&1", 300)
+        report.check(f"refused: {what}", code == exit_status and expected in said, (code, said))
+    report.equal("nothing was written by that", machine.run(f"cmp -n 67108864 {device('T')} /dev/zero"), "")
+    origin = TEMPLATE
+    if "home" in booted.roles:
+        machine.run(f"cat >/usr/bin/ssh <<'EOF'\n{SSH}EOF\nchmod +x /usr/bin/ssh")
+        origin = f"other.host:{TEMPLATE}"
+    before = machine.run(STATE)
+    report.step(f"dualroot-clone --template {origin}")
+    environment = "export HOME=/root SSH_AUTH_SOCK=/run/agent DISPLAY=:0"
+    code, said = machine.status(f"{environment}; {command.format(origin)} --hostname other 2>&1", 900)
+    report.check("the disk boots, it says", code == 0 and "boots as other" in said, (code, said))
+    report.equal("this machine is as it was", machine.run(STATE), before)
+    if origin != TEMPLATE:
+        report.equal("ssh was told of the host", machine.run("cat /run/ssh-host"), "other.host")
+        said = machine.run("cat /run/ssh-environment")
+        report.check("and of its agent, and of nothing else", "SSH_AUTH_SOCK=/run/agent" in said and "DISPLAY" not in said, said)
+    rows = machine.run(f"lsblk -lno PARTUUID,UUID,PARTFLAGS {device('T')} | tail -n +2").splitlines()
+    made = images.Disk(0, booted.roles)
+    report.check("it has the template's partitions, without a mark", [len(row.split()) for row in rows] == [2] * len(made.roles), rows)
+    for role, row in zip(made.roles, rows):
+        made.partuuid[role], made.uuid[role] = row.split()
+    machine.power_off()
+
+    report.step("the new disk is put into a machine that has never seen it")
+    machine.forget()
+    pair.boot("T")
+    pair.check_booted(made, pair.kernels[0])
+    own = machine.run("cat /etc/machine-id")
+    report.check("it has a machine id of its own", len(own) == 32 and own != images.MACHINE_ID, own)
+    report.check("by which it is booted", f"systemd.machine_id={own}" in machine.run("cat /proc/cmdline"))
+    report.equal("the machine id of the template is nowhere", machine.run(
+        f"cd /; find boot efi etc var -name '*{images.MACHINE_ID}*'; grep -rilF {images.MACHINE_ID} boot efi etc var --exclude-dir=log "
+        "|| true"), "")
+    report.equal("it has its own name", machine.run("hostname; grep 127.0.1.1 /etc/hosts"), "other\n127.0.1.1 other.example other")
+    report.equal("keys of ssh, and what dualroot knew, didn't come along", machine.run(
+        "ls /etc/ssh; find /etc/dualroot.conf /var/lib/dualroot /.dualroot /{efi,boot}/EFI/dualroot -type f 2>/dev/null || true"),
+                 "ssh_config")
+    report.equal("all else did", machine.run("cat /root/kind /root/note"), "a template\nwritten on A")
+    report.equal("/boot has a line in fstab again", machine.run("grep -c ' /boot ' /etc/fstab"), "1")
+    check_nothing_left(pair, booted, initrd)
+    machine.power_off()
+
+
 def one_disk(report, directory, staging, release, initrd, layout):
-    """A gets a spare, B, and goes; B gets another one, C, in the place of A, and goes."""
+    """A gets a spare, B, and goes; B gets another one, C, in the place of A, and goes; C makes a disk for another machine, T."""
     pair = Pair(report, directory, staging, release, initrd, layout)
     machine, first = pair.machine, pair.kernels[0]
     try:
@@ -175,7 +259,10 @@ def one_disk(report, directory, staging, release, initrd, layout):
         pair.check_booted(pair.c, first)
         report.equal("what was written on A is here, too", machine.run("cat /root/note"), "written on A")
         check_nothing_left(pair, pair.b, initrd)
-        machine.power_off()
+        if pair.own:
+            install(pair, pair.c, initrd)
+        else:
+            machine.power_off()
     finally:
         machine.kill()
 

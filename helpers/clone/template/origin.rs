@@ -1,0 +1,424 @@
+//! Where a template is, and what can be known of it before a disk is erased.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
+use uuid::Uuid;
+
+use crate::below::Below;
+use crate::bootfiles::{Class, classify};
+use crate::clone::template::identity::{self, HOST_NAME, MACHINE_ID};
+use crate::ident::DiskIds;
+use crate::layout::{self, DiskLayout};
+use crate::machine::refused;
+use crate::program;
+use crate::root::Root;
+use crate::state;
+use crate::tree;
+use crate::types::Role;
+
+const RUN: &str = "/run/dualroot";
+/// Where what another machine says of its template is kept while it is looked at.
+const PLACE: &str = "/run/dualroot/template";
+
+/// What dualroot has kept in a template of its disks: see [`layout`] and [`crate::idstore`].
+const LAYOUT: &str = "/var/lib/dualroot/layout.json";
+const IDENTIFIERS: &str = "/var/lib/dualroot/identifiers.json";
+
+/// What ssh(1) needs of the environment to find keys.
+const FOR_SSH: [&str; 2] = ["SSH_AUTH_SOCK", "HOME"];
+
+/// Where a template is: a tree as rsync(1) makes it of a system.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// In a directory of this machine.
+    Here(PathBuf),
+    /// In a directory of another one, which ssh(1) reaches.
+    There {
+        /// The host, as ssh(1) takes it, perhaps with a user in front.
+        host: String,
+        /// The directory.
+        dir: String,
+    },
+}
+
+impl Origin {
+    /// Reads `DIR`, or `HOST:DIR` where a colon comes before the first slash, as rsync(1) does.
+    ///
+    /// # Errors
+    /// A host without a directory, or one that would be an option; rsync's daemons.
+    pub fn parse(text: &str) -> Result<Self> {
+        // The colons of an address are in brackets.
+        let host = match (text.find('['), text.find("]:"), text.find(':')) {
+            (Some(open), Some(close), Some(colon)) if open < colon => text.split_at_checked(close + 1),
+            (_, _, Some(colon)) => text.split_at_checked(colon),
+            _ => None,
+        };
+        let Some((host, dir)) = host.filter(|(host, _)| !host.contains('/')) else {
+            return match text {
+                "" => bail!("a template is a directory, or HOST:DIRECTORY"),
+                dir => Ok(Self::Here(dir.into())),
+            };
+        };
+        let dir = dir.strip_prefix(':').unwrap_or(dir);
+        if dir.starts_with(':') || text.starts_with("rsync://") {
+            bail!("'{}' is a template on an rsync daemon; ssh is what is known here, as HOST:DIRECTORY", text.escape_debug());
+        }
+        let is_odd = |c: char| c.is_control() || c.is_whitespace();
+        if host.is_empty() || dir.is_empty() || host.starts_with('-') || host.contains(is_odd) {
+            bail!("'{}' is no template; name a directory, or HOST:DIRECTORY", text.escape_debug());
+        }
+        Ok(Self::There { host: host.to_owned(), dir: dir.to_owned() })
+    }
+
+    /// The same, wherever one is.
+    ///
+    /// # Errors
+    /// A refusal for a directory that isn't there.
+    pub fn found(&self) -> Result<Self> {
+        let Self::Here(dir) = self else { return Ok(self.clone()) };
+        let found = dir.canonicalize().map_err(|e| refused(format!("the template {self}: {e}")))?;
+        match found.is_dir() {
+            true => Ok(Self::Here(found)),
+            false => Err(refused(format!("the template {self} is no directory"))),
+        }
+    }
+
+    /// rsync's arguments for all of the template, to the directory that it is run in.
+    fn arguments(&self, options: &[&str], rules: &[String]) -> Vec<OsString> {
+        let remote: &[&str] = match self {
+            Self::Here(_) => &[],
+            // Whatever is in a name is a part of it.
+            Self::There { .. } => &["--rsh=ssh", "--protect-args"],
+        };
+        let mut source = match self {
+            Self::Here(dir) => dir.clone().into_os_string(),
+            Self::There { host, dir } => format!("{host}:{dir}").into(),
+        };
+        source.push("/");
+        let options = options.iter().chain(remote).map(OsString::from);
+        let rules = rules.iter().map(|rule| format!("--filter={rule}").into());
+        options.chain(rules).chain(["--".into(), source, "./".into()]).collect()
+    }
+
+    fn rsync(&self, options: &[&str], rules: &[String], output: Stdio, target: &Below) -> Result<Vec<u8>> {
+        let mut command = program::command("rsync")?;
+        command.args(self.arguments(options, rules)).stdout(output);
+        if let Self::There { .. } = self {
+            command.envs(FOR_SSH.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+        }
+        tree::run_rsync(command, target).with_context(|| format!("the template {self}"))
+    }
+
+    /// Copies all of it to below a handle, and what is mounted there, but what the rules leave out.
+    ///
+    /// # Errors
+    /// As [`tree::run_rsync`].
+    pub fn copy(&self, rules: &[String], target: &Below) -> Result<()> {
+        let mut options = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse"].to_vec();
+        let shown = std::io::stdout().is_terminal();
+        if shown {
+            options.push("--info=progress2");
+        }
+        self.rsync(&options, rules, if shown { Stdio::inherit() } else { Stdio::null() }, target).map(drop)
+    }
+
+    /// How much there is to be copied of each of these directories, of which those inside others count for themselves, as `/home` or `""`.
+    ///
+    /// # Errors
+    /// A refusal, where that can't be read.
+    pub fn list<'p>(&self, rules: &[String], places: &[&'p str]) -> Result<Listing<'p>> {
+        let options = ["--dry-run", "--archive", "--hard-links", "--out-format=%i %l /%n"];
+        let said = in_an_empty_directory(|dir| self.rsync(&options, rules, Stdio::piped(), dir));
+        Ok(Listing::parse(&said.map_err(nothing_was_done)?, places))
+    }
+
+    /// What it says of itself; `shape` is a file of layouts that counts instead of its own.
+    ///
+    /// # Errors
+    /// A refusal, where it can't be reached, or lacks something.
+    pub fn about(&self, shape: Option<&Path>) -> Result<About> {
+        if let Self::Here(dir) = self {
+            return About::read(&Root::new(dir), self, shape);
+        }
+        let paths = ["/etc/", MACHINE_ID, HOST_NAME, "/var/", "/var/lib/", "/var/lib/dualroot/", LAYOUT, IDENTIFIERS];
+        let rules: Vec<String> = paths.iter().map(|path| format!("+ {path}")).chain(["- *".to_owned()]).collect();
+        in_an_empty_directory(|dir| {
+            let copied = self.rsync(&["--recursive", "--copy-links"], &rules, Stdio::null(), dir);
+            copied.map_err(nothing_was_done)?;
+            About::read(&Root::new(PLACE), self, shape)
+        })
+    }
+}
+
+fn nothing_was_done(error: anyhow::Error) -> anyhow::Error {
+    refused(format!("{error:#}; nothing was done"))
+}
+
+/// Does something with a directory of one's own that is there for so long.
+fn in_an_empty_directory<T>(act: impl FnOnce(&Below) -> Result<T>) -> Result<T> {
+    let run = state::open(Path::new(RUN))?;
+    let name = PLACE.strip_prefix(RUN).unwrap_or_default().trim_start_matches('/').as_ref();
+    run.clear(name)?;
+    run.make_private(name)?;
+    let done = act(&Below::open(Path::new(PLACE))?);
+    run.clear(name)?;
+    done
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Here(dir) => write!(f, "{}", dir.display()),
+            Self::There { host, dir } => write!(f, "{host}:{dir}"),
+        }
+    }
+}
+
+/// What a template says of the system that it was made of.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct About {
+    /// The id of the machine.
+    pub machine_id: Uuid,
+    /// Its name.
+    pub host_name: Option<String>,
+    /// What the disk is made like.
+    pub disk: DiskLayout,
+    /// What names that machine's disks.
+    pub ids: Vec<DiskIds>,
+}
+
+impl About {
+    /// Reads it in the tree, or in what was copied of that; `shown` is for people.
+    fn read(root: &Root, shown: &Origin, shape: Option<&Path>) -> Result<Self> {
+        let has = |path: &str| {
+            let read = root.read_opt(path).map_err(|e| refused(format!("the template {shown}: {path} can't be read: {e}")))?;
+            read.ok_or_else(|| refused(format!("the template {shown} has no {path}; {}", what_to_do(path))))
+        };
+        let id = identity::machine_id(&has(MACHINE_ID)?);
+        let machine_id =
+            id.map_err(|e| refused(format!("the template {shown}: {MACHINE_ID}: {e}; {}", what_to_do(MACHINE_ID))))?;
+        let disks = match shape {
+            Some(file) => layout::load_all(file).map_err(|e| refused(format!("{e:#}")))?,
+            None => parse(LAYOUT, &has(LAYOUT)?, shown)?,
+        };
+        let ids: Vec<DiskIds> = parse(IDENTIFIERS, &has(IDENTIFIERS)?, shown)?;
+        if ids.is_empty() || !ids.iter().all(|disk| disk.parts.contains_key(&Role::Root)) {
+            return Err(refused(format!(
+                "the template {shown} is of a machine whose disks share one root ({IDENTIFIERS} has no root of a disk); only one with a root \
+                 on each disk can be installed"
+            )));
+        }
+        let host_name = root.read_opt(HOST_NAME).ok().flatten().and_then(|file| identity::host_name(&file));
+        // Those of a pair have the same partitions.
+        let disk = disks.into_iter().next();
+        let disk =
+            disk.ok_or_else(|| refused(format!("the template {shown}: no disk is in its layout; {}", what_to_do(LAYOUT))))?;
+        Ok(Self { machine_id, host_name, disk, ids })
+    }
+}
+
+fn parse<T: DeserializeOwned>(path: &str, bytes: &[u8], shown: &Origin) -> Result<T> {
+    serde_json::from_slice(bytes)
+        .map_err(|e| refused(format!("the template {shown}: {path} can't be understood ({e}); {}", what_to_do(path))))
+}
+
+fn what_to_do(path: &str) -> &'static str {
+    match path {
+        LAYOUT => {
+            "run dualroot-sync on the machine that it was made of, and make it again, or give what disks look like by --layout"
+        }
+        IDENTIFIERS => "run dualroot-sync on the machine that it was made of, and make it again",
+        _ => "make the template again, of a whole system that was booted",
+    }
+}
+
+/// What is to be copied.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Listing<'p> {
+    /// Bytes on a disk, about, by the directories that were asked for.
+    pub bytes: BTreeMap<&'p str, u64>,
+    /// Those of them that have what a boot loader boots, where it looks for that.
+    pub boots: Vec<&'p str>,
+}
+
+impl<'p> Listing<'p> {
+    /// Reads lines of `%i %l /%n`, as rsync(1) has these.
+    fn parse(said: &[u8], places: &[&'p str]) -> Self {
+        let mut found = Self::default();
+        for line in String::from_utf8_lossy(said).lines() {
+            let mut words = line.splitn(3, ' ');
+            let (Some(item), Some(Ok(size)), Some(path)) = (words.next(), words.next().map(str::parse::<u64>), words.next())
+            else {
+                continue;
+            };
+            let below = |place: &&'p str| Some((*place, path.strip_prefix(*place)?.strip_prefix('/')?));
+            let Some((place, inner)) = places.iter().filter_map(below).max_by_key(|(place, _)| place.len()) else { continue };
+            // Whole blocks, and an inode. A further name of a file is neither.
+            let room = if item.starts_with('h') { 0 } else { size.div_ceil(BLOCK).saturating_mul(BLOCK).saturating_add(INODE) };
+            let bytes = found.bytes.entry(place).or_default();
+            *bytes = bytes.saturating_add(room);
+            if matches!(classify(inner), Class::Entry | Class::Uki) && !found.boots.contains(&place) {
+                found.boots.push(place);
+            }
+        }
+        found
+    }
+}
+
+/// What file systems give room by, usually, and what they take for a file besides.
+const BLOCK: u64 = 4096;
+const INODE: u64 = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Refused;
+    use std::fs;
+
+    fn there(host: &str, dir: &str) -> Origin {
+        Origin::There { host: host.to_owned(), dir: dir.to_owned() }
+    }
+
+    #[test]
+    fn a_template_is_here_or_there() {
+        for (text, expected) in [
+            ("/srv/template", Origin::Here("/srv/template".into())),
+            ("template", Origin::Here("template".into())),
+            ("./a:b", Origin::Here("./a:b".into())),
+            ("/a:b", Origin::Here("/a:b".into())),
+            ("[a", Origin::Here("[a".into())),
+            ("host:/srv/a:b", there("host", "/srv/a:b")),
+            ("root@host:dir", there("root@host", "dir")),
+            ("[fe80::1%eth0]:/srv", there("[fe80::1%eth0]", "/srv")),
+            ("root@[::1]:/srv", there("root@[::1]", "/srv")),
+        ] {
+            assert_eq!(Origin::parse(text).unwrap(), expected, "{text}");
+        }
+        for text in
+            ["", ":", "host:", ":/srv", "-oProxyCommand=x:/srv", "host::module", "rsync://host/module", "a b:/srv", "[::1]:"]
+        {
+            let error = Origin::parse(text).unwrap_err().to_string();
+            assert!(error.contains("template"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn rsync_is_told_of_the_template_and_nothing_else() {
+        let said = |origin: &Origin, options: &[&str]| -> Vec<String> {
+            let rules = ["- /var/lib/dualroot/*".to_owned()];
+            origin.arguments(options, &rules).into_iter().map(|arg| arg.into_string().unwrap()).collect()
+        };
+        assert_eq!(
+            said(&Origin::Here("/a:b; c".into()), &["--archive"]),
+            ["--archive", "--filter=- /var/lib/dualroot/*", "--", "/a:b; c/", "./"]
+        );
+        assert_eq!(
+            said(&there("root@host", "/srv/$(x) y"), &["--archive"]),
+            ["--archive", "--rsh=ssh", "--protect-args", "--filter=- /var/lib/dualroot/*", "--", "root@host:/srv/$(x) y/", "./"]
+        );
+    }
+
+    #[test]
+    fn what_is_to_be_copied_is_counted_where_it_will_be() {
+        let said = b"cd+++++++++ 4096 /./\n>f+++++++++ 5000 /etc/a b\n>f+++++++++ 10 /home/a\nhf+++++++++ 10 /home/b\n\
+            >f+++++++++ 0 /homes\n>f+++++++++ 1 /boot/loader/entries/a.conf\n>f+++++++++ 1 /efi/EFI/BOOT/BOOTX64.EFI\nx y z\n\n";
+        let found = Listing::parse(said, &["", "/home", "/boot", "/efi"]);
+        let expected = [("", 3 * 4096 + 3 * 256), ("/boot", 4096 + 256), ("/efi", 4096 + 256), ("/home", 4096 + 256)];
+        assert_eq!(found.bytes, expected.into());
+        assert_eq!(found.boots, ["/boot"]);
+        assert_eq!(Listing::parse(said, &[""]).boots, Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_tree_is_listed_as_it_is_copied() {
+        // Where directories are made in /run.
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let (from, to) = (tmp.path().join("a template"), tmp.path().join("to"));
+        for dir in ["boot/loader/entries", "etc/ssh", "home"] {
+            fs::create_dir_all(from.join(dir)).unwrap();
+        }
+        fs::create_dir(&to).unwrap();
+        for file in
+            ["boot/loader/entries/a.conf", "etc/ssh/ssh_host_rsa_key", "etc/ssh/ssh_host_rsa_key.pub", "etc/ssh/ssh_config"]
+        {
+            fs::write(from.join(file), "12345").unwrap();
+        }
+        fs::hard_link(from.join("etc/ssh/ssh_config"), from.join("home/same")).unwrap();
+        let origin = Origin::Here(from);
+        let rules = identity::left_out(Uuid::from_u128(1));
+        let listing = origin.list(&rules, &["", "/home", "/boot"]).unwrap();
+        assert_eq!(listing.boots, ["/boot"]);
+        // Three directories, and a file.
+        assert_eq!(listing.bytes["/boot"], 4 * (4096 + 256));
+        origin.copy(&rules, &Below::open(&to).unwrap()).unwrap();
+        let names = |dir: &str| Below::open(&to).unwrap().names(dir.as_ref()).unwrap();
+        assert_eq!(names("etc/ssh"), ["ssh_config"]);
+        assert_eq!(names("home"), ["same"]);
+        assert!(!Path::new(PLACE).exists());
+    }
+
+    const ID: &str = "aaaaaaaa-0000-4000-8000-000000000001";
+
+    fn template(files: &[(&str, &str)]) -> (tempfile::TempDir, Origin) {
+        let tmp = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = tmp.path().join(path.trim_start_matches('/'));
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let origin = Origin::Here(tmp.path().to_owned());
+        (tmp, origin)
+    }
+
+    #[test]
+    fn a_template_without_what_is_needed_is_refused() {
+        let part = format!(r#"{{"partuuid":"{ID}","uuid":null,"label":null,"partlabel":null,"paths":[]}}"#);
+        let ids = format!(r#"[{{"name":"disk0","parts":{{"root":{part}}}}}]"#);
+        let shared = ids.replace("root", "esp");
+        let layout = r#"[{"name":"disk0","sector":512,"table":[],"partitions":[]}]"#;
+        let whole = [
+            (MACHINE_ID, "d0a1c0ded0a1c0ded0a1c0ded0a1c0de\n"),
+            (HOST_NAME, "pair\n"),
+            (LAYOUT, layout),
+            (IDENTIFIERS, ids.as_str()),
+        ];
+        let (_tmp, origin) = template(&whole);
+        let about = origin.about(None).unwrap();
+        assert_eq!((about.host_name.as_deref(), about.ids.len(), about.disk.sector), (Some("pair"), 1, 512));
+        let with = |path: &str, text: Option<&'static str>| {
+            let mut files: Vec<_> = whole.into_iter().filter(|(other, _)| *other != path).collect();
+            files.extend(text.map(|text| (if path == MACHINE_ID { MACHINE_ID } else { LAYOUT }, text)));
+            template(&files)
+        };
+        for (path, text, expected) in [
+            (MACHINE_ID, None, "has no /etc/machine-id; make the template again"),
+            (MACHINE_ID, Some("uninitialized\n"), "/etc/machine-id: 'uninitialized' is no machine id"),
+            (LAYOUT, None, "has no /var/lib/dualroot/layout.json; run dualroot-sync on the machine that it was made of"),
+            (LAYOUT, Some("{}"), "/var/lib/dualroot/layout.json can't be understood"),
+            (LAYOUT, Some("[]"), "no disk is in its layout"),
+            (IDENTIFIERS, None, "has no /var/lib/dualroot/identifiers.json; run dualroot-sync"),
+        ] {
+            let (_tmp, origin) = with(path, text);
+            let error = origin.about(None).unwrap_err();
+            assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error:#}");
+        }
+        let (tmp, origin) = with(LAYOUT, None);
+        let shape = tmp.path().join("shape");
+        fs::write(&shape, layout).unwrap();
+        origin.about(Some(&shape)).unwrap();
+        let (_tmp, origin) = template(&[whole[0], whole[1], whole[2], (IDENTIFIERS, &shared)]);
+        let error = origin.about(None).unwrap_err();
+        assert!(error.is::<Refused>() && error.to_string().contains("share one root"), "{error:#}");
+        let error = Origin::Here("/nonexistent".into()).found().unwrap_err();
+        assert!(error.is::<Refused>(), "{error:#}");
+    }
+}
