@@ -240,7 +240,7 @@ impl NewDisk {
         let mut text = format!("What is on the disk, and will be lost:\n{}\n", self.target.table());
         let _ = writeln!(text, "What it becomes, {what}:");
         for part in &self.plan.parts {
-            let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug();
+            let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug().to_string();
             let _ = writeln!(
                 text,
                 "  {:<10} {:>10} MiB  {:<8} {label:<16} {}",

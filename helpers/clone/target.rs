@@ -116,7 +116,8 @@ impl Target {
         let words = words.join(" ");
         let mut text = format!("{}: {} MiB, {}\n", device.path, mib(device.size), words.trim().escape_debug());
         for part in &device.children {
-            let names = [&part.fstype, &part.label, &part.partlabel].map(|name| name.as_deref().unwrap_or("-").escape_debug());
+            let names = [&part.fstype, &part.label, &part.partlabel]
+                .map(|name| name.as_deref().unwrap_or("-").escape_debug().to_string());
             let [fstype, label, name] = names;
             let _ = writeln!(text, "  {:<16} {:>10} MiB  {fstype:<8} {label:<16} {name}", part.path, mib(part.size));
         }
