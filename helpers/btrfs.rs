@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use uuid::Uuid;
 
 use crate::mounts;
+use crate::program;
 use crate::root::Root;
 
 const BTRFS: &str = "/sys/fs/btrfs";
@@ -21,6 +22,27 @@ pub(crate) struct Mounted {
     /// The kernel's names of those that are read and written. btrfs doesn't let go of one that was pulled, nor does it take one that is
     /// put back, before it is mounted anew.
     pub at_work: Vec<String>,
+}
+
+/// Which part is done of what keeps the btrfs on / busy, as btrfs(8) tells that when it is run with these words. None where it is over.
+pub(crate) fn part_done(words: &[&str]) -> Option<f64> {
+    // That there is something left makes its exit status 1.
+    let done = program::command("btrfs").ok()?.args(words).arg("/").output().ok()?;
+    part(&String::from_utf8_lossy(&done.stdout))
+}
+
+/// "1.4% done, 0 write errs, …" of a replacement; "3 out of about 8 chunks balanced (4 considered),  62% left".
+fn part(said: &str) -> Option<f64> {
+    let words: Vec<&str> = said.split_ascii_whitespace().collect();
+    words.windows(2).find_map(|two| {
+        let [percent, what] = two else { return None };
+        let part = percent.strip_suffix('%')?.parse::<f64>().ok().filter(|percent| (0.0..=100.0).contains(percent))? / 100.0;
+        match *what {
+            "left" => Some(1.0 - part),
+            "done," => Some(part),
+            _ => None,
+        }
+    })
 }
 
 impl Mounted {
@@ -87,6 +109,29 @@ impl Mounted {
         match (part(0x20, 16), id, uuid) {
             (Some(fsid), Some(id), Some(uuid)) if fsid == self.uuid.as_bytes() => Ok((id, uuid)),
             _ => bail!("{} does not hold the btrfs {}", path.display(), self.uuid),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_btrfs_says_of_its_work() {
+        for (said, expected) in [
+            ("Balance on '/' is running\n3 out of about 8 chunks balanced (4 considered),  50% left\n", Some(0.5)),
+            ("Balance on '/' is running\n0 out of about 8 chunks balanced (1 considered), 100% left\n", Some(0.0)),
+            // More of them than it had expected, and none at all.
+            ("9 out of about 8 chunks balanced (10 considered), -25% left\n", None),
+            ("0 out of about 0 chunks balanced (0 considered), -nan% left\n", None),
+            ("No balance found on '/'\n", None),
+            ("62.5% done, 0 write errs, 0 uncorr. read errs\n", Some(0.625)),
+            ("Started on 22.Nov 07:00:00, finished on 22.Nov 07:00:01, 0 write errs, 0 uncorr. read errs\n", None),
+            ("Never started\n", None),
+            ("", None),
+        ] {
+            assert_eq!(part(said), expected, "{said}");
         }
     }
 }

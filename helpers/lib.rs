@@ -33,6 +33,7 @@ pub mod mounts;
 pub mod nvram;
 pub mod opaque;
 pub mod program;
+mod progress;
 pub mod prove;
 pub mod report;
 pub mod root;

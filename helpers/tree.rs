@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::IsTerminal;
+use std::fs::{File, Metadata};
+use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 
@@ -16,6 +17,7 @@ use crate::fstab;
 use crate::generation::Generation;
 use crate::ident::Rewriter;
 use crate::program;
+use crate::progress::Progress;
 use crate::root::Root;
 use crate::stage::{self, Found, unescape};
 use crate::types::{DirPath, Role};
@@ -243,18 +245,41 @@ impl Tree {
     fn stage(&self, changes: &Changes, target: &Below) -> Result<()> {
         let paths = [&*changes.list, &*changes.attributes, &*changes.links, &*changes.parents(&self.source())].concat();
         if let Some(list) = list(&paths, "list", target)? {
-            let mut args = self.staging();
-            let mut shown = Stdio::null();
-            if std::io::stdout().is_terminal() {
-                args.insert(0, "--info=progress2".into());
-                shown = Stdio::inherit();
+            match Progress::begin(|| files(&self.source(), &changes.list).map(|meta| meta.len()).sum()) {
+                None => drop(rsync(self.staging(), list.into(), Stdio::null(), target)?),
+                Some(progress) => self.stage_shown(list, target, progress)?,
             }
-            rsync(args, list.into(), shown, target)?;
         }
         let source = self.source();
         let top = File::open(&source).with_context(|| source.display().to_string())?;
         stage::seal(target, &changes.gone, &top)
     }
+
+    /// Stages what is listed, on a terminal. rsync's own line there has the time that is left in turns with the time that has gone.
+    fn stage_shown(&self, list: File, target: &Below, mut progress: Progress) -> Result<()> {
+        let mut args = self.staging();
+        args.splice(0..0, ["--info=progress2", "--no-human-readable"].map(Into::into));
+        let mut child = start(args, list.into(), Stdio::piped(), target)?;
+        let lines = child.stdout.take().context("there is no pipe")?;
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                for line in BufReader::new(lines).split(b'\r').map_while(Result::ok) {
+                    if let Some(done) = bytes_done(&line) {
+                        progress.show(done);
+                    }
+                }
+            });
+            end(child)
+        })?;
+        Ok(())
+    }
+}
+
+/// How many bytes rsync says that it has copied, as `--info=progress2` does: "  1048576  34%  9.43MB/s  0:00:02 (xfr#1, to-chk=2/5)".
+fn bytes_done(line: &[u8]) -> Option<u64> {
+    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    let done = words.next()?.parse().ok()?;
+    words.next()?.ends_with('%').then_some(done)
 }
 
 /// What rsync found to be different.
@@ -312,15 +337,8 @@ impl Changes {
 
     /// What is staged lies beside what it will replace.
     fn check_room(&self, source: &Path, target: &Below) -> Result<()> {
-        let mut needed: u64 = 0;
-        let paths = [&self.list, &self.attributes].into_iter().flat_map(|list| list.split(|b| *b == 0));
-        for path in paths.filter(|path| !path.is_empty()) {
-            // What has gone meanwhile needs no room.
-            let Ok(meta) = source.join(OsStr::from_bytes(path)).symlink_metadata() else { continue };
-            if meta.is_file() {
-                needed = needed.saturating_add(meta.len().min(meta.blocks().saturating_mul(512)));
-            }
-        }
+        let all = [&self.list, &self.attributes].into_iter().flat_map(|list| files(source, list));
+        let needed = all.fold(0u64, |sum, meta| sum.saturating_add(meta.len().min(meta.blocks().saturating_mul(512))));
         let s = nix::sys::statvfs::fstatvfs(target.fd())?;
         let free = s.fragment_size().saturating_mul(s.blocks_free());
         if needed > free {
@@ -333,6 +351,12 @@ impl Changes {
         }
         Ok(())
     }
+}
+
+/// The files among these paths. What has gone meanwhile is none.
+fn files(source: &Path, paths: &[u8]) -> impl Iterator<Item = Metadata> {
+    let paths = paths.split(|b| *b == 0).filter(|path| !path.is_empty());
+    paths.filter_map(|path| source.join(OsStr::from_bytes(path)).symlink_metadata().ok()).filter(Metadata::is_file)
 }
 
 /// Writes paths for rsync to read; None where there are none. The file can be read even when what is staged has been removed.
@@ -399,20 +423,30 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
 const VANISHED: i32 = 24;
 
 fn rsync(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Vec<u8>> {
+    end(start(args, input, output, target)?)
+}
+
+fn start(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Child> {
     let mut command = program::command("rsync")?;
     command.args(args).stdin(input).stdout(output);
-    run_rsync(command, target)
+    spawn(command, target)
 }
 
 /// Runs rsync on the directory of a handle, and returns what it printed, if that is piped.
 ///
 /// # Errors
 /// As [`Tree::copy`].
-pub fn run_rsync(mut command: Command, target: &Below) -> Result<Vec<u8>> {
-    command.stderr(Stdio::piped());
+pub fn run_rsync(command: Command, target: &Below) -> Result<Vec<u8>> {
+    end(spawn(command, target)?)
+}
+
+fn spawn(mut command: Command, target: &Below) -> Result<Child> {
     // The child changes to the directory by our handle, before it becomes rsync: no path can lead it elsewhere.
-    let done = command.current_dir(target.proc_path()).spawn().context("rsync can't be run")?;
-    let done = done.wait_with_output().context("rsync can't be waited for")?;
+    command.stderr(Stdio::piped()).current_dir(target.proc_path()).spawn().context("rsync can't be run")
+}
+
+fn end(child: Child) -> Result<Vec<u8>> {
+    let done = child.wait_with_output().context("rsync can't be waited for")?;
     match done.status.code() {
         Some(0 | VANISHED) => Ok(done.stdout),
         _ => {
@@ -462,7 +496,7 @@ mod tests {
     use std::cell::Cell;
     use std::collections::BTreeMap;
     use std::fs;
-    use std::io::Write;
+    use std::io::{Read, Seek, Write};
     use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
     use std::time::{Duration, UNIX_EPOCH};
 
@@ -529,6 +563,42 @@ mod tests {
         assert_eq!(fs::read(to.path().join("etc/fstab")).unwrap(), b"of the spare");
         let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&fs::metadata(to.path().join(path)).unwrap());
         assert_eq!(inode("a"), inode("b"), "hard links stay hard links");
+    }
+
+    #[test]
+    fn on_a_terminal_it_is_shown_how_far_a_copy_is() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(from.path().join("a"), [1; 300_000]).unwrap();
+        fs::hard_link(from.path().join("a"), from.path().join("b")).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
+        tree.at = from.path().to_str().unwrap().to_owned();
+        let below = Below::open(to.path()).unwrap();
+        stage::begin(&below).unwrap();
+        let list = || list(b"a\0b\0", "list", &below).unwrap().unwrap();
+        let mut terminal = tempfile::tempfile().unwrap();
+        tree.stage_shown(list(), &below, Progress::on(terminal.try_clone().unwrap(), 300_000)).unwrap();
+        assert_eq!(fs::read(to.path().join(".dualroot/new/b")).unwrap(), [1; 300_000]);
+        let mut said = String::new();
+        terminal.rewind().unwrap();
+        terminal.read_to_string(&mut said).unwrap();
+        assert!(said.starts_with("\r[") && said.contains(" MiB/s ") && said.ends_with("\r\x1b[K"), "{said:?}");
+        tree.at = "/nonexistent-source".into();
+        let error = tree.stage_shown(list(), &below, Progress::on(terminal, 1)).unwrap_err().to_string();
+        assert!(error.contains("rsync failed"), "{error}");
+    }
+
+    #[test]
+    fn what_rsync_says_of_its_progress() {
+        for (line, expected) in [
+            ("         32768   0%    0.00kB/s    0:00:00  ", Some(32768)),
+            ("\n      372244480  98%  172.15MB/s    0:00:02 (xfr#62, to-chk=0/68)", Some(372_244_480)),
+            ("", None),
+            ("\n", None),
+            ("4 files", None),
+            ("32,768 0%", None),
+        ] {
+            assert_eq!(bytes_done(line.as_bytes()), expected, "{line}");
+        }
     }
 
     /// What may be at a path of a tree. The size of a file follows from its content, as rsync looks at sizes and times.

@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::sys::statvfs::statvfs;
 use uuid::Uuid;
 
 use crate::bootfiles::{BootFiles, Class, fold};
-use crate::btrfs::Mounted;
+use crate::btrfs::{Mounted, part_done};
 use crate::clone::Wish;
 use crate::conf::{Config, Layout};
 use crate::fstab;
@@ -20,6 +21,7 @@ use crate::log::Log;
 use crate::machine::{Machine, refused};
 use crate::opaque;
 use crate::program;
+use crate::progress;
 use crate::prove;
 use crate::root::Root;
 use crate::state;
@@ -135,6 +137,7 @@ impl Shared {
     /// btrfs(8) that fails: too little room, or what can't be read of the only copy.
     pub fn join(&self, root: &Root, node: &str, log: &Log) -> Result<()> {
         let btrfs = |words: &[&str]| program::output("btrfs", words.iter().map(Into::into)).map(drop);
+        let bytes = || statvfs("/").map_or(0, |s| s.fragment_size().saturating_mul(s.blocks() - s.blocks_free()));
         log.status(&format!("{node}: becoming a part of the shared root"));
         match self.way {
             Way::Add => btrfs(&["device", "add", "--enqueue", "-f", node, "/"])?,
@@ -144,7 +147,8 @@ impl Shared {
                 if String::from_utf8_lossy(&status).contains("suspended") {
                     btrfs(&["replace", "cancel", "/"])?;
                 }
-                btrfs(&["replace", "start", "-B", "--enqueue", "-r", "-f", &id.to_string(), node, "/"])?;
+                let replace = || btrfs(&["replace", "start", "-B", "--enqueue", "-r", "-f", &id.to_string(), node, "/"]);
+                progress::watch(bytes, || part_done(&["replace", "status", "-1"]), replace)?;
             }
             Way::GoOn => {}
         }
@@ -153,7 +157,8 @@ impl Shared {
         // chunks may find no room before those that were moved are given back.
         // What was begun before, and the kernel goes on with, is waited for.
         let balance = || btrfs(&["balance", "start", "--enqueue", "-dconvert=raid1,soft", "-mconvert=raid1,soft", "/"]);
-        balance().or_else(|_| balance())?;
+        let balance = || balance().or_else(|_| balance());
+        progress::watch(bytes, || part_done(&["balance", "status"]), balance)?;
         if self.way == Way::GoOn {
             // Either half may have been mounted without the other since it was begun: what has two copies may have an old one.
             log.status(&format!("{node}: comparing the halves of the root"));

@@ -102,11 +102,13 @@ def interrupt(pair):
 
 
 def clone(pair, number, serial, more=""):
-    """Makes a disk a spare, and returns it."""
+    """Makes a disk a spare, as on a terminal, and returns it."""
     report, machine = pair.report, pair.machine
     report.step(f"dualroot-clone {more}{serial}")
-    code, said = machine.status(f"dualroot-clone {more}--yes-erase {serial} {device(serial)} 2>&1", 900)
+    code, said = machine.status(f"script -qec 'dualroot-clone {more}--yes-erase {serial} {device(serial)}' /dev/null </dev/null", 900)
     report.check("the disk boots, it says", code == 0 and f"is disk{number} now, and boots" in said, (code, said))
+    shown = [line for line in said.split("\r") if line.startswith("[") and " MiB/s  " in line and " left" in line]
+    report.check(f"it has shown how far it is: {shown[len(shown) // 2:][:1]}", len(shown) > 1, said)
     flags = machine.run(f"lsblk -no PARTFLAGS {device(serial)}").split()
     report.equal("the mark is gone", flags, [])
     return adopted(machine, number, pair.a.roles)
