@@ -12,7 +12,7 @@ use dualroot::clone::template::origin::Origin;
 use dualroot::clone::{Job, Wish, template};
 use dualroot::lock;
 use dualroot::log::Log;
-use dualroot::machine::{exit_status, refused};
+use dualroot::machine::{Refused, exit_status, refused};
 use dualroot::root::Root;
 use dualroot::types::DiskName;
 
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     let root = Root::new("/");
-    let _lock = lock::take(false)?;
+    let _lock = lock::take(false).map_err(nothing_done)?;
     if let Some(origin) = &arguments.template {
         return install(arguments, origin, &root, log);
     }
@@ -71,21 +71,21 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
         layout: arguments.layout.clone(),
         shared_root: arguments.shared_root,
     };
-    let job = Job::plan(&root, &wish)?;
+    let job = Job::plan(&root, &wish).map_err(nothing_done)?;
     print!("{}", job.told());
     if arguments.dry_run {
         return Ok(());
     }
     confirm(arguments, &job.disk.target)?;
     // From here on, it isn't true any more that nothing was written.
-    job.check_again(&root)?;
+    job.check_again(&root).map_err(nothing_done)?;
     job.run(&root, log).map_err(erased)
 }
 
 /// Makes the disk another machine's.
 fn install(arguments: &Arguments, origin: &Origin, root: &Root, log: &Log) -> Result<()> {
     let wish = template::Wish { disk: arguments.disk.clone(), origin: origin.clone(), layout: arguments.layout.clone() };
-    let job = template::Job::plan(root, &wish)?;
+    let job = template::Job::plan(root, &wish).map_err(nothing_done)?;
     print!("{}", job.told());
     if arguments.dry_run {
         return Ok(());
@@ -98,8 +98,16 @@ fn install(arguments: &Arguments, origin: &Origin, root: &Root, log: &Log) -> Re
         }
     };
     confirm(arguments, &job.disk.target)?;
-    job.check_again(root)?;
+    job.check_again(root).map_err(nothing_done)?;
     job.run(root, &name, log).map_err(erased)
+}
+
+/// Whatever goes wrong before the disk is erased: a refusal, too.
+fn nothing_done(error: anyhow::Error) -> anyhow::Error {
+    match error.is::<Refused>() {
+        true => error,
+        false => refused(format!("{error:#}; nothing was done")),
+    }
 }
 
 fn erased(error: anyhow::Error) -> anyhow::Error {
