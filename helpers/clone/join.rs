@@ -265,6 +265,8 @@ fn way(ids: &[u64], lost: &[u64], is_ours: bool) -> Result<Way, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::below::Below;
+    use crate::machine::Refused;
 
     #[test]
     fn a_second_device_is_added_and_a_lost_one_replaced() {
@@ -278,6 +280,103 @@ mod tests {
         // What was cut: after the device was added, and while it took the place of another.
         for ids in [&[1, 2][..], &[0, 1, 2]] {
             assert_eq!(way(ids, &[], true), Ok(Way::GoOn));
+        }
+    }
+
+    fn id(n: u32) -> PartUuid {
+        PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap()
+    }
+
+    /// Two disks: the numbers of their partitions count on from 1 and from 3.
+    fn config(roles: &[&str]) -> Config {
+        let section = |disk: u32| {
+            let keys = (1..).zip(roles).map(|(n, role)| format!("{role}={}\n", id(2 * disk + n)));
+            format!("[disk{disk}]\n{}", keys.collect::<String>())
+        };
+        Config::parse(&[("x".to_owned(), (section(0) + &section(1)).into_bytes())]).unwrap().unwrap()
+    }
+
+    /// Of the given kname, disk and number.
+    fn inventory(parts: &[(&str, &str, u32)]) -> Inventory {
+        let part = |(kname, disk, n): &(&str, &str, u32)| {
+            format!(
+                r#"{{"kname":"{kname}","pkname":"{disk}","path":"/dev/{kname}","maj:min":"8:{n}","fstype":null,"uuid":null,"label":null,
+                    "partuuid":"{}","partlabel":null,"parttype":null,"log-sec":512}}"#,
+                id(*n)
+            )
+        };
+        let json = format!(r#"{{"blockdevices":[{}]}}"#, parts.iter().map(part).collect::<Vec<_>>().join(","));
+        Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap()
+    }
+
+    fn write(root: &Root, path: &str, text: &str) {
+        let path = root.path(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn assert_refused<T: std::fmt::Debug>(found: Result<T>, expected: &str) {
+        let error = found.unwrap_err();
+        assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error:#}");
+    }
+
+    #[test]
+    fn what_can_t_be_shared_is_refused() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = Root::new(tmp.path());
+        let wish = |shared_root| Wish { disk: "/dev/null".into(), replace: None, layout: None, shared_root };
+        let mount = |fs: &str| write(&root, "/proc/thread-self/mountinfo", &format!("8 1 0:8 / / rw - {fs} /dev/a2 rw\n"));
+        mount("ext4");
+        let (own, shared) = (config(&["esp", "root"]), config(&["esp"]));
+        assert!(Shared::look(&root, Some(&own), &wish(false)).unwrap().is_none());
+        assert_refused(Shared::look(&root, Some(&own), &wish(true)), "each disk has a root of its own");
+        assert_refused(Shared::look(&root, None, &wish(true)), "the root is no btrfs");
+        mount("btrfs");
+        let uuid = "/sys/fs/btrfs/a8426465-b755-429d-9604-9c77c2838fda";
+        write(&root, &format!("{uuid}/devices/a2/dev"), "8:2\n");
+        write(&root, &format!("{uuid}/devinfo/1/missing"), "0\n");
+        assert_refused(Shared::look(&root, Some(&shared), &wish(false)), "'--replace diskN'; nothing was done");
+        let parts = inventory(&[("a1", "a", 1), ("a2", "a", 2), ("b3", "b", 3)]);
+        let of = |device: &str| Shared { uuid: Uuid::nil(), way: Way::Add, devices: vec![device.to_owned()] };
+        assert_refused(
+            of("b3").beside(&parts, &id(1)),
+            "no partition beside the booted ESP, /dev/a1, holds a device of the root",
+        );
+        assert_eq!(of("a2").beside(&parts, &id(1)).unwrap(), id(2));
+    }
+
+    #[test]
+    fn files_that_boot_no_other_disk_are_refused() {
+        let root_part = PartIds { partuuid: id(2), uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+        let [booted, new] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")).unwrap());
+        let booted = DiskIds { name: booted, parts: [(Role::Root, root_part)].into() };
+        let names = Rewriter::new(&DiskIds { name: new, parts: BTreeMap::new() }, &[booted]).unwrap();
+        const ENTRY: &str = "/boot/loader/entries/a.conf";
+        for (path, text, expected) in [
+            (ENTRY, format!("linux /a\noptions root=PARTUUID={}\n", id(2)), "a.conf: the root is PARTUUID"),
+            (
+                ENTRY,
+                "linux /a\noptions root=UUID=1\n".to_owned(),
+                "a.conf: its initrd would not mount the root without one of its disks",
+            ),
+            ("/etc/kernel/cmdline", format!("root=PARTUUID={}\n", id(2)), "it is every disk's; nothing was done"),
+        ] {
+            let tmp = tempfile::tempdir().unwrap();
+            let root = Root::new(tmp.path());
+            fs::create_dir(root.path("/boot")).unwrap();
+            write(&root, path, &text);
+            let files = BootFiles::scan(&Below::open(&root.path("/boot")).unwrap()).unwrap();
+            let config = config(&["esp"]);
+            let machine = Machine {
+                root,
+                booted: config.disks[0].clone(),
+                config,
+                inventory: inventory(&[("a1", "a", 1)]),
+                ids: Vec::new(),
+                loader: None,
+                drafts: Vec::new(),
+            };
+            assert_refused(check(&machine, &names, &[(Role::Esp, files)].into()), expected);
         }
     }
 }

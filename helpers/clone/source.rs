@@ -335,4 +335,48 @@ mod tests {
             assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
         }
     }
+
+    /// What a disk has on partitions of so many bytes, by number and role.
+    fn shape(parts: &[(u32, &str, &str, u64)]) -> DiskLayout {
+        let part = |(n, role, fstype, bytes): &(u32, &str, &str, u64)| PartLayout {
+            role: Role::parse_key(role).unwrap(),
+            partuuid: id(*n),
+            bytes: *bytes,
+            kind: String::new(),
+            name: None,
+            attributes: String::new(),
+            fstype: Some((*fstype).to_owned()),
+            uuid: None,
+            label: None,
+        };
+        let partitions = parts.iter().map(part).collect();
+        DiskLayout { name: DiskName::parse("disk0").unwrap(), sector: 512, table: Vec::new(), partitions }
+    }
+
+    #[test]
+    fn what_can_t_be_made_again_is_refused() {
+        const LARGE: u64 = 1 << 60;
+        let all = [(2, "ext4"), (3, "swap"), (4, "LVM2_member")];
+        let esp = (1, "esp", "vfat", LARGE);
+        let table = mounted(&[(1, "/", "/"), (2, "/", "/"), (4, "/", "/")]);
+        let shaped = |parts: &[(u32, &str, &str, u64)], named: &[(Role, u32)]| {
+            let roles = [(Role::Esp, 1)].iter().chain(named).map(|(role, n)| (role.clone(), id(*n))).collect();
+            Source::shaped(shape(parts), "the old one", &inventory(&all), &table, &roles, false)
+        };
+        shaped(&[esp, (2, "root", "ext4", 1)], &[(Role::Root, 2)]).unwrap();
+        for (parts, named, expected) in [
+            (
+                &[esp][..],
+                &[(Role::Home, 2)][..],
+                "home= of the booted disk, aaaaaaaa-0000-4000-8000-000000000002, has no like on the old one",
+            ),
+            (&[esp, (4, "root", "LVM2_member", 1)], &[(Role::Root, 4)], "holds LVM2_member, which can't be made again; ext2, "),
+            (&[esp, (3, "root", "swap", 1)], &[(Role::Root, 3)], "holds swap, which can't be made again"),
+            (&[esp, (2, "root", "xfs", 1)], &[(Role::Root, 2)], "root= of the booted disk, /dev/x2, holds ext4, and not xfs"),
+            (&[(1, "esp", "vfat", 1)], &[], "esp= would have 1 bytes, but "),
+        ] {
+            let error = shaped(parts, named).unwrap_err();
+            assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
+        }
+    }
 }

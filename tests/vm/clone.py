@@ -51,6 +51,8 @@ def plug(machine, serial, image):
 def check_refusals(pair):
     report, machine = pair.report, pair.machine
     plug(machine, "T", blank(machine.directory, "t", 700))
+    machine.run("echo '[]' >/run/layout.json; "
+                r"printf '[disk%s]\nesp=aaaaaaaa-0000-4000-8000-%012u\nroot=aaaaaaaa-0000-4000-8000-%012u\n' 0 1 2 1 3 4 >/run/others")
     for what, arguments, expected in (
             ("the booted disk", f"--yes-erase {device('A')} {device('A')}", "is mounted on"),
             ("a partition of it", f"--yes-erase {device('A')}-part1 {device('A')}-part1", "and no disk"),
@@ -58,9 +60,24 @@ def check_refusals(pair):
             ("a disk by another's name", f"--yes-erase A {device('B')}", "is not what /dev/"),
             ("a disk that isn't there", "--yes-erase X /dev/disk/by-id/virtio-X", "No such file"),
             ("a disk that is too small", f"--yes-erase T {device('T')}", "it is too small"),
-            ("a place that no disk has", f"--replace disk7 --yes-erase B {device('B')}", "there is no [disk7]")):
-        code, said = machine.status(f"dualroot-clone {arguments} </dev/null 2>&1")
-        report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
+            ("a place that no disk has", f"--replace disk7 --yes-erase B {device('B')}", "there is no [disk7]"),
+            ("a file", "--yes-erase X /etc/fstab", "is no disk that lsblk knows"),
+            ("a layout that isn't there", f"--layout /etc/layout.json --yes-erase B {device('B')}", "/etc/layout.json: No such file"),
+            ("a layout of other disks", f"--layout /run/layout.json --yes-erase B {device('B')}", "knows no disk1")):
+        refused(pair, what, arguments, expected)
+    # What is so for a moment: how that is brought about, and how it ends.
+    part = f"{device('T')}-part1"
+    for what, serial, begin, end, expected in (
+            ("a disk that is read-only", "T", f"blockdev --setro {device('T')}", f"blockdev --setrw {device('T')}", "is read-only"),
+            ("a disk with a partition that is mounted", "T", f"echo , | sfdisk -q -X gpt {device('T')} && udevadm wait -t 60 {part} && "
+             f"mkfs.ext4 -q {part} && mount {part} /mnt", "umount /mnt", "is mounted on /mnt"),
+            ("a disk with swap space that is in use", "T", f"mkswap -q {part} && swapon {part}", f"swapoff {part}", "in use as swap space"),
+            ("while a sync is running", "B", "exec 9>/run/dualroot/lock && flock 9", "true", "another sync is running"),
+            ("a partition table that can't be read", "B", "mount --bind /bin/false /sbin/sfdisk", "umount /sbin/sfdisk", "sfdisk failed"),
+            ("without a program", "B", "mount --bind /dev/null /usr/bin/rsync", "umount /usr/bin/rsync", "'rsync' is not installed"),
+            ("a configuration that is none", "B", "echo esp=1 >/etc/dualroot.conf", "rm /etc/dualroot.conf", "/etc/dualroot.conf:1"),
+            ("a pair that the booted disk isn't of", "B", "cp /run/others /etc/dualroot.conf", "rm /etc/dualroot.conf", "is in no section")):
+        refused(pair, what, f"--yes-erase {serial} {device(serial)}", expected, begin, end)
     machine.unplug("T")
     if pair.own:
         refuse_initrd(pair)
@@ -68,15 +85,19 @@ def check_refusals(pair):
     report.equal("nothing was written by that", written, "")
 
 
+def refused(pair, what, arguments, expected, begin="true", end="true"):
+    code, said = pair.machine.status(f"{begin} || exit 99; dualroot-clone {arguments} </dev/null 2>&1; code=$?; {end} && exit $code", 300)
+    pair.report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
+
+
 def refuse_initrd(pair):
     """An initrd that names the booted disk's root is no good on another disk."""
-    report, machine = pair.report, pair.machine
+    machine = pair.machine
     # As the hook of initramfs-tools for resuming does, where dualroot's isn't installed.
     initrd = machine.run("ls /boot/*/*/initrd.img-*")
     machine.run(f"mkdir /run/x; cd /run/x; echo RESUME=UUID={pair.a.uuid['root']} >resume; cp {initrd} /run/initrd; "
                 f"echo resume | cpio -o -H newc >/run/made; cat /run/initrd >>/run/made; cp /run/made {initrd}")
-    code, said = machine.status(f"dualroot-clone --yes-erase B {device('B')} 2>&1", 300)
-    report.check("refused: an initrd that names the booted disk", code == 3 and "built in" in said, (code, said))
+    refused(pair, "an initrd that names the booted disk", f"--yes-erase B {device('B')}", "built in")
     machine.run(f"cp /run/initrd {initrd}; rm /run/initrd /run/made")
 
 
@@ -247,8 +268,7 @@ def one_disk(report, directory, staging, release, initrd, layout):
         check_nothing_left(pair, pair.a, initrd)
         plug(machine, "C", pair.disks["C"])
         if not pair.own:
-            code, said = machine.status(f"dualroot-clone --yes-erase C {device('C')} 2>&1")
-            report.check("refused: a third disk, while one is missing", code == 3 and "--replace diskN" in said, (code, said))
+            refused(pair, "a third disk, while one is missing", f"--yes-erase C {device('C')}", "--replace diskN")
         pair.c = clone(pair, 0, "C", "--replace disk0 --layout /var/lib/dualroot/layout.json ")
         pair.check_spare(pair.c)
         if not pair.own:
