@@ -102,24 +102,103 @@ def refuse_initrd(pair):
 
 
 def interrupt(pair):
-    """A clone is killed while it copies; that to a shared root by a power cut while that is mirrored."""
+    """A clone is killed in each of its phases; that to a shared root by a power cut while that is mirrored."""
     report, machine = pair.report, pair.machine
-    begin = "(dualroot-clone {} --yes-erase B {} >/run/said 2>&1; touch /run/ended) </dev/null >/dev/null 2>&1 &"
     if pair.own:
-        machine.run(begin.format("", device("B")))
-        machine.run("until pidof rsync >/dev/null || [ -e /run/ended ]; do sleep 0.1; done", 300)
-        machine.run("kill -KILL $(pidof dualroot-clone rsync)")
-        machine.run("until [ -e /run/ended ] && ! pidof rsync; do sleep 0.1; done")
-    else:
-        machine.run(begin.format("--shared-root", device("B")))
-        machine.run("until grep -q balance /sys/fs/btrfs/*/exclusive_operation || [ -e /run/ended ]; do sleep 0.1; done; sync", 300)
-        machine.kill()
-        pair.boot("A", "B")
-        code, said = machine.status(f"dualroot-clone --yes-erase B {device('B')} 2>&1")
-        report.check("refused: the disk, without another word, for a root of its own", code == 3 and ("in use" in said or "mounted on" in said), (code, said))
-    said = machine.run(f"dualroot-clone --dry-run {'' if pair.own else '--shared-root '}{device('B')}")
+        kill_everywhere(pair)
+        return
+    begin = "(dualroot-clone --shared-root --yes-erase B {} >/run/said 2>&1; touch /run/ended) </dev/null >/dev/null 2>&1 &"
+    machine.run(begin.format(device("B")))
+    machine.run("until grep -q balance /sys/fs/btrfs/*/exclusive_operation || [ -e /run/ended ]; do sleep 0.1; done; sync", 300)
+    machine.kill()
+    pair.boot("A", "B")
+    code, said = machine.status(f"dualroot-clone --yes-erase B {device('B')} 2>&1")
+    report.check("refused: the disk, without another word, for a root of its own",
+                 code == 3 and ("in use" in said or "mounted on" in said), (code, said))
+    said = machine.run(f"dualroot-clone --dry-run --shared-root {device('B')}")
     report.check("a clone that was killed has left a mark", "that was not finished" in said, said)
     report.equal("and nothing on the booted disk", machine.status("cat /etc/dualroot.conf")[0], 1)
+
+
+# Stands in for each program that a clone runs. Of a tree, it copies a part: the rest makes no difference before the clone has ended.
+STAND_IN = """#!/bin/sh
+real=/dev/shm/real/${0##*/}
+case "${0##*/} $*" in
+'rsync '*--files-from*) copy() { head -z -n 300 | $real "$@"; } ;;
+*) copy() { $real "$@"; } ;;
+esac
+. /dev/shm/phase
+copy "$@"
+"""
+BEFORE, AFTER = "kill -KILL $PPID; exit", 'copy "$@"; kill -KILL $PPID; exit'
+# What was started goes on, and another clone begins beside it.
+BESIDE = """copy "$@"; kill -KILL $PPID; flock /run/dualroot/lock true
+nsenter -t 1 -m dualroot-clone --yes-erase B DISK >/dev/shm/beside 2>&1; echo $? >>/dev/shm/beside; exit"""
+SECOND = f"[ ! -e /etc/dualroot.conf ] || {{ {BEFORE}; }}"
+# What becomes of the disk: nothing, one with the mark, one without that, and one that the configuration names.
+BLANK, MARKED, FINISHED, NAMED = range(4)
+# Where it is killed: at which program, by its name and arguments; and what the disk is then.
+PHASES = (
+    ("when the disk is blank", "'wipefs -q -a '*", AFTER, BLANK),
+    ("when there are partitions", "'sfdisk -q --wipe'*", AFTER, MARKED),
+    ("when there is an ESP", "'mkfs.vfat '*1", AFTER, MARKED),
+    ("when there is a root", "mkfs.[be]*", AFTER, MARKED),
+    ("when the ESP is gone again", "'wipefs -q -a '*1", AFTER, MARKED),
+    ("before udev knows", "'udevadm trigger --settle'*", BEFORE, MARKED),
+    ("before trees are compared", "'rsync '*--dry-run*", BEFORE, MARKED),
+    ("while a tree is copied", "'rsync '*--files-from*", BESIDE, MARKED),
+    ("before the mark goes", "'sfdisk '*--part-attrs*", BEFORE, MARKED),
+    ("when the mark is gone", "'sfdisk '*--part-attrs*", AFTER, FINISHED),
+    ("before the configuration is in force", "'systemctl daemon-reload'", BEFORE, NAMED),
+    ("while it syncs again", "'rsync '*--dry-run*", SECOND, NAMED),
+)
+PROGRAMS = "wipefs sfdisk mkfs.vfat mkfs.btrfs mkfs.ext4 udevadm rsync systemctl"
+IS_FREE = "perl -MFcntl -e 'sysopen DISK, shift, O_RDONLY | O_EXCL or exit 1'"
+# What there is beside the new disk, but for what dualroot keeps of its boots and syncs.
+AROUND = f"""md5sum /etc/fstab; find /boot /efi -type f ! -path '*/dualroot/*' -exec md5sum {{}} +
+cat /sys/firmware/efi/efivars/Boot* | md5sum; findmnt -rno TARGET,SOURCE; pidof -x dualroot-clone {PROGRAMS}; cat /etc/dualroot.conf 2>&1"""
+
+
+def kill_everywhere(pair):
+    report, machine, disk = pair.report, pair.machine, device("B")
+    machine.run(f"mkdir /dev/shm/real; cat >/dev/shm/stand-in <<'end'; chmod +x /dev/shm/stand-in\n{STAND_IN}end\n"
+                f"for i in {PROGRAMS}; do cp $(command -v $i) /dev/shm/real/ && mount --bind /dev/shm/stand-in $(command -v $i); done")
+    (_, before), was = machine.status(AROUND), BLANK
+    for what, program, does, state in PHASES:
+        machine.run(f"cat >/dev/shm/phase <<'end'\ncase \"${{0##*/}} $*\" in\n{program}) {does} ;;\nesac\nend".replace("DISK", disk))
+        # Whatever it has started has the pipe open, too, and is waited for.
+        said = machine.run(f"{{ dualroot-clone --yes-erase B {disk} 2>&1; echo $?; }} 9>&1 </dev/null | cat; : >/dev/shm/phase", 600)
+        report.check(f"killed {what}", "\n137" in said, said)
+        report.equal("it has said whether it begins anew", "that was not finished" in said, was == MARKED)
+        # udev looks at the partitions. That the kernel lets go of what was mounted, a moment later, is no event.
+        machine.run(f"udevadm settle; for i in $(lsblk -nrpo NAME {disk}); do until {IS_FREE} $i; do sleep 0.1; done; done")
+        marked = machine.run(f"sfdisk -d {disk} 2>/dev/null | grep NoBlockIOProtocol | cut -d ' ' -f 1 || true").split()
+        report.equal("the mark is where it has to be", [path[-1] for path in marked], ["1"] if state == MARKED else [])
+        (_, now), was = machine.status(AROUND), state
+        if state == NAMED:
+            report.check("nothing else has changed", now.startswith(before.rsplit("\n", 1)[0] + "\n[disk0]"), now)
+            check_named(pair)
+            was = BLANK
+        else:
+            report.equal("nothing else has changed", now, before)
+    said, code = machine.run("cat /dev/shm/beside").rsplit("\n", 1)
+    report.check("refused: the disk, while something that a clone has started is at work", code == "3" and "in use" in said, (code, said))
+    machine.run(f"for i in {PROGRAMS}; do umount $(command -v $i); done; cd /dev/shm; rm -r real stand-in phase beside")
+
+
+def check_named(pair):
+    """A disk that the configuration names is a spare as any other; it is erased by hand."""
+    report, machine = pair.report, pair.machine
+    code, said = machine.status("dualroot-sync --dry-run", 300)
+    report.check("the next sync does what is left", code == 0, (code, said))
+    other = f"--yes-erase kernels {device('kernels')}"
+    for what, arguments, expected in (
+            ("a disk of the pair", f"--yes-erase B {device('B')}", "belongs to disk1 of the pair"),
+            ("the place of a disk that is there", f"--replace disk1 {other}", "disk1 is there"),
+            ("a shared root beside one's own", f"--shared-root {other}", "each disk has a root of its own")):
+        refused(pair, what, arguments, expected)
+    machine.run(f"wipefs -q -a {device('B')}-part* && wipefs -q -a {device('B')} && rm /etc/dualroot.conf && systemctl daemon-reload && "
+                "udevadm settle")
 
 
 def clone(pair, number, serial, more=""):
