@@ -43,6 +43,8 @@ pub struct Mount {
     pub kind: Kind,
     /// Whether this is the booted disk's, which is writable, checked, and awaited for a while.
     pub booted: bool,
+    /// Whether it lies in a LUKS container, which is opened before.
+    pub luks: bool,
     /// Whether the mount point must be there before, as on a spare's root that may still be blank.
     pub needs_mount_point: bool,
 }
@@ -99,6 +101,13 @@ impl Plan {
                 }
                 // The root is mounted by the time that a generator runs.
                 None | Some("") => {}
+                Some(tree) if facts.config.settings.luks.contains(role) => {
+                    if !facts.fstab.contains(&DirPath::parse(tree)?) {
+                        let text =
+                            format!("no unit for {tree}: expected its LUKS container in /etc/crypttab, and it in /etc/fstab");
+                        self.notes.push((Level::Warning, text));
+                    }
+                }
                 Some(tree) => {
                     let mount = Mount { booted: true, ..tree_mount(role, *part, DirPath::parse(tree)?, &whose) };
                     self.mount(facts, mount)?;
@@ -115,7 +124,8 @@ impl Plan {
         for (role, part) in &disk.parts {
             let Some(tree) = role.tree() else { continue };
             let mount = tree_mount(role, *part, below(dir, tree)?, &whose);
-            self.mount(facts, Mount { needs_mount_point: own_root && *role != Role::Root, ..mount })?;
+            let luks = facts.config.settings.luks.contains(role);
+            self.mount(facts, Mount { needs_mount_point: own_root && *role != Role::Root, luks, ..mount })?;
         }
         for (role, part, place) in disk.boot_places() {
             let mount = boot_partition(self, facts, disk, &role, part, below(dir, place.as_str())?, &whose);
@@ -190,7 +200,16 @@ fn boot_partition(
         let text = format!("esp-mountpoint={dir} of {}: expected a line for {dir} in /etc/fstab, ignoring", disk.name);
         plan.notes.push((Level::Warning, text));
     }
-    Mount { description: format!("{what} of {whose}"), part, bound_from, place, kind, booted: false, needs_mount_point: false }
+    Mount {
+        description: format!("{what} of {whose}"),
+        part,
+        bound_from,
+        place,
+        kind,
+        booted: false,
+        luks: false,
+        needs_mount_point: false,
+    }
 }
 
 /// Whether someone's mount unit mounts this directory.
@@ -211,6 +230,7 @@ fn tree_mount(role: &Role, part: PartUuid, place: DirPath, whose: &str) -> Mount
         place,
         kind: Kind::Tree,
         booted: false,
+        luks: false,
         needs_mount_point: false,
     }
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use dualroot::luks;
 use dualroot::types::{DirPath, PartUuid, UnitName};
 
 use crate::plan::{Kind, Mount, Plan};
@@ -47,7 +48,10 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
             files.insert(format!("{by}.wants/{unit}"), Content::Link(format!("../{unit}")));
         }
         if !mount.booted {
-            devices.insert(device);
+            devices.insert((device, None));
+        }
+        if mount.luks {
+            devices.insert((mapping(&mount.part)?, Some(UnitName::luks(&mount.part)?)));
         }
     }
     if let Some((part, description)) = &plan.swap {
@@ -57,14 +61,16 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
         files.insert(unit.to_string(), Content::Text(text));
         files.insert(format!("swap.target.wants/{unit}"), Content::Link(format!("../{unit}")));
     }
-    for device in devices {
+    for (device, maker) in devices {
         // Spares' only: a boot mustn't end for lack of patience with the disk that it comes from.
         // Before the drop-in of fstab's x-systemd.device-timeout=, which is called 50-device-timeout.conf and shall win.
         let timeout = time_span(plan.device_timeout);
-        files.insert(
-            format!("{device}.d/40-dualroot.conf"),
-            Content::Text(format!("{HEAD}[Unit]\nJobRunningTimeoutSec={timeout}\n")),
-        );
+        let mut text = format!("{HEAD}[Unit]\nJobRunningTimeoutSec={timeout}\n");
+        if let Some(maker) = maker {
+            // Until that has ended, nobody need be impatient.
+            let _ = writeln!(text, "After={maker}");
+        }
+        files.insert(format!("{device}.d/40-dualroot.conf"), Content::Text(text));
     }
     for mask in &plan.masks {
         files.insert(mask.to_string(), Content::Link("/dev/null".to_owned()));
@@ -81,7 +87,7 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
 fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
     let mut text = head(&mount.description, source);
     let device = UnitName::device(&mount.part)?;
-    let node = mount.part.device_path();
+    let node = if mount.luks { luks::mapping(&mount.part) } else { mount.part.device_path() };
     if mount.booted {
         // Wanted, not required: a boot without it goes on. It is waited for as long as systemd waits for any device: it is there.
         text.push_str("Before=local-fs.target\n");
@@ -93,6 +99,10 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
     } else {
         // The file system goes when the disk is pulled.
         let _ = write!(text, "BindsTo={device}\nAfter={device}\n");
+        if mount.luks {
+            let container = UnitName::luks(&mount.part)?;
+            let _ = write!(text, "Requires={container}\nAfter={container}\n");
+        }
         if mount.needs_mount_point {
             let _ = writeln!(text, "ConditionPathIsDirectory={}", path_value(&mount.place));
         }
@@ -132,6 +142,11 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
         text.push_str("LazyUnmount=yes\n");
     }
     Ok(text)
+}
+
+/// The device unit of what an open container holds.
+fn mapping(part: &PartUuid) -> Result<UnitName> {
+    UnitName::from_path(&DirPath::parse(&luks::mapping(part))?, "device")
 }
 
 /// What every unit begins with.

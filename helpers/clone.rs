@@ -5,13 +5,14 @@
 //! is cut before is begun anew, but for what a shared root has been given already, which goes on.
 
 pub mod config;
+pub mod container;
 mod join;
 pub mod plan;
 pub mod source;
 pub mod target;
 pub mod template;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use crate::below::Below;
 use crate::booted;
 use crate::bootfiles::BootFiles;
 use crate::clone::config::{Draft, Section};
+use crate::clone::container::Secret;
 use crate::clone::join::Shared;
 use crate::clone::plan::{Plan, UNFINISHED};
 use crate::clone::source::Source;
@@ -32,6 +34,7 @@ use crate::inventory::{Inventory, Partition};
 use crate::layout::{self, DiskLayout};
 use crate::lineage::kernel_id;
 use crate::log::Log;
+use crate::luks;
 use crate::machine::{Machine, booted_disk, booted_esp, refused};
 use crate::mounts;
 use crate::nvram;
@@ -83,6 +86,7 @@ pub struct Job {
     /// What files will hold: the configuration, and fstab where that changes.
     drafts: Vec<Rewritten>,
     esp: PartUuid,
+    containers: Vec<String>,
     /// On a machine that isn't configured, the booted disk and its section.
     first: Option<(DiskName, Section)>,
     /// The section of the new disk.
@@ -137,8 +141,9 @@ impl Job {
             plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).filter(|(role, _)| named(role)).collect();
         roles.retain(|role, _| named(role));
         let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
+        let containers = source.containers.clone();
         let disk = NewDisk { target, plan };
-        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, first, section };
+        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, containers, first, section };
         let machine = job.draft(root)?;
         check_programs(&job.disk.plan)?;
         job.drafts.clone_from(&machine.drafts);
@@ -176,15 +181,24 @@ impl Job {
         booted::note(root)
     }
 
-    /// Does it. The caller holds the lock, and has asked.
+    /// Has the key for syncs open the booted disk's containers: booted, the new disk syncs to this one.
+    ///
+    /// # Errors
+    /// A key that others can read; cryptsetup that fails.
+    pub fn give_key(&self, root: &Root, secret: &Secret) -> Result<()> {
+        container::make_key(root)?;
+        self.containers.iter().try_for_each(|device| container::add_key(device, secret))
+    }
+
+    /// Does it. The caller holds the lock, and has asked, also for what opens [`Job::containers`], if there are any.
     ///
     /// # Errors
     /// Whatever fails; no configuration names the disk then, and no firmware boots it, unless that is said.
-    pub fn run(self, root: &Root, log: &mut Log) -> Result<()> {
+    pub fn run(self, root: &Root, secret: Option<&Secret>, log: &mut Log) -> Result<()> {
         if self.joined().is_none() {
             self.disk.partition(log)?;
         }
-        let nodes = self.disk.make_file_systems(log)?;
+        let nodes = self.disk.make_file_systems(secret, log)?;
         if let Some(shared) = &self.shared {
             shared.join(root, nodes.get(&Role::Root).context("there is no part of the root")?, log)?;
         }
@@ -213,11 +227,21 @@ impl Job {
 
     /// The machine as it is with the new disk in its configuration: that, and fstab where it changes, are the machine's drafts.
     fn draft(&self, root: &Root) -> Result<Machine> {
-        let Draft { text, config } = config::draft(root, self.first.as_ref(), self.name, &self.section)?;
+        let Draft { text, config } = config::draft(root, self.first.as_ref(), self.name, &self.section, &self.luks())?;
         let mut machine = Machine::with(root.clone(), config)?;
         let fstab = if self.shared.is_some() { join::fstab(&machine, self.name)? } else { None };
         machine.drafts = std::iter::once(Rewritten { path: config::FILE.to_owned(), bytes: text }).chain(fstab).collect();
         Ok(machine)
+    }
+
+    /// What lies in LUKS containers.
+    fn luks(&self) -> BTreeSet<Role> {
+        self.disk.plan.parts.iter().filter(|part| part.container.is_some()).map(|part| part.role.clone()).collect()
+    }
+
+    /// The booted disk's partitions that are LUKS containers, and are copied into such.
+    pub fn containers(&self) -> &[String] {
+        &self.containers
     }
 
     fn joined(&self) -> Option<&[String]> {
@@ -243,10 +267,10 @@ impl NewDisk {
             let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug().to_string();
             let _ = writeln!(
                 text,
-                "  {:<10} {:>10} MiB  {:<8} {label:<16} {}",
+                "  {:<10} {:>10} MiB  {:<13} {label:<16} {}",
                 part.role.to_string(),
                 mib(part.bytes),
-                part.content.told(),
+                part.told(),
                 part.partuuid
             );
         }
@@ -275,10 +299,17 @@ impl NewDisk {
     }
 
     /// Makes the file systems, and returns the device nodes that they are on.
-    fn make_file_systems(&self, log: &Log) -> Result<BTreeMap<Role, String>> {
-        let nodes = self.nodes()?;
+    fn make_file_systems(&self, secret: Option<&Secret>, log: &Log) -> Result<BTreeMap<Role, String>> {
+        let mut nodes = self.nodes()?;
         for part in &self.plan.parts {
-            let node = nodes.get(&part.role).context("a partition has gone")?;
+            let node = nodes.get_mut(&part.role).context("a partition has gone")?;
+            if let Some(uuid) = &part.container {
+                log.status(&format!("{node}: making a LUKS container for {}", part.role));
+                self.target.check_same()?;
+                container::format(node, uuid, secret.context("there is no passphrase for it")?)?;
+                luks::open(&part.partuuid)?;
+                *node = luks::mapping(&part.partuuid);
+            }
             let Some((program, arguments)) = part.make(node, self.target.sector) else { continue };
             log.status(&format!("{node}: making {} for {}", part.content.told(), part.role));
             self.target.check_same()?;
@@ -321,7 +352,9 @@ impl NewDisk {
 fn check_programs(plan: &Plan) -> Result<()> {
     let made = plan.parts.iter().filter_map(|part| part.make("", 512)).map(|(program, _)| program);
     let is_btrfs = plan.parts.iter().any(|part| part.content.told() == "btrfs");
+    let is_luks = plan.parts.iter().any(|part| part.container.is_some());
     for name in made
+        .chain(is_luks.then(|| "cryptsetup".to_owned()))
         .chain(is_btrfs.then(|| "btrfs".to_owned()))
         .chain(["wipefs", "sfdisk", "udevadm", "rsync", "fsck.fat", "systemctl"].map(str::to_owned))
     {
@@ -351,6 +384,13 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -
     }
     if shared.is_some() {
         return join::check(&machine, &names, &files);
+    }
+    let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
+    if let Some(line) = container::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
+        return Err(refused(format!(
+            "/etc/crypttab opens the LUKS container {line}, which would not open that of the copy; have {} there, or none; nothing was done",
+            luks::KEY
+        )));
     }
     let running = machine.subvolume()?;
     match running.and_then(|running| generation::no_source(&running, &files)) {

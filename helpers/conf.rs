@@ -35,6 +35,8 @@ pub struct Settings {
     pub generations: usize,
     /// `efi-entries=`: whether each disk gets a boot entry of its own in the firmware.
     pub efi_entries: bool,
+    /// `luks=`: the trees that lie in a LUKS container, on every disk.
+    pub luks: BTreeSet<Role>,
     /// `device-timeout=`: how long systemd waits for a partition to appear. Never zero, which would mean for ever.
     pub device_timeout: Duration,
 }
@@ -47,6 +49,7 @@ impl Default for Settings {
             exclude: Vec::new(),
             generations: 2,
             efi_entries: true,
+            luks: BTreeSet::new(),
             device_timeout: Duration::from_secs(5),
         }
     }
@@ -136,6 +139,7 @@ impl Config {
         }
         let settings = raw.settings();
         let disks = raw.disks();
+        raw.check_luks(&settings, &disks);
         if disks.is_empty() && raw.sections.is_empty() && raw.faults.is_empty() && raw.warnings.is_empty() {
             return Ok(None);
         }
@@ -249,7 +253,7 @@ impl Raw {
             Section::Settings => match key {
                 "exclude" if value.text.is_empty() => self.exclude.clear(),
                 "exclude" => self.exclude.push(value),
-                "spare-mount" | "settle" | "generations" | "efi-entries" | "device-timeout" => {
+                "spare-mount" | "settle" | "generations" | "efi-entries" | "luks" | "device-timeout" => {
                     set(&mut self.settings, key, value)
                 }
                 _ => self.unknown("dualroot", key, &value.place),
@@ -299,6 +303,7 @@ impl Raw {
                 }
                 .map(|number| settings.generations = number),
                 "efi-entries" => boolean(text).map(|yes| settings.efi_entries = yes),
+                "luks" => trees(text).map(|roles| settings.luks = roles),
                 _ => match time_span(text) {
                     Ok(span) if span.is_zero() => Err(anyhow::anyhow!("expected a time longer than 0, found '{text}'")),
                     span => span.map(|span| settings.device_timeout = span),
@@ -310,6 +315,17 @@ impl Raw {
             settings.exclude.extend(self.check("exclude", &value, plain(&value.text)));
         }
         settings
+    }
+
+    /// What is said to lie in containers has to be there; and the root is among it, as the key to all of them lies on it.
+    fn check_luks(&mut self, settings: &Settings, disks: &[Disk]) {
+        let Some(value) = self.settings.get("luks").filter(|_| !settings.luks.is_empty()) else { return };
+        let absent = |role: &&Role| !disks.iter().all(|disk| disk.parts.contains_key(*role));
+        if let Some(role) = settings.luks.iter().find(absent) {
+            self.faults.push(format!("{}: luks=: expected {role}= in the section of each disk", value.place));
+        } else if !settings.luks.contains(&Role::Root) {
+            self.faults.push(format!("{}: luks=: expected root among them, as the key to the others lies there", value.place));
+        }
     }
 
     /// The typed sections `[diskN]`; what is wrong with them is noted.
@@ -417,6 +433,15 @@ pub(crate) fn disk_role(key: &str) -> Result<Option<Role>> {
     Ok(role)
 }
 
+/// Keys of partitions with trees, separated by blanks.
+fn trees(text: &str) -> Result<BTreeSet<Role>> {
+    let tree = |key: &str| match disk_role(key)? {
+        Some(role) if role.tree().is_some() => Ok(role),
+        _ => bail!("expected keys of partitions that are copied, as root or home, found '{}'", key.escape_debug()),
+    };
+    text.split_whitespace().map(tree).collect()
+}
+
 /// A mount point to bind an ESP from. What is on or below the places that it is bound to would be hidden by it.
 fn esp_mountpoint(text: &str) -> Result<DirPath> {
     let path = DirPath::parse(text)?;
@@ -463,6 +488,24 @@ mod tests {
 
     fn shared(extra0: &str, extra1: &str) -> String {
         format!("[disk0]\nesp={A}0\n{extra0}\n[disk1]\nesp={A}1\n{extra1}\n")
+    }
+
+    #[test]
+    fn trees_in_containers() {
+        assert_eq!(good(&[PAIR, "[dualroot]\nluks=root\n"]).settings.luks, [Role::Root].into());
+        assert!(good(&[PAIR, "[dualroot]\nluks=root\n", "[dualroot]\nluks=\n"]).settings.luks.is_empty());
+        for (luks, expected) in [
+            ("root home", "luks=: expected home= in the section of each disk"),
+            ("esp", "expected keys of partitions that are copied, as root or home, found 'esp'"),
+            ("swap", "found 'swap'"),
+            ("yes", "found 'yes'"),
+        ] {
+            let error = bad(&format!("{PAIR}[dualroot]\nluks={luks}\n"));
+            assert!(error.contains(expected), "{error}");
+        }
+        let home = format!("[disk0]\nhome={A}7\n[disk1]\nhome={A}8\n");
+        assert!(bad(&format!("{PAIR}{home}[dualroot]\nluks=home\n")).contains("expected root among them"));
+        assert!(bad(&format!("{}[dualroot]\nluks=root\n", shared("", ""))).contains("expected root= in"));
     }
 
     #[test]

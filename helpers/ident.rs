@@ -33,19 +33,38 @@ use self::needle::{Form, Needle};
 use self::written::{BEHIND, Found, Quotes, match_at, replacement};
 use crate::types::{DiskName, PartUuid, Role};
 
+/// By what a LUKS container can be named.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ContainerIds {
+    /// Its UUID.
+    pub uuid: Option<String>,
+    /// Its label.
+    pub label: Option<String>,
+}
+
 /// By what one partition can be named.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PartIds {
     /// The unique GUID of the partition.
     pub partuuid: PartUuid,
-    /// The UUID of the file system (or swap space, or LUKS volume) on it, as blkid(8) prints it.
+    /// The UUID of the file system (or swap space) on it, as blkid(8) prints it: of that in its LUKS container, if it is one.
     pub uuid: Option<String>,
     /// The label of that file system.
     pub label: Option<String>,
+    /// The LUKS container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerIds>,
     /// The name of the partition in the GPT.
     pub partlabel: Option<String>,
     /// Every path below /dev that leads to the partition: the kernel's name and udev's links.
     pub paths: BTreeSet<String>,
+}
+
+impl PartIds {
+    /// A partition of which nothing else is known.
+    pub fn new(partuuid: PartUuid) -> Self {
+        Self { partuuid, uuid: None, label: None, container: None, partlabel: None, paths: BTreeSet::new() }
+    }
 }
 
 /// By what the partitions of one disk can be named.
@@ -230,8 +249,10 @@ fn check_uuids(target: &DiskIds, others: &[&DiskIds]) -> Result<()> {
     let mut known: Vec<(String, &'static str, &Role, DiskName)> = Vec::new();
     for disk in [target].into_iter().chain(others.iter().copied()) {
         for (role, ids) in &disk.parts {
-            let uuid = ids.uuid.as_deref().filter(|u| !u.is_empty()).map(|u| (u.to_lowercase(), "file system UUID"));
-            for (value, what) in uuid.into_iter().chain([(ids.partuuid.to_string(), "PARTUUID")]) {
+            let lower = |uuid: &Option<String>| uuid.as_deref().filter(|u| !u.is_empty()).map(str::to_lowercase);
+            let uuid = lower(&ids.uuid).map(|uuid| (uuid, "file system UUID"));
+            let container = ids.container.as_ref().and_then(|c| lower(&c.uuid)).map(|uuid| (uuid, "LUKS UUID"));
+            for (value, what) in uuid.into_iter().chain(container).chain([(ids.partuuid.to_string(), "PARTUUID")]) {
                 let twin = known.iter().find(|(v, _, r, d)| *v == value && (*d == target.name || *r != role));
                 if let Some((_, _, twin_role, twin_disk)) = twin {
                     bail!(
@@ -260,11 +281,11 @@ pub(crate) mod tests {
 
     fn part(start: &str, n: u32, uuid: Option<&str>, label: Option<&str>, paths: &[&str]) -> PartIds {
         PartIds {
-            partuuid: PartUuid::parse(&format!("{start}{n}")).unwrap(),
             uuid: uuid.map(Into::into),
             label: label.map(Into::into),
             partlabel: label.map(|l| format!("p{l}")),
             paths: paths.iter().map(|p| (*p).to_owned()).collect(),
+            ..PartIds::new(PartUuid::parse(&format!("{start}{n}")).unwrap())
         }
     }
 
@@ -373,6 +394,29 @@ pub(crate) mod tests {
             assert_eq!(to_b().foreign(text.as_bytes()).len(), 1, "{text}");
             assert_eq!(to_b().foreign(expected.as_bytes()), [""; 0], "{expected}");
         }
+    }
+
+    #[test]
+    fn f13_a_container_and_what_is_in_it() {
+        let (mut a, mut b) = disks();
+        let [box_a, box_b] = ["eeeeeeee", "ffffffff"].map(|start| format!("{start}-1111-4111-8111-111111111111"));
+        for (disk, uuid, label) in [(&mut a, &box_a, "box"), (&mut b, &box_b, "box1")] {
+            let container = ContainerIds { uuid: Some(uuid.clone()), label: Some(label.to_owned()) };
+            disk.parts.get_mut(&Role::Root).unwrap().container = Some(container);
+        }
+        let rewriter = Rewriter::new(&b, &[a.clone()]).unwrap();
+        let text = |uuid: &str, root: &str, label: &str| {
+            let bare = uuid.replace('-', "");
+            format!(
+                "root=UUID={root} cryptopts=target=cryptroot,source=UUID={uuid} rd.luks.name={uuid}=cryptroot luks-{uuid} \
+                 dm-uuid-CRYPT-LUKS2-{bare}-x LABEL={label} /dev/mapper/cryptroot"
+            )
+        };
+        let rewritten = rewriter.rewrite(text(&box_a, ROOT_A, "box").as_bytes());
+        assert_eq!(String::from_utf8(rewritten).unwrap(), text(&box_b, ROOT_B, "box1"));
+        assert_eq!(rewriter.foreign(box_a.as_bytes()), [format!("UUID={box_a} (root of disk0)")]);
+        b.parts.get_mut(&Role::Root).unwrap().container = a.parts[&Role::Root].container.clone();
+        assert!(Rewriter::new(&b, &[a]).unwrap_err().to_string().contains("the same LUKS UUID"));
     }
 
     #[test]

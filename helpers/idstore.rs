@@ -28,9 +28,12 @@ fn merge(now: Vec<DiskIds>, stored: &[DiskIds]) -> Vec<DiskIds> {
     let complete = |mut disk: DiskIds| {
         for old in stored.iter().filter(|s| s.name == disk.name) {
             for (role, part) in &mut disk.parts {
-                let absent = part.paths.is_empty();
-                if let Some(seen) = old.parts.get(role).filter(|seen| absent && seen.partuuid == part.partuuid) {
+                let Some(seen) = old.parts.get(role).filter(|seen| seen.partuuid == part.partuuid) else { continue };
+                if part.paths.is_empty() {
                     *part = seen.clone();
+                } else if part.container.is_some() && part.container == seen.container && part.uuid.is_none() {
+                    // A container that isn't open.
+                    (part.uuid, part.label) = (seen.uuid.clone(), seen.label.clone());
                 }
             }
         }
@@ -47,4 +50,30 @@ pub fn save(ids: &[DiskIds]) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(ids).context("the identifiers can't be written as JSON")?;
     bytes.push(b'\n');
     state::keep(NAME, bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ident::{ContainerIds, PartIds};
+    use crate::types::{DiskName, PartUuid, Role};
+
+    #[test]
+    fn what_is_in_a_closed_container_is_remembered() {
+        let disk = |uuid: Option<&str>, container: &str| {
+            let partuuid = PartUuid::parse("aaaaaaaa-0000-4000-8000-000000000002").unwrap();
+            let part = PartIds {
+                uuid: uuid.map(str::to_owned),
+                container: Some(ContainerIds { uuid: Some(container.to_owned()), label: None }),
+                paths: ["/dev/sda2".to_owned()].into(),
+                ..PartIds::new(partuuid)
+            };
+            DiskIds { name: DiskName::parse("disk1").unwrap(), parts: [(Role::Root, part)].into() }
+        };
+        let seen = [disk(Some("inside"), "box")];
+        assert_eq!(merge(vec![disk(None, "box")], &seen), seen);
+        assert_eq!(merge(vec![disk(Some("new"), "box")], &seen), [disk(Some("new"), "box")]);
+        let other = disk(None, "another");
+        assert_eq!(merge(vec![other.clone()], &seen), [other]);
+    }
 }

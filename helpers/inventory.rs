@@ -10,12 +10,23 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::conf::{Config, Disk};
-use crate::ident::{DiskIds, PartIds};
+use crate::ident::{ContainerIds, DiskIds, PartIds};
 use crate::program;
 use crate::types::{DirPath, DiskName, PartUuid, Role};
 
 /// The GPT type of an EFI system partition (UEFI specification, 5.3.3).
 const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
+
+/// A LUKS container on a partition.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Container {
+    /// Its own UUID.
+    pub uuid: Option<String>,
+    /// Its own label.
+    pub label: Option<String>,
+    /// Where it is open: the device node of what is in it, and that device's number.
+    mapping: Option<(String, String)>,
+}
 
 /// A partition, or another block device, as lsblk shows it.
 #[derive(Clone, Debug, Deserialize)]
@@ -29,12 +40,18 @@ pub struct Partition {
     pub path: String,
     #[serde(rename = "maj:min")]
     number: String,
-    /// The type of the file system on it, as `ext4` or `vfat`.
+    /// lsblk's word for what it is: `part`, `crypt`, …
+    #[serde(rename = "type", default)]
+    kind: String,
+    /// The type of the file system on it, as `ext4` or `vfat`: of that in its LUKS container, where that is open.
     pub fstype: Option<String>,
-    /// The UUID of that file system.
+    /// The UUID of that file system; None in a container that isn't open.
     pub uuid: Option<String>,
     /// Its label.
     pub label: Option<String>,
+    /// The LUKS container that it is.
+    #[serde(skip)]
+    pub container: Option<Container>,
     partuuid: Option<String>,
     /// The name of the partition in the GPT.
     pub partlabel: Option<String>,
@@ -45,15 +62,30 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// The device number.
+    /// The device node that holds its file system: it itself, or what its open LUKS container is mapped to.
+    pub fn node(&self) -> &str {
+        self.mapping().map_or(&self.path, |(node, _)| node)
+    }
+
+    /// Whether it is a LUKS container that isn't open.
+    pub fn is_closed(&self) -> bool {
+        self.container.is_some() && self.mapping().is_none()
+    }
+
+    fn mapping(&self) -> Option<&(String, String)> {
+        self.container.as_ref()?.mapping.as_ref()
+    }
+
+    /// The device number of [`Partition::node`].
     ///
     /// # Errors
     /// A number that lsblk didn't print as MAJOR:MINOR.
     pub fn device(&self) -> Result<u64> {
-        self.number
+        let number = self.mapping().map_or(&self.number, |(_, number)| number);
+        number
             .split_once(':')
             .and_then(|(major, minor)| Some(nix::sys::stat::makedev(major.trim().parse().ok()?, minor.trim().parse().ok()?)))
-            .with_context(|| format!("lsblk gives {} the number '{}'", self.path, self.number))
+            .with_context(|| format!("lsblk gives {} the number '{number}'", self.node()))
     }
 
     /// Of ext4 with a torn superblock, libblkid (2.39 and later) says nothing. It is what it was, for [`crate::fsck`] to repair.
@@ -61,12 +93,22 @@ impl Partition {
         let mut block = [0; 1024];
         let unknown = self.fstype.is_none() && self.partuuid.is_some();
         // A device that can't be read is met by whoever needs it.
-        let read = unknown && File::open(&self.path).is_ok_and(|device| device.read_exact_at(&mut block, 1024).is_ok());
+        let read = unknown && File::open(self.node()).is_ok_and(|device| device.read_exact_at(&mut block, 1024).is_ok());
         if let Some((uuid, label)) = ext(&block).filter(|_| read) {
             self.fstype = Some("ext4".to_owned());
             self.uuid = Some(uuid);
             self.label = label;
         }
+    }
+
+    /// It is a LUKS container, and this is what it is mapped to, if it is open.
+    fn look_into(&mut self, inside: Option<&Self>) {
+        let (uuid, label) = (self.uuid.take(), self.label.take());
+        let mapping = inside.map(|inside| (inside.path.clone(), inside.number.clone()));
+        if let Some(inside) = inside {
+            (self.fstype, self.uuid, self.label) = (inside.fstype.clone(), inside.uuid.clone(), inside.label.clone());
+        }
+        self.container = Some(Container { uuid, label, mapping });
     }
 
     /// Its PARTUUID, where it has one.
@@ -77,6 +119,11 @@ impl Partition {
     /// The kernel's name of the disk that it is a part of.
     pub fn disk(&self) -> Option<&str> {
         self.pkname.as_deref()
+    }
+
+    /// That of its file system, and that of its container.
+    fn uuids(&self) -> impl Iterator<Item = &str> {
+        self.uuid.as_deref().into_iter().chain(self.container.as_ref().and_then(|container| container.uuid.as_deref()))
     }
 
     fn has_partuuid(&self, wanted: &PartUuid) -> bool {
@@ -100,7 +147,7 @@ impl Inventory {
     /// # Errors
     /// lsblk that fails or prints something else than expected.
     pub fn read() -> Result<Self> {
-        let columns = "KNAME,PKNAME,PATH,MAJ:MIN,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
+        let columns = "KNAME,PKNAME,PATH,MAJ:MIN,TYPE,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
         let mut read = Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))?;
         read.parts.iter_mut().for_each(Partition::look_for_ext);
@@ -118,7 +165,12 @@ impl Inventory {
             blockdevices: Vec<Partition>,
         }
         let printed: Printed = serde_json::from_slice(json).context("what lsblk printed can't be read")?;
-        Ok(Self { parts: printed.blockdevices, links, spread })
+        let mut parts = printed.blockdevices;
+        let mappings: Vec<Partition> = parts.iter().filter(|part| part.kind == "crypt").cloned().collect();
+        for part in parts.iter_mut().filter(|part| part.fstype.as_deref() == Some("crypto_LUKS")) {
+            part.look_into(mappings.iter().find(|mapping| mapping.pkname.as_ref() == Some(&part.kname)));
+        }
+        Ok(Self { parts, links, spread })
     }
 
     /// The partition of this PARTUUID, or None when it isn't there.
@@ -188,10 +240,11 @@ impl Inventory {
     pub fn ids(&self, config: &Config, disk: &Disk) -> Result<DiskIds> {
         let mut parts = BTreeMap::new();
         for (role, &partuuid) in &disk.parts {
-            let mut ids = PartIds { partuuid, uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+            let mut ids = PartIds::new(partuuid);
             if let Some(part) = self.find(&partuuid)? {
                 ids.uuid = part.uuid.clone();
                 ids.label = part.label.clone();
+                ids.container = part.container.as_ref().map(|c| ContainerIds { uuid: c.uuid.clone(), label: c.label.clone() });
                 ids.partlabel = part.partlabel.clone();
                 ids.paths = self.paths(part);
             }
@@ -231,11 +284,12 @@ impl Inventory {
             if beside.is_some_and(|disks| disks.len() == 1 && disks.contains(&disk.name)) && !named.contains(part.path.as_str()) {
                 let spread = part.uuid.as_ref().is_some_and(|uuid| self.spread.contains(uuid));
                 let ids = PartIds {
-                    partuuid,
                     uuid: only(&part.uuid, |p| &p.uuid).filter(|_| !spread),
                     label: only(&part.label, |p| &p.label).filter(|_| !spread),
+                    container: part.container.as_ref().map(|c| ContainerIds { uuid: c.uuid.clone(), label: c.label.clone() }),
                     partlabel: only(&part.partlabel, |p| &p.partlabel),
                     paths: self.paths(part),
+                    ..PartIds::new(partuuid)
                 };
                 found.push((Role::Dir(DirPath::parse(&part.path)?), ids));
             }
@@ -252,15 +306,17 @@ impl Inventory {
         for disk in &config.disks {
             for partuuid in disk.parts.values() {
                 let Some(part) = self.find(partuuid)? else { continue };
-                let Some(uuid) = part.uuid.as_deref() else { continue };
-                let same = |p: &&Partition| p.path != part.path && p.partuuid.is_some() && p.uuid.as_deref() == Some(uuid);
-                if let Some(twin) = self.parts.iter().find(same) {
-                    bail!(
-                        "{} and {} both hold a file system with the UUID {uuid}; give the copy a new one (tune2fs -U random, \
-                         btrfstune -u, xfs_admin -U generate, mlabel -n)",
-                        part.path,
-                        twin.path
-                    );
+                for uuid in part.uuids() {
+                    let same =
+                        |p: &&Partition| p.path != part.path && p.partuuid.is_some() && p.uuids().any(|other| other == uuid);
+                    if let Some(twin) = self.parts.iter().find(same) {
+                        bail!(
+                            "{} and {} both hold a file system, or a LUKS container, with the UUID {uuid}; give the copy a new one \
+                             (tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, cryptsetup luksUUID)",
+                            part.path,
+                            twin.path
+                        );
+                    }
                 }
             }
         }
@@ -306,6 +362,7 @@ mod tests {
     use super::*;
     use crate::ident::Rewriter;
     use crate::prove;
+    use nix::sys::stat::makedev;
 
     const CONF: &str = "[disk0]\nesp=aaaaaaaa-0000-4000-8000-000000000001\nroot=aaaaaaaa-0000-4000-8000-000000000002\n\
         [disk1]\nesp=bbbbbbbb-0000-4000-8000-000000000001\nroot=bbbbbbbb-0000-4000-8000-000000000002\n";
@@ -342,6 +399,44 @@ mod tests {
         assert_eq!(line(r#""swap""#, part), (Some("swap".into()), None, None));
         image.as_file().write_all_at(&[0; 2], 1024 + 0x38).unwrap();
         assert_eq!(line("null", part), (None, None, None));
+    }
+
+    #[test]
+    fn what_is_in_a_container_is_what_the_partition_holds() {
+        let luks = |n: u32, uuid: &str| line("sda", "aaaaaaaa", n, uuid, r#""box""#).replace("ext4", "crypto_LUKS");
+        let mapping = r#"{"kname":"dm-0","pkname":"sda2","path":"/dev/mapper/x","maj:min":"253:0","type":"crypt","fstype":"xfs",
+            "uuid":"inside","label":null,"partuuid":null,"partlabel":null,"parttype":null,"log-sec":512}"#;
+        let json = format!(r#"{{"blockdevices":[{},{mapping},{}]}}"#, luks(2, "open"), luks(3, "closed"));
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap();
+        let [open, _, closed] = &inventory.parts[..] else { panic!() };
+        let shown = |part: &Partition| {
+            let container = part.container.as_ref().and_then(|c| Some((c.uuid.clone()?, c.label.clone()?)));
+            (part.path.clone(), part.node().to_owned(), part.uuid.clone(), container, part.is_closed())
+        };
+        let container = |uuid: &str| Some((uuid.to_owned(), "box".to_owned()));
+        let nodes = |path: &str, node: &str| (path.to_owned(), node.to_owned());
+        let (path, node) = nodes("/dev/sda2", "/dev/mapper/x");
+        assert_eq!(shown(open), (path, node, Some("inside".into()), container("open"), false));
+        let (path, node) = nodes("/dev/sda3", "/dev/sda3");
+        assert_eq!(shown(closed), (path, node, None, container("closed"), true));
+        assert_eq!((open.device().unwrap(), closed.device().unwrap()), (makedev(253, 0), makedev(8, 3)));
+        let config = Config::parse(&[("dualroot.conf".into(), CONF.into())]).unwrap().unwrap();
+        let ids = inventory.ids(&config, &config.disks[0]).unwrap();
+        let root = &ids.parts[&Role::Root];
+        assert_eq!((root.uuid.as_deref(), root.paths.contains("/dev/mapper/x")), (Some("inside"), false));
+        assert_eq!(root.container.as_ref().and_then(|c| c.uuid.as_deref()), Some("open"));
+    }
+
+    #[test]
+    fn f03_two_containers_of_one_uuid() {
+        let luks = |disk: &str, start: &str| {
+            line(disk, start, 2, "cccccccc-0000-4000-8000-000000000001", "null").replace("ext4", "crypto_LUKS")
+        };
+        let json = format!(r#"{{"blockdevices":[{},{}]}}"#, luks("sda", "aaaaaaaa"), luks("sdb", "bbbbbbbb"));
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap();
+        let config = Config::parse(&[("dualroot.conf".into(), CONF.into())]).unwrap().unwrap();
+        let error = inventory.check_unique(&config).unwrap_err().to_string();
+        assert!(error.starts_with("/dev/sda2 and /dev/sdb2 both hold"), "{error}");
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub struct PartLayout {
     pub name: Option<String>,
     /// Its attributes in the GPT, as sfdisk writes them.
     pub attributes: String,
+    /// The UUID of the LUKS container that it is. What follows is of what is in that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
     /// The kind of what is on it, as blkid(8) has it: `ext4`, `swap`, …
     pub fstype: Option<String>,
     /// The UUID of that.
@@ -119,6 +122,7 @@ impl DiskLayout {
                 kind: row.r#type,
                 name,
                 attributes,
+                container: on_it.and_then(|part| part.container.as_ref()?.uuid.clone()),
                 fstype: of(|part| &part.fstype),
                 uuid: of(|part| &part.uuid),
                 label: of(|part| &part.label),
@@ -190,7 +194,11 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
     let stored: Vec<DiskLayout> = serde_json::from_slice(&stored).unwrap_or_default();
     let root_uuid = shared_root(config, inventory)?;
     let now = |disk: &Disk| -> Result<Option<DiskLayout>> {
-        match inventory.find(&disk.esp())? {
+        let known = || stored.iter().find(|old| old.name == disk.name && old.has(&disk.esp())).cloned();
+        // What is in a container that isn't open can't be seen.
+        let closed =
+            disk.parts.values().any(|part| inventory.find(part).is_ok_and(|part| part.is_some_and(Partition::is_closed)));
+        match inventory.find(&disk.esp())?.filter(|_| !closed || known().is_none()) {
             Some(esp) => {
                 let mut roles = disk.parts.clone();
                 // Of a shared root, no section names the parts.
@@ -198,7 +206,7 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
                 roles.extend(member.and_then(Partition::partuuid).map(|partuuid| (Role::Root, partuuid)));
                 DiskLayout::read(disk.name, inventory, &roles).map(Some)
             }
-            None => Ok(stored.iter().find(|old| old.name == disk.name && old.has(&disk.esp())).cloned()),
+            None => Ok(known()),
         }
     };
     let disks = config.disks.iter().filter_map(|disk| now(disk).transpose()).collect::<Result<Vec<_>>>()?;

@@ -28,6 +28,7 @@ pub mod layout;
 pub mod lineage;
 pub mod lock;
 pub mod log;
+pub mod luks;
 pub mod machine;
 pub mod mounts;
 pub mod nvram;

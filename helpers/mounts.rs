@@ -213,8 +213,9 @@ impl Held {
     /// A partition without a file system, or with one that can't be mounted on its own; what is mounted then not being on it.
     pub fn open(part: &Partition, place: &Path) -> Result<Self> {
         let fstype = match part.fstype.as_deref() {
-            None => bail!("{} holds no file system; make one there, and start the sync again", part.path),
-            Some(other @ ("crypto_LUKS" | "LVM2_member" | "linux_raid_member")) => {
+            None => bail!("{} holds no file system; make one there, and start the sync again", part.node()),
+            Some("crypto_LUKS") => bail!("{} is a LUKS container that isn't open, see dualroot.conf(5), luks=", part.path),
+            Some(other @ ("LVM2_member" | "linux_raid_member")) => {
                 bail!("{} holds {other}, which dualroot doesn't open by itself", part.path)
             }
             Some(fs) => fs,
@@ -236,10 +237,10 @@ impl Held {
                     "btrfs" => Some("subvolid=5"),
                     _ => None,
                 };
-                mount(Some(part.path.as_str()), place, Some(fstype), flags | MsFlags::MS_RDONLY, data)
+                mount(Some(part.node()), place, Some(fstype), flags | MsFlags::MS_RDONLY, data)
             }
         }
-        .with_context(|| format!("{0} can't be mounted; see what fsck(8) says of it ('fsck {0}')", part.path))?;
+        .with_context(|| format!("{0} can't be mounted; see what fsck(8) says of it ('fsck {0}')", part.node()))?;
         if !at(&table()?, place).is_some_and(|m| m.is_on(part)) {
             bail!("what is mounted at {} is not {}", place.display(), part.path);
         }

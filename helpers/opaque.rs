@@ -59,7 +59,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
             searched.add(&bytes);
         }
         faults.extend(names.into_iter().map(|name| {
-            format!("{path} has {name} built in; configure the initrd's generator not to name disks, and make it anew")
+            format!("{path} has {name} built in; configure the initrd's generator not to name disks (see dualroot(7)), and make it anew")
         }));
     }
     Ok(faults)

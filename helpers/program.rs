@@ -55,6 +55,14 @@ pub fn fed(name: &str, args: impl IntoIterator<Item = OsString>, input: &[u8]) -
     Ok(printed)
 }
 
+/// As [`output`], of a program that asks on the terminal.
+///
+/// # Errors
+/// As [`output`].
+pub fn asked(name: &str, args: impl IntoIterator<Item = OsString>) -> Result<Vec<u8>> {
+    check(name, command(name)?.args(args).stdin(Stdio::inherit()).stderr(Stdio::inherit()).output())
+}
+
 fn check(name: &str, done: io::Result<Output>) -> Result<Vec<u8>> {
     let done = done.with_context(|| format!("{name} can't be run"))?;
     if !done.status.success() {

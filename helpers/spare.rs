@@ -15,6 +15,7 @@ use crate::generation::{self, Generation};
 use crate::ident::Rewriter;
 use crate::inventory::{Inventory, Partition};
 use crate::known::Known;
+use crate::luks;
 use crate::machine::{Machine, refused};
 use crate::mounts::{self, Alone, Held};
 use crate::opaque;
@@ -53,6 +54,9 @@ impl<'a> Spare<'a> {
             return Err(refused(format!(
                 "its {role}= partition {partuuid} isn't there, but others of the disk are; nothing was written to it"
             )));
+        }
+        for (role, part) in parts {
+            luks::check(machine, role, part)?;
         }
         let (rewriter, root_names) = (machine.rewriter(disk)?, machine.naming(disk, &Role::Root)?);
         Ok(Self { machine, disk, rewriter, root_names, held: BTreeMap::new(), generations: None, fresh: None })

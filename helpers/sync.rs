@@ -18,6 +18,7 @@ use crate::known::Known;
 use crate::layout;
 use crate::lineage::Record;
 use crate::log::Log;
+use crate::luks;
 use crate::machine::{Machine, Refused, refused, refused_for_age};
 use crate::mounts::Alone;
 use crate::settle;
@@ -71,6 +72,11 @@ pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mu
         log.warning(&format!("{e:#}; it is made anew"));
         Status::new(&machine.booted)
     });
+    // They stay open, as spares stay mounted.
+    let noted = match luks::open_spares(machine, log) {
+        true => noted.and_then(|()| machine.look_again()),
+        false => noted,
+    };
     // Before anything is copied, as spares get it, too. Of a disk that isn't in force yet, nothing is kept.
     if !options.dry_run
         && machine.drafts.is_empty()

@@ -267,6 +267,18 @@ impl UnitName {
         Self::from_path(&DirPath::parse(&part.device_path())?, "device")
     }
 
+    /// The service that opens the LUKS container on a partition.
+    ///
+    /// # Errors
+    /// None in practice; the name of a PARTUUID always fits.
+    pub fn luks(part: &PartUuid) -> Result<Self> {
+        let name = format!("dualroot-luks@{}.service", libsystemd::unit::escape_name(&part.to_string()));
+        if name.len() > 255 {
+            bail!("the unit name of the container on {part} would be longer than 255 bytes");
+        }
+        Ok(Self(name))
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -45,6 +45,7 @@ cases! {
     boot_current => "12-boot-current",
     drop_ins => "13-drop-ins",
     f26_odd_paths => "14-f26-odd-paths",
+    luks => "15-luks",
     f02_no_variable => "20-f02-no-variable",
     f02_other_esp => "21-f02-other-esp",
     f02_esp_in_both => "22-f02-esp-in-both",
@@ -471,6 +472,7 @@ fn complaints(units: &Path) -> String {
     let path_unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("units/dualroot-entries.path");
     fs::copy(path_unit, dir.path().join("dualroot-entries.path")).unwrap();
     fs::write(dir.path().join("dualroot-entries.service"), "[Service]\nType=oneshot\nExecStart=/bin/sh -c true\n").unwrap();
+    fs::write(dir.path().join("dualroot-luks@.service"), "[Service]\nType=oneshot\nExecStart=/bin/sh -c true\n").unwrap();
     let is_unit = |path: &Path| path.extension().is_some_and(|e| e == "mount" || e == "swap" || e == "path");
     let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).filter(|path| is_unit(path)).collect();
     names.sort();

@@ -1,11 +1,13 @@
 //! dualroot-clone(8): makes a blank disk a spare, or the first disk of another machine.
 
+use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
+use dualroot::clone::container::Secret;
 use dualroot::clone::target::Target;
 use dualroot::clone::template::identity::HostName;
 use dualroot::clone::template::origin::Origin;
@@ -13,6 +15,7 @@ use dualroot::clone::{Job, Wish, template};
 use dualroot::lock;
 use dualroot::log::Log;
 use dualroot::machine::{Refused, exit_status, refused};
+use dualroot::program;
 use dualroot::root::Root;
 use dualroot::types::DiskName;
 
@@ -36,6 +39,9 @@ struct Arguments {
     /// Make it like the disk of its name in this file, a layout.json, and not like the booted one
     #[arg(long, value_name = "FILE")]
     layout: Option<PathBuf>,
+    /// The root lies in a LUKS container: this file holds the passphrase that opens it, and is to open the copy, too
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
     /// On a machine that isn't configured yet: let the disks share the root, a btrfs, by mirroring it to this one
     #[arg(long, conflicts_with = "replace")]
     shared_root: bool,
@@ -77,9 +83,39 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
         return Ok(());
     }
     confirm(arguments, &job.disk.target)?;
+    let secret = secret(&job, arguments.key_file.as_deref()).map_err(nothing_done)?;
     // From here on, it isn't true any more that nothing was written.
     job.check_again(&root).map_err(nothing_done)?;
-    job.run(&root, log).map_err(erased)
+    if let Some(secret) = &secret {
+        job.give_key(&root, secret).map_err(nothing_done)?;
+    }
+    job.run(&root, secret.as_ref(), log).map_err(erased)
+}
+
+/// What opens the booted disk's LUKS containers, where it has any.
+fn secret(job: &Job, file: Option<&Path>) -> Result<Option<Secret>> {
+    let Some(first) = job.containers().first() else {
+        return match file {
+            None => Ok(None),
+            Some(_) => {
+                Err(refused("--key-file is given, but nothing of the booted disk lies in a LUKS container; nothing was done"))
+            }
+        };
+    };
+    let bytes = match file {
+        Some(file) => fs::read(file).map_err(|e| refused(format!("{}: {e}; nothing was done", file.display())))?,
+        None if !io::stdin().is_terminal() => {
+            return Err(refused("nobody is there to be asked for a passphrase; '--key-file FILE' gives it; nothing was done"));
+        }
+        None => {
+            let question = format!("Passphrase of {first}, which will open the copy, too:");
+            let said = program::asked("systemd-ask-password", ["--id=dualroot-clone".into(), question.into()])?;
+            said.strip_suffix(b"\n").unwrap_or(&said).to_vec()
+        }
+    };
+    let secret = Secret::new(bytes);
+    job.containers().iter().try_for_each(|device| secret.check(device))?;
+    Ok(Some(secret))
 }
 
 /// Makes the disk another machine's.

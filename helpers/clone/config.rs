@@ -1,6 +1,6 @@
 //! /etc/dualroot.conf with one more disk in it, every other line kept as it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use anyhow::{Context, Result};
@@ -26,11 +26,18 @@ pub struct Draft {
 pub type Section = BTreeMap<Role, PartUuid>;
 
 /// The configuration with these partitions for `name`: a new section at the end, or the values of the section that is there, replaced.
-/// Where there is no configuration, `first` is the section of the booted disk, which comes before.
+/// Where there is no configuration, `first` is the section of the booted disk, which comes before, and what lies in LUKS containers is
+/// said; else that is there.
 ///
 /// # Errors
 /// A refusal where the files, changed in that way, don't say that: somebody has to do it by hand.
-pub fn draft(root: &Root, first: Option<&(DiskName, Section)>, name: DiskName, section: &Section) -> Result<Draft> {
+pub fn draft(
+    root: &Root,
+    first: Option<&(DiskName, Section)>,
+    name: DiskName,
+    section: &Section,
+    luks: &BTreeSet<Role>,
+) -> Result<Draft> {
     let sources = Config::sources(root)?;
     let at = sources.iter().find(|(file, _)| file == FILE);
     let old = at.map(|(_, text)| text.clone()).unwrap_or_default();
@@ -42,7 +49,7 @@ pub fn draft(root: &Root, first: Option<&(DiskName, Section)>, name: DiskName, s
     let old = String::from_utf8(old).ok().with_context(|| refused(format!("{FILE} is not UTF-8; {}", by_hand())))?;
     let text = match has_section(&old, name) {
         true => replaced(&old, name, section),
-        false => appended(&old, first, name, section),
+        false => appended(&old, first, name, section, luks),
     };
     // A main file in /etc is the one that counts.
     if at.is_none() && sources.iter().any(|(file, _)| !file.contains(".conf.d/")) {
@@ -52,6 +59,12 @@ pub fn draft(root: &Root, first: Option<&(DiskName, Section)>, name: DiskName, s
     let sources: Vec<_> = std::iter::once((FILE.to_owned(), text.clone().into_bytes())).chain(rest).collect();
     let config = Config::parse(&sources).map_err(|e| refused(format!("{e:#}; {}", by_hand())))?;
     let config = config.with_context(|| refused(by_hand()))?;
+    if let Some(role) = luks.symmetric_difference(&config.settings.luks).next() {
+        return Err(refused(format!(
+            "luks= in the configuration has to say what lies in LUKS containers, but {role}= {}; see dualroot.conf(5); nothing was done",
+            if luks.contains(role) { "does, and is not named" } else { "does not, and is named" }
+        )));
+    }
     match config.disks.iter().find(|disk| disk.name == name).is_some_and(|disk| disk.parts == *section) {
         true => Ok(Draft { text: text.into_bytes(), config }),
         false => Err(refused(by_hand())),
@@ -78,12 +91,16 @@ fn section_text(name: DiskName, section: &Section) -> String {
     text
 }
 
-fn appended(old: &str, first: Option<&(DiskName, Section)>, name: DiskName, section: &Section) -> String {
+fn appended(old: &str, first: Option<&(DiskName, Section)>, name: DiskName, section: &Section, luks: &BTreeSet<Role>) -> String {
     let mut text = old.to_owned();
     if !text.is_empty() {
         text.push_str(if text.ends_with('\n') { "\n" } else { "\n\n" });
     }
     if let Some((booted, its)) = first {
+        if !luks.is_empty() {
+            let keys: Vec<&str> = luks.iter().map(Role::key).collect();
+            let _ = writeln!(text, "[dualroot]\nluks={}\n", keys.join(" "));
+        }
         text += &section_text(*booted, its);
         text.push('\n');
     }
@@ -150,8 +167,12 @@ mod tests {
     }
 
     fn text(root: &Root, first: bool, n: u32) -> Result<String> {
+        text_with(root, first, n, &[])
+    }
+
+    fn text_with(root: &Root, first: bool, n: u32, luks: &[Role]) -> Result<String> {
         let booted = (disk(0), section(0));
-        let draft = draft(root, first.then_some(&booted), disk(n), &section(10))?;
+        let draft = draft(root, first.then_some(&booted), disk(n), &section(10), &luks.iter().cloned().collect())?;
         Ok(String::from_utf8(draft.text).unwrap())
     }
 
@@ -164,6 +185,22 @@ mod tests {
         let (_tmp, root) = with(&[("etc/dualroot.conf", "# Nothing yet.\n[dualroot]\nsettle=1")]);
         assert_eq!(text(&root, true, 1).unwrap(), format!("# Nothing yet.\n[dualroot]\nsettle=1\n\n{expected}"));
         assert_eq!((free_name(None).unwrap(), disk(1)), (disk(1), disk(1)));
+    }
+
+    #[test]
+    fn what_lies_in_containers_is_said() {
+        let (_tmp, root) = with(&[]);
+        let found = text_with(&root, true, 1, &[Role::Root]).unwrap();
+        assert!(found.starts_with(&format!("[dualroot]\nluks=root\n\n[disk0]\nesp={}\n", id(0))), "{found}");
+        let pair = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(0), id(1), id(2), id(3));
+        for (text, luks, expected) in [
+            (pair.clone(), &[Role::Root][..], "root= does, and is not named"),
+            (format!("{pair}[dualroot]\nluks=root\n"), &[], "root= does not, and is named"),
+        ] {
+            let (_tmp, root) = with(&[("etc/dualroot.conf", &text)]);
+            let error = text_with(&root, false, 1, luks).unwrap_err();
+            assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error:#}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! How a disk gets its part of a shared btrfs root: as the second device, or in the place of the one that is lost.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
@@ -212,7 +212,7 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
 /// Whether an initrd of an entry has what mounts a shared root while a device of it is missing, which has the name of a variable in it (see
 /// `units/initrd/degraded.sh`).
 fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
-    let variable = PartIds { partuuid: heal::VENDOR.into(), uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+    let variable = PartIds::new(heal::VENDOR.into());
     let [target, other] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")));
     let other = DiskIds { name: other?, parts: BTreeMap::from([(Role::Esp, variable)]) };
     let names = Rewriter::new(&DiskIds { name: target?, parts: BTreeMap::new() }, &[other])?;
@@ -306,7 +306,7 @@ mod tests {
             )
         };
         let json = format!(r#"{{"blockdevices":[{}]}}"#, parts.iter().map(part).collect::<Vec<_>>().join(","));
-        Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap()
+        Inventory::parse(json.as_bytes(), BTreeMap::new(), [].into()).unwrap()
     }
 
     fn write(root: &Root, path: &str, text: &str) {
@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn files_that_boot_no_other_disk_are_refused() {
-        let root_part = PartIds { partuuid: id(2), uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+        let root_part = PartIds::new(id(2));
         let [booted, new] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")).unwrap());
         let booted = DiskIds { name: booted, parts: [(Role::Root, root_part)].into() };
         let names = Rewriter::new(&DiskIds { name: new, parts: BTreeMap::new() }, &[booted]).unwrap();

@@ -18,6 +18,9 @@ pub const UNFINISHED: &str = "NoBlockIOProtocol";
 /// Where the first partition begins, and what is left free behind the last one: GPT's own copies are smaller.
 const MARGIN: u64 = MIB;
 
+/// What the header of a LUKS2 container takes, as cryptsetup(8) makes it.
+const HEADER: u64 = 16 * MIB;
+
 /// A partition that is to be made.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Part {
@@ -33,6 +36,8 @@ pub struct Part {
     pub name: Option<String>,
     /// Its attributes in the GPT once it is finished, as sfdisk has them.
     pub attributes: String,
+    /// The UUID of the LUKS container that it is to be.
+    pub container: Option<Uuid>,
     /// What is made on it.
     pub content: Content,
     /// The UUID of that; of FAT and the like, the first eight digits count.
@@ -85,6 +90,7 @@ impl Plan {
                 // A disk that died before its mark was taken away may be the model.
                 attributes: part.attributes.replace(UNFINISHED, "").trim().to_owned(),
                 content: part.content.clone(),
+                container: if part.luks { Some(ids()?) } else { None },
                 uuid: ids()?,
                 label: other(
                     part.label.as_deref().map(|label| part.content.plain(label)).as_deref(),
@@ -133,7 +139,12 @@ impl Plan {
 }
 
 impl Part {
-    /// The program that makes its file system, and what it is told; None for a part of a shared root.
+    /// What is made on it, for people.
+    pub fn told(&self) -> String {
+        format!("{}{}", self.content.told(), if self.container.is_some() { " in LUKS" } else { "" })
+    }
+
+    /// The program that makes its file system on a device, and what it is told; None for a part of a shared root.
     pub fn make(&self, device: &str, sector: u64) -> Option<(String, Vec<OsString>)> {
         let uuid = self.uuid.to_string();
         let volume = uuid.replace('-', "").chars().take(8).collect::<String>();
@@ -168,7 +179,10 @@ fn sizes(source: &Source, bytes: u64) -> Result<Vec<u64>> {
     // No tree is made smaller than what is in it, and some more, among that the least that mkfs.xfs(8) and mkfs.btrfs(8) take. That it is
     // as large as it was is enough in any case.
     let need = |part: &crate::clone::source::Part| match part.used {
-        Some(used) => up((used + used / 10 + 320 * MIB).min(part.bytes.max(used))),
+        Some(used) => {
+            let used = used + if part.luks { HEADER } else { 0 };
+            up((used + used / 10 + 320 * MIB).min(part.bytes.max(used)))
+        }
         None => up(part.bytes),
     };
     let room = (bytes / MIB * MIB).saturating_sub(2 * MARGIN);
@@ -236,12 +250,13 @@ mod tests {
                 _ => Content::Fs("ext4".into()),
             },
             label: Some(format!("{role}0")),
+            luks: false,
             used: used.map(|used| used * MIB),
         }
     }
 
     fn source(parts: Vec<Old>) -> Source {
-        Source { parts, left_out: Vec::new() }
+        Source { parts, ..Source::default() }
     }
 
     fn disk1() -> DiskName {
@@ -285,6 +300,18 @@ mod tests {
         );
         make(&source, 17_578).unwrap();
         make(&source, 0).unwrap_err();
+    }
+
+    #[test]
+    fn a_container_has_a_header_and_a_uuid() {
+        let mut parts = vec![old("esp", 100, None), old("root", 4000, Some(1000))];
+        parts[1].luks = true;
+        let plan = make(&source(parts.clone()), 1540).unwrap();
+        assert_eq!(mebibytes(&plan), [100, 1438], "1016 and what is to be free");
+        assert!(make(&source(parts), 1539).is_err());
+        let root = &plan.parts[1];
+        assert!(plan.parts[0].container.is_none() && root.container.is_some_and(|uuid| uuid != root.uuid));
+        assert_eq!(root.told(), "ext4 in LUKS");
     }
 
     #[test]
@@ -370,6 +397,7 @@ mod tests {
             kind: part.kind.to_lowercase(),
             name: part.name.clone(),
             attributes: String::new(),
+            container: None,
             fstype: None,
             uuid: None,
             label: None,

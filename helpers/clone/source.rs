@@ -92,6 +92,8 @@ pub struct Part {
     pub content: Content,
     /// The label of that.
     pub label: Option<String>,
+    /// Whether that is in a LUKS container.
+    pub luks: bool,
     /// How many bytes a tree has; None for what is made as large as it is.
     pub used: Option<u64>,
 }
@@ -103,6 +105,8 @@ pub struct Source {
     pub parts: Vec<Part>,
     /// Partitions of it that a clone doesn't get: a sentence for each.
     pub left_out: Vec<String>,
+    /// The device nodes of its LUKS containers that a clone gets.
+    pub containers: Vec<String>,
 }
 
 /// The partitions of the booted disk that have a role, found by what is mounted from it: for a machine that isn't configured.
@@ -151,7 +155,7 @@ pub fn roles(
     if !found.contains_key(&Role::Root) {
         let root = mounts::at(table, Path::new("/")).map_or("nothing that is known", |m| &m.source);
         return Err(refused(format!(
-            "the root file system is on {root}, which is no partition of the booted disk; LUKS, LVM and md can't be cloned"
+            "the root file system is on {root}, which is no partition of the booted disk, and nothing in a LUKS container on one; LVM and md can't be cloned"
         )));
     }
     Ok(found)
@@ -228,12 +232,29 @@ impl Source {
                 content.told()
             )));
         }
+        let luks = part.container.is_some();
+        let kind = |luks| if luks { "a LUKS container" } else { "no LUKS container" };
+        if luks != now.container.is_some() {
+            return Err(refused(format!(
+                "{role}= of the booted disk, {}, is {}, and not {}; on all disks it is the same",
+                now.path,
+                kind(!luks),
+                kind(luks)
+            )));
+        }
+        if luks && (role.tree().is_none() || content == Content::Shared) {
+            return Err(refused(format!(
+                "{role}= of the booted disk, {}, is a LUKS container; only trees are copied into one, no swap space and no shared root",
+                now.path
+            )));
+        }
         let used = match role {
             Role::Swap => 0,
             // A shared one is mounted by any of its devices.
             Role::Root => used(mounts::at(table, Path::new("/")), now)?,
             _ => used(table.iter().rfind(|m| m.is_on(now)), now)?,
         };
+        self.containers.extend(luks.then(|| now.path.clone()));
         let is_tree = role.tree().is_some();
         if !is_tree && used > part.bytes {
             return Err(refused(format!("{role}= would have {} bytes, but {used} are in use on {}", part.bytes, now.path)));
@@ -245,6 +266,7 @@ impl Source {
             attributes: part.attributes,
             label: part.label.filter(|_| content != Content::Shared),
             content,
+            luks,
             used: is_tree.then_some(used),
             role,
         });
@@ -345,6 +367,7 @@ mod tests {
             kind: String::new(),
             name: None,
             attributes: String::new(),
+            container: None,
             fstype: Some((*fstype).to_owned()),
             uuid: None,
             label: None,

@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::clone::mib;
 use crate::conf::Config;
+use crate::luks;
 use crate::machine::refused;
 use crate::program;
 use crate::types::{DiskName, PartUuid};
@@ -67,9 +68,16 @@ impl Target {
         let path = fs::canonicalize(path).map_err(|e| refused(format!("{shown}: {e}; 'lsblk -d' shows the disks")))?;
         let file = File::open(&path).map_err(|e| refused(format!("{shown} can't be opened: {e}")))?;
         let arguments = ["--json".into(), "--bytes".into(), "--output".into(), COLUMNS.into(), path.clone().into_os_string()];
-        let printed =
-            program::output("lsblk", arguments).map_err(|e| refused(format!("{shown} is no disk that lsblk knows: {e:#}")))?;
-        let device = parse(&printed)?;
+        let read = || {
+            let printed = program::output("lsblk", arguments.clone());
+            parse(&printed.map_err(|e| refused(format!("{shown} is no disk that lsblk knows: {e:#}")))?)
+        };
+        let mut device = read()?;
+        let open = device.left_open(config);
+        open.iter().try_for_each(luks::close)?;
+        if !open.is_empty() {
+            device = read()?;
+        }
         let joined = joined.filter(|_| device.unfinished().is_some()).unwrap_or_default();
         check(&device, config, joined)?;
         // A disk is in use as a whole by what uses a part of it.
@@ -160,6 +168,18 @@ impl Device {
     fn unfinished(&self) -> Option<PartUuid> {
         let marked = self.children.iter().find(|part| part.partflags.as_deref().is_some_and(is_marked))?;
         PartUuid::parse(marked.partuuid.as_deref()?).ok()
+    }
+
+    /// The LUKS containers that a clone which was cut has left open: those of no disk of the pair.
+    fn left_open(&self, config: Option<&Config>) -> Vec<PartUuid> {
+        let parts = self.children.iter().filter(|part| disk_of(part, config).is_none());
+        let open = |part: &Self| {
+            let partuuid = PartUuid::parse(part.partuuid.as_deref()?).ok()?;
+            let is_ours =
+                |child: &Self| child.path == luks::mapping(&partuuid) && child.mountpoints.iter().flatten().next().is_none();
+            part.children.iter().any(is_ours).then_some(partuuid)
+        };
+        parts.filter_map(open).collect()
     }
 
     fn is_among(&self, knames: &[String]) -> bool {
@@ -258,6 +278,23 @@ mod tests {
         }
         assert!(why(&node("/dev/sdb1", "part", ""), None).contains("is a part, and no disk"));
         assert!(why(&node("/dev/sdb", "disk", "").replace("\"ro\":false", "\"ro\":true"), None).contains("read-only"));
+    }
+
+    #[test]
+    fn containers_that_a_cut_clone_left_open_are_known() {
+        let id = |n| format!("aaaaaaaa-0000-4000-8000-00000000000{n}");
+        let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(3), id(4));
+        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
+        let disk = |n: u32, mapped: &str, more: &str| {
+            let open = format!(r#","partuuid":"{}","children":[{}]"#, id(n), node(mapped, "crypt", more));
+            let part = node("/dev/sdb2", "part", "").replace(r#","partuuid":null"#, &open);
+            device(&node("/dev/sdb", "disk", &format!(r#","children":[{part}]"#))).left_open(Some(&config)).len()
+        };
+        let ours = |n| format!("/dev/mapper/dualroot-{}", id(n));
+        assert_eq!(disk(5, &ours(5), ""), 1);
+        assert_eq!(disk(4, &ours(4), ""), 0, "a spare's");
+        assert_eq!(disk(5, "/dev/mapper/data", ""), 0);
+        assert_eq!(disk(5, &ours(5), r#","mountpoints":["/mnt"]"#), 0);
     }
 
     #[test]

@@ -126,7 +126,7 @@ impl Job {
     /// Whatever fails; no firmware boots the disk then.
     pub fn run(self, root: &Root, name: &HostName, log: &Log) -> Result<()> {
         self.disk.partition(log)?;
-        self.disk.make_file_systems(log)?;
+        self.disk.make_file_systems(None, log)?;
         mounts::enter_private_namespace()?;
         let inventory = Inventory::read()?;
         let parts = self.disk.parts(&inventory)?;
@@ -188,7 +188,7 @@ impl Job {
         let of = |(role, part): (&Role, &&Partition)| {
             let partuuid = part.partuuid().with_context(|| format!("{} has no PARTUUID", part.path))?;
             let (uuid, label, partlabel) = (part.uuid.clone(), part.label.clone(), part.partlabel.clone());
-            Ok((role.clone(), PartIds { partuuid, uuid, label, partlabel, paths: [].into() }))
+            Ok((role.clone(), PartIds { uuid, label, partlabel, ..PartIds::new(partuuid) }))
         };
         let name = self.new_name()?;
         let mut own = DiskIds { name, parts: parts.iter().map(of).collect::<Result<_>>()? };
@@ -240,6 +240,11 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
             continue;
         };
         let content = source::Content::made_anew(part, &role)?;
+        if part.container.is_some() {
+            return Err(refused(format!(
+                "{role}= of the template lay in a LUKS container, which is not made from a template; nothing was done"
+            )));
+        }
         if let Some((_, place)) = places.iter().find(|(of, _)| *of == role).filter(|(_, place)| bytes(place) > part.bytes) {
             return Err(refused(format!(
                 "{place} of the template has {} MiB, more than its {role}= partition, which has {} MiB; nothing was done",
@@ -255,6 +260,7 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
             attributes: part.attributes.clone(),
             content,
             label: part.label.clone(),
+            luks: false,
             used: role.tree().map(|at| bytes(at).saturating_add(if role == Role::Root { boot() } else { 0 })),
             role,
         });
@@ -550,6 +556,7 @@ mod tests {
             kind: String::new(),
             name: None,
             attributes: String::new(),
+            container: None,
             fstype: Some(
                 if *key == "esp" {
                     "vfat"
@@ -574,7 +581,7 @@ mod tests {
 
     fn ids(name: &str, start: &str, machine: u128, roles: &[&str]) -> DiskIds {
         let part = |key: &&str| {
-            let part = PartIds { partuuid: id(start, key), uuid: None, label: None, partlabel: None, paths: [].into() };
+            let part = PartIds::new(id(start, key));
             (role(key), part)
         };
         let mut ids = DiskIds { name: DiskName::parse(name).unwrap(), parts: roles.iter().map(part).collect() };
@@ -621,8 +628,8 @@ mod tests {
         let found = refusal(&about(&["esp", "root"]), &[("/boot", 101)]);
         assert!(found.contains("/boot of the template has 101 MiB, more than its esp= partition, which has 100 MiB"), "{found}");
         let mut encrypted = about(&["esp", "root"]);
-        encrypted.disk.partitions[1].fstype = Some("crypto_LUKS".into());
-        assert!(refusal(&encrypted, &[]).contains("holds crypto_LUKS, which can't be made again"));
+        encrypted.disk.partitions[1].container = Some("x".into());
+        assert!(refusal(&encrypted, &[]).contains("root= of the template lay in a LUKS container"));
     }
 
     /// A tree that was copied, on one file system.

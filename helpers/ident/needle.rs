@@ -65,9 +65,10 @@ pub(super) struct Needle {
 pub(super) fn all(target: &DiskIds, others: Vec<&DiskIds>) -> Vec<Needle> {
     let mut needles = Needles { target, others, list: Vec::new() };
     needles.add_uuids();
-    for kind in [Kind::Label, Kind::PartLabel] {
-        needles.add_labels(kind);
-    }
+    needles.add_labels(Kind::Label, |ids| ids.label.clone(), |ids| ids.uuid.clone());
+    let container = |ids: &PartIds| ids.container.clone();
+    needles.add_labels(Kind::Label, |ids| container(ids)?.label, |ids| container(ids)?.uuid);
+    needles.add_labels(Kind::PartLabel, |ids| ids.partlabel.clone(), |_| None);
     needles.add_paths();
     needles.list
 }
@@ -93,10 +94,14 @@ impl<'a> Needles<'a> {
     fn add_uuids(&mut self) {
         for (disk, role, ids) in self.parts() {
             let own = self.target.parts.get(role);
-            let own_uuid = own.and_then(|own| own.uuid.clone()).filter(|u| !u.is_empty());
-            let uuid = ids.uuid.clone().map(|u| (Kind::Uuid, u, own_uuid));
+            let pair = |of: fn(&PartIds) -> Option<String>| {
+                let own = own.and_then(of).filter(|u| !u.is_empty());
+                of(ids).map(|u| (Kind::Uuid, u, own))
+            };
+            let uuid = pair(|ids| ids.uuid.clone());
+            let container = pair(|ids| ids.container.as_ref()?.uuid.clone());
             let partuuid = (Kind::PartUuid, ids.partuuid.to_string(), own.map(|own| own.partuuid.to_string()));
-            for (kind, value, new) in uuid.into_iter().chain([partuuid]) {
+            for (kind, value, new) in uuid.into_iter().chain(container).chain([partuuid]) {
                 let shown = format!("{}={} ({role} of {disk})", kind.tag(), value.escape_debug());
                 if is_long_uuid(&value) {
                     let bare: String = value.chars().filter(|c| *c != '-').collect();
@@ -112,11 +117,9 @@ impl<'a> Needles<'a> {
         }
     }
 
-    fn add_labels(&mut self, kind: Kind) {
-        let label = |ids: &PartIds| {
-            let label = if kind == Kind::Label { &ids.label } else { &ids.partlabel };
-            label.clone().filter(|l| !l.is_empty())
-        };
+    /// Labels of one kind; where the target has none that can be written, the UUID is, or the PARTUUID.
+    fn add_labels(&mut self, kind: Kind, label: impl Fn(&PartIds) -> Option<String>, uuid: impl Fn(&PartIds) -> Option<String>) {
+        let label = |ids: &PartIds| label(ids).filter(|l| !l.is_empty());
         let parts = self.parts();
         let mut owners: BTreeMap<String, Vec<(DiskName, &Role)>> = BTreeMap::new();
         for (disk, role, ids) in &parts {
@@ -124,7 +127,7 @@ impl<'a> Needles<'a> {
                 owners.entry(label).or_default().push((*disk, *role));
             }
         }
-        let own: Vec<String> = self.target.parts.values().filter_map(label).collect();
+        let own: Vec<String> = self.target.parts.values().filter_map(&label).collect();
         for (value, owners) in &owners {
             let new = one_role(owners).and_then(|role| {
                 let ids = self.target.parts.get(role)?;
@@ -133,7 +136,7 @@ impl<'a> Needles<'a> {
                         && plain(l)
                         && !parts.iter().any(|p| label(p.2).as_ref() == Some(l))
                 };
-                let uuid = ids.uuid.clone().filter(|u| kind == Kind::Label && plain(u));
+                let uuid = uuid(ids).filter(|u| plain(u));
                 let partuuid = (Kind::PartUuid, ids.partuuid.to_string());
                 Some(label(ids).filter(fit).map(|l| (kind, l)).or(uuid.map(|u| (Kind::Uuid, u))).unwrap_or(partuuid))
             });

@@ -36,6 +36,7 @@ const FOREIGN: [&str; 4] = [
 fn to_disk1() -> Rewriter {
     let disk = |name: &str, letter: &str, dev: &str, esp: &str, root: &str, home: &str| {
         let part = |n: u32, uuid: Option<&str>, label: &str| PartIds {
+            container: None,
             partuuid: PartUuid::parse(&format!("{}-0000-4000-8000-00000000000{n}", letter.repeat(8))).unwrap(),
             uuid: uuid.map(Into::into),
             label: Some(label.into()),

@@ -33,9 +33,12 @@ def adopted(machine, number, roles):
     """A disk as the configuration and the file systems on it have it."""
     disk = images.Disk(number, roles)
     text = machine.run("cat /etc/dualroot.conf").split(f"[disk{number}]")[1].split("[")[0]
+    disk.container = None
     disk.partuuid = dict(line.split("=") for line in text.split())
     for role, partuuid in disk.partuuid.items():
-        disk.uuid[role] = machine.run(f"blkid -p -s UUID -o value /dev/disk/by-partuuid/{partuuid}")
+        found = dict(line.split() for line in machine.run(f"lsblk -lno FSTYPE,UUID /dev/disk/by-partuuid/{partuuid}").splitlines())
+        disk.container = found.pop("crypto_LUKS", None) or disk.container
+        [disk.uuid[role]] = found.values()
     return disk
 
 
@@ -99,6 +102,20 @@ def refuse_initrd(pair):
                 f"echo resume | cpio -o -H newc >/run/made; cat /run/initrd >>/run/made; cp /run/made {initrd}")
     refused(pair, "an initrd that names the booted disk", f"--yes-erase B {device('B')}", "built in")
     machine.run(f"cp /run/initrd {initrd}; rm /run/initrd /run/made")
+
+
+def refuse_luks(pair, initrd):
+    """What has to do with containers only; and an initrd as they are made there."""
+    report, machine = pair.report, pair.machine
+    if initrd == "initramfs-tools":
+        machine.run("update-initramfs -u", 900)
+    plug(machine, "T", blank(machine.directory, "t", sum(images.SIZES[role] for role in pair.a.roles)))
+    for what, arguments, expected in (
+            ("nobody to ask for a passphrase", "", "nobody is there to be asked for a passphrase"),
+            ("another passphrase", "--key-file /etc/hostname ", "does not open the LUKS container")):
+        code, said = machine.status(f"dualroot-clone {arguments}--yes-erase T {device('T')} </dev/null 2>&1", 300)
+        report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
+    machine.unplug("T")
 
 
 def interrupt(pair):
@@ -201,11 +218,20 @@ def check_named(pair):
                 "udevadm settle")
 
 
+def key(pair):
+    """The option for what opens the booted disk."""
+    if pair.layout != "one-luks":
+        return ""
+    pair.machine.run(f"umask 077; printf '{images.PASSPHRASE}' >/run/passphrase")
+    return "--key-file /run/passphrase "
+
+
 def clone(pair, number, serial, more=""):
     """Makes a disk a spare, as on a terminal, and returns it."""
     report, machine = pair.report, pair.machine
+    more += key(pair)
     report.step(f"dualroot-clone {more}{serial}")
-    code, said = machine.status(f"script -qec 'dualroot-clone {more}--yes-erase {serial} {device(serial)}' /dev/null </dev/null", 900)
+    code, said = machine.status(f"script -qec 'dualroot-clone {more}--yes-erase {serial} {device(serial)}' /dev/null </dev/null", 1500)
     report.check("the disk boots, it says", code == 0 and f"is disk{number} now, and boots" in said, (code, said))
     shown = [line for line in said.split("\r") if line.startswith("[") and " MiB/s  " in line and " left" in line]
     report.check(f"it has shown how far it is: {shown[len(shown) // 2:][:1]}", len(shown) > 1, said)
@@ -219,6 +245,7 @@ def check_nothing_left(pair, old, initrd):
     report, machine = pair.report, pair.machine
     roles = [role for role in old.roles if pair.own or role != "root"]
     names = [name for role in roles for name in (old.partuuid[role], old.uuid[role], old.uuid[role].replace("-", ""))]
+    names += [old.container] if pair.layout == "one-luks" else []
     # Labels of this length could be anything's.
     names += [f"LABEL={role}{old.number}" for role in roles]
     pattern = " ".join(f"-e {name}" for name in names)
@@ -234,7 +261,7 @@ def check_mark(pair):
     report.step("B gets the mark of a clone that isn't finished, and is put in alone")
     images.sh("sfdisk", "-q", "--part-attrs", pair.disks["B"], 1, "NoBlockIOProtocol")
     machine.power_on({"B": pair.disks["B"]})
-    machine.await_console("UEFI Interactive Shell", 60)
+    machine.await_console("UEFI Interactive Shell", limit=60)
     report.check("the firmware boots nothing", True)
     machine.kill()
 
@@ -368,5 +395,43 @@ def one_disk(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
-CASES = {"one-ext4-13": (one_disk, 13, "dracut", "one-ext4"), "one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"),
+def encrypted(report, directory, staging, release, initrd, layout):
+    """A, with its root in a LUKS container, gets a spare, B, and goes; it comes back, and is B's spare."""
+    pair = Pair(report, directory, staging, release, initrd, layout)
+    machine, first = pair.machine, pair.kernels[0]
+    try:
+        pair.boot("A")
+        pair.check_booted(pair.a, first)
+        machine.run("echo 'written on A' >/root/note")
+        refuse_luks(pair, initrd)
+        pair.disks["B"] = blank(directory, "b", sum(images.SIZES[role] for role in pair.a.roles))
+        plug(machine, "B", pair.disks["B"])
+        pair.b = clone(pair, 1, "B")
+        pair.check_spare(pair.b)
+        found = machine.run(f"cryptsetup luksDump {device('B')}-part2 | grep -E '^(Version|UUID)' | sed 's/.*: *\\t*//'").split()
+        report.equal("it is LUKS2, and has a UUID of its own", found, ["2", pair.b.container])
+        report.check("which is another one", pair.b.container != pair.a.container)
+        report.equal("only root may read the key", machine.run("stat -c %a%u /mnt/root1/etc/cryptsetup-keys.d/dualroot.key"), "6000")
+        machine.power_off()
+
+        report.step("A is removed")
+        pair.boot("B")
+        pair.check_booted(pair.b, first)
+        pair.check_nothing_waits()
+        report.equal("what was written on A is here", machine.run("cat /root/note"), "written on A")
+        check_nothing_left(pair, pair.a, initrd)
+        machine.run("systemctl stop dualroot-sync.timer; echo 'written on B' >/root/note")
+        plug(machine, "A", pair.disks["A"])
+        pair.manual_sync()
+        pair.check_spare(pair.a)
+        report.equal("what was written on B is on A", machine.run("cat /mnt/root1/root/note"), "written on B")
+        machine.unplug("A")
+        machine.run("until [ ! -e /mnt/root1/root ]; do sleep 1; done")
+        machine.power_off()
+    finally:
+        machine.kill()
+
+
+CASES = {"one-ext4-13": (one_disk, 13, "dracut", "one-ext4"), "one-luks-12": (encrypted, 12, "initramfs-tools", "one-luks"), "one-luks-13": (encrypted, 13, "dracut", "one-luks"),
+         "one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"),
          "one-shared-btrfs-13": (one_disk, 13, "dracut", "one-shared-btrfs")}

@@ -23,6 +23,9 @@ CACHE = Path(os.environ.get("DUALROOT_TEST_CACHE", "/var/cache/dualroot-tests"))
 SUITES = {12: "bookworm", 13: "trixie"}
 COMMON = ["systemd", "systemd-sysv", "udev", "dbus", "systemd-boot", "systemd-boot-efi", "dosfstools", "e2fsprogs", "btrfs-progs",
           "rsync", "kmod", "zstd", "qemu-guest-agent", "fdisk", "util-linux", "efibootmgr"]
+# What systems with a root in a LUKS container have besides, and what opens that.
+ENCRYPTED = {"initramfs-tools": ["cryptsetup", "cryptsetup-initramfs"], "dracut": ["cryptsetup", "systemd-cryptsetup"]}
+PASSPHRASE = "correct horse battery staple"
 # What an initrd needs of the kernel's modules in these machines. With Debian's default, nearly all of them, making one takes minutes
 # under emulation.
 DRIVERS = ["virtio_pci", "virtio_blk", "ext4", "btrfs"]
@@ -30,7 +33,7 @@ DRIVERS = ["virtio_pci", "virtio_blk", "ext4", "btrfs"]
 # which guests would unpack, index, load and copy all the same.
 MODULES = tuple(f"kernel/{path}" for path in (
     "crypto/", "drivers/block/loop", "drivers/block/virtio", "drivers/char/hw_random/", "drivers/char/virtio", "drivers/firmware/efi/",
-    "drivers/firmware/qemu", "drivers/md/dm-mod", "drivers/virtio/", "fs/autofs/", "fs/btrfs/", "fs/configfs/", "fs/efivarfs/", "fs/ext4/",
+    "drivers/firmware/qemu", "drivers/md/dm-crypt", "drivers/md/dm-mod", "drivers/virtio/", "fs/autofs/", "fs/btrfs/", "fs/configfs/", "fs/efivarfs/", "fs/ext4/",
     "fs/fat/", "fs/fuse/", "fs/jbd2/", "fs/mbcache", "fs/nls/", "fs/overlayfs/", "lib/"))
 # What Debian's dracut would put into an initrd, and these machines have no use for. With "shutdown", each of them ends by unpacking it.
 OMITTED = ["hwdb", "kernel-modules-extra", "lunmask", "nvdimm", "overlay-root", "resume", "shutdown", "terminfo", "virtfs", "virtiofs"]
@@ -133,9 +136,9 @@ def kernels(release):
     return cached(f"kernels{release}", [names, MODULES], ".tar", build)
 
 
-def tree(release, initrd):
+def tree(release, initrd, encrypted):
     """A tar archive of a Debian system with the oldest of its kernels."""
-    packages = COMMON + [initrd, "linux-base"]
+    packages = COMMON + [initrd, "linux-base"] + (ENCRYPTED[initrd] if encrypted else [])
     without = ["doc", "man", "locale", "info", "zoneinfo"]
     kernel = f"linux-image-{kernel_versions(release)[0]}"
 
@@ -148,7 +151,7 @@ def tree(release, initrd):
             sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
                *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], f"--customize-hook=copy-in {tmp}/{package} /",
                f'--customize-hook=chroot "$1" dpkg -i {package} && rm "$1/{package}"', SUITES[release], path, listing.name)
-    return cached(f"debian{release}-{initrd}", [packages, without, sources(release), str(kernels(release))], ".tar", build)
+    return cached(f"debian{release}-{initrd}{'-luks' if encrypted else ''}", [packages, without, sources(release), str(kernels(release))], ".tar", build)
 
 
 class Disk:
@@ -161,6 +164,8 @@ class Disk:
         self.uuid = {r: f"{number}f5f5f5f-0000-4000-8000-00000000000{i}" for i, r in enumerate(roles, 1)}
         for role in ("esp", "xbootldr"):
             self.uuid[role] = f"{number}F00-{'E' if role == 'esp' else 'B'}000"
+        # That of the LUKS container which holds the root, where one does.
+        self.container = f"{number}c0c0c0c-0000-4000-8000-000000000001"
 
     def image(self, path, contents):
         """Writes the disk: `contents` are the images of its partitions by role."""
@@ -193,6 +198,21 @@ def ext4(path, role, disk, content=None):
        *(["-d", content] if content else []), path)
 
 
+def luks(path, role, disk, content=None):
+    """A LUKS container, of the older form, as QEMU makes it: without the kernel's help. It has its UUID as text (LUKS1, section 2.1)."""
+    plain = path.with_name(f"{path.name}-plain")
+    ext4(plain, role, disk, content)
+    # Beside the header.
+    sh("resize2fs", plain, f"{SIZES[role] - 4}M")
+    os.truncate(plain, (SIZES[role] - 4) * MIB)
+    sh("qemu-img", "convert", "-f", "raw", "-O", "luks", "--object", f"secret,id=key,data={PASSPHRASE}", "-o",
+       "key-secret=key,iter-time=100", plain, path)
+    plain.unlink()
+    with open(path, "r+b") as image:
+        image.seek(168)
+        image.write(disk.container.encode().ljust(40, b"\0"))
+
+
 def swap(path, role, disk, _content=None):
     with open(path, "wb") as image:
         image.truncate(SIZES[role] * MIB)
@@ -208,7 +228,7 @@ def btrfs(path, role, disk, content=None):
 LAYOUTS = {"own-esp": ("esp", "root"), "own-btrfs": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root", "home", "swap"),
            "shared-btrfs": ("esp", "root"),
            # Of these, there is only one disk, and no configuration.
-           "one-ext4": ("esp", "root", "swap", "home"), "one-btrfs": ("esp", "xbootldr", "root"), "one-shared-btrfs": ("esp", "root")}
+           "one-luks": ("esp", "root"), "one-ext4": ("esp", "root", "swap", "home"), "one-btrfs": ("esp", "xbootldr", "root"), "one-shared-btrfs": ("esp", "root")}
 
 
 def pair(layout):
@@ -236,7 +256,7 @@ def system(release, initrd, layout, staging):
         path.mkdir()
         with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
             make(Path(tmp), release, initrd, layout, staging, a, b, path)
-    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(tree(release, initrd))], "", build)
+    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(tree(release, initrd, layout == "one-luks"))], "", build)
 
 
 def make(tmp, release, initrd, layout, staging, a, b, out):
@@ -244,7 +264,7 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     for path in (root, boot, esp):
         path.mkdir()
     version = kernel_versions(release)[0]
-    sh("tar", "-xf", tree(release, initrd), "-C", root, "--xattrs")
+    sh("tar", "-xf", tree(release, initrd, layout == "one-luks"), "-C", root, "--xattrs")
     sh("sh", "-c", f"tar -c -C '{staging}' . | tar -x -C '{root}' --keep-directory-symlink --no-same-owner")
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")
@@ -264,6 +284,10 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     # translated again and again: that makes a boot take a third longer, and a kernel's installation far more.
     options = (f"root=UUID={a.uuid['root']} ro norandmaps console=ttyS0 systemd.show_status=no "
                "systemd.journald.forward_to_console=1 systemd.journald.max_level_console=notice")
+    if layout == "one-luks":
+        (root / "etc/crypttab").write_text(f"cryptroot UUID={a.container} none luks,initramfs\n")
+        options += {"initramfs-tools": f" cryptopts=target=cryptroot,source=UUID={a.container}",
+                    "dracut": f" rd.luks.name={a.container}=cryptroot"}[initrd]
     (root / "etc/kernel/cmdline").write_text(options + "\n")
     sh("systemctl", f"--root={root}", "preset",
        "dualroot-booted.service", "dualroot-entries.path", "dualroot-sync.path", "dualroot-sync.timer", "dualroot-verify.timer")
@@ -317,7 +341,8 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
             content = {"esp": place, "xbootldr": boot, "root": root}.get(role) if disk is a else None
             if role == "root" and layout == "shared-btrfs" and disk is b:
                 continue
-            write = {"esp": fat, "xbootldr": fat, "swap": swap, "root": btrfs if root_type == "btrfs" else ext4}.get(role, ext4)
+            of_root = luks if layout == "one-luks" else btrfs if root_type == "btrfs" else ext4
+            write = {"esp": fat, "xbootldr": fat, "swap": swap, "root": of_root}.get(role, ext4)
             write(image, role, disk, content)
             parts[disk.number][role] = image
     for disk in disks:

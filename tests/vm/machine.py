@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -71,11 +72,16 @@ class Machine:
             shutil.copy(VARS, self.vars)
         self.boots = 0
         self.process = None
+        # What is typed when a boot asks for it.
+        self.passphrase = None
 
     def start(self, disks, limit=400, logs=None, fails=None):
         """Powers on as `power_on` does, and waits until the guest has booted. Returns the seconds that took."""
         begun = time.monotonic()
         self.power_on(disks, logs, fails)
+        if self.passphrase:
+            self.await_console("lock disk cryptroot", "phrase for disk")
+            self.type(self.passphrase + "\n")
         self.await_event("VSERPORT_CHANGE", limit, lambda data: data["open"])
         self.agent = Channel(self.directory / "agent", self.process, 10)
         self.run("systemctl is-system-running --wait || true", limit)
@@ -85,15 +91,15 @@ class Machine:
         """Powers on with these disks ({serial: image}; `logs` of writes and what `fails` as for `plug`, by serial)."""
         self.boots += 1
         self.serial = self.directory / f"serial-{self.boots}.log"
-        qmp, agent = self.directory / "qmp", self.directory / "agent"
-        for path in (qmp, agent):
+        qmp, agent, console = self.directory / "qmp", self.directory / "agent", self.directory / "console"
+        for path in (qmp, agent, console):
             path.unlink(missing_ok=True)
         # One processor: with two, kernels of 2024 and later now and then panic under emulation while they patch their own code.
         command = [
             "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "qemu64", "-smp", "1",
             "-m", str(self.memory), "-display", "none", "-nodefaults", "-no-reboot",
             "-drive", f"if=pflash,format=raw,readonly=on,file={CODE}", "-drive", f"if=pflash,format=raw,file={self.vars}",
-            "-serial", f"file:{self.serial}", "-qmp", f"unix:{qmp},server=on,wait=off",
+            "-chardev", f"socket,id=console,path={console},server=on,wait=off,logfile={self.serial}", "-serial", "chardev:console", "-qmp", f"unix:{qmp},server=on,wait=off",
             "-chardev", f"socket,id=agent,path={agent},server=on,wait=off", "-device", "virtio-serial",
             "-device", "virtserialport,id=agent0,chardev=agent,name=org.qemu.guest_agent.0", "-object", "rng-random,id=rng",
             "-device", "virtio-rng-pci,rng=rng", "-object", f"throttle-group,id=slow,x-bps-write={SLOW},x-bps-write-max={SLOW}",
@@ -162,12 +168,25 @@ class Machine:
                 return
         raise Failure(f"no {name} within {limit} s{self.tail()}")
 
-    def await_console(self, text, limit=400):
-        """Waits until the console has said this."""
+    def type(self, text):
+        """Types something on the console."""
+        console = socket.socket(socket.AF_UNIX)
+        console.connect(str(self.directory / "console"))
+
+        def drain():
+            # As long as QEMU runs: what nobody reads would stop the guest, and what it hasn't read yet is lost when this is closed.
+            with console:
+                while console.recv(65536):
+                    pass
+        threading.Thread(target=drain, daemon=True).start()
+        console.sendall(text.encode())
+
+    def await_console(self, *texts, limit=400):
+        """Waits until the console has said one of these."""
         deadline = time.monotonic() + limit
-        while text not in self.serial.read_text(errors="replace"):
+        while not any(text in self.serial.read_text(errors="replace") for text in texts):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise Failure(f"the console does not say '{text}' within {limit} s{self.tail()}")
+                raise Failure(f"the console does not say {texts} within {limit} s{self.tail()}")
             # Its file has no event for a line.
             time.sleep(0.2)
 

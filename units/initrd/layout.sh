@@ -47,6 +47,20 @@ dualroot_may_share_root() {
     ! dualroot_configured "${1-}" && dualroot_btrfs_root "${1-}" && [ -x "${1-}/usr/bin/btrfs" ] && ! dualroot_several_devices
 }
 
+# Whether the kernel $2 is always booted with the option $1, so that what the initrd needs can be left to that: by every entry that there
+# is, by those that kernel-install(8) will make, and by what was booted now.
+dualroot_boots_with() {
+    [ -r "${DUALROOT_ROOT-}/etc/kernel/cmdline" ] || return 1
+    for dualroot_file in "${DUALROOT_ROOT-}/etc/kernel/cmdline" "${DUALROOT_ROOT-}/proc/cmdline" \
+        "${DUALROOT_ROOT-}/boot/loader/entries"/*.conf "${DUALROOT_ROOT-}/efi/loader/entries"/*.conf; do
+        [ -r "$dualroot_file" ] || continue
+        case $dualroot_file in
+            */entries/*) grep -qF "$2" "$dualroot_file" || continue ;;
+        esac
+        grep -qE "^([^#]*[[:space:]])?$1[^[:space:]]" "$dualroot_file" || return 1
+    done
+}
+
 # Whether the root is a btrfs of several devices, as far as that can be seen from here.
 dualroot_several_devices() {
     set -- /sys/fs/btrfs/"$(findmnt -no UUID / 2>/dev/null)"/devinfo/*

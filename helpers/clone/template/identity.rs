@@ -1,6 +1,5 @@
 //! What makes the copy of a template a machine of its own: its name, its machine id, and what it doesn't take over.
 
-use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context, Result, bail};
@@ -112,7 +111,7 @@ pub fn machine_id(file: &[u8]) -> Result<Uuid> {
 /// # Errors
 /// None in practice.
 pub fn add_machine_id(disk: &mut DiskIds, id: Uuid) -> Result<()> {
-    let ids = PartIds { partuuid: PartUuid::from(id), uuid: None, label: None, partlabel: None, paths: BTreeSet::new() };
+    let ids = PartIds::new(PartUuid::from(id));
     disk.parts.insert(Role::Dir(DirPath::parse(MACHINE_ID)?), ids);
     Ok(())
 }

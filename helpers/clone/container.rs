@@ -1,0 +1,131 @@
+//! LUKS containers that are made: cryptsetup(8) does the work.
+//!
+//! Each opens by two keys: the passphrase, or whatever else, that opens the booted disk's, for whoever boots the disk; and
+//! [`luks::KEY`], for syncs, which the booted disk's container gets, too.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use uuid::Uuid;
+
+use crate::below::{Below, Change, Content};
+use crate::luks;
+use crate::machine::refused;
+use crate::program;
+use crate::root::Root;
+
+/// The key is as random as it is long: to make guesses slow is of no use.
+const QUICK: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+/// How long it is, in bytes.
+const LENGTH: u64 = luks::LEAST;
+
+/// What opens the booted disk's containers. It is never shown.
+pub struct Secret(Vec<u8>);
+
+impl Secret {
+    /// What somebody typed, or what a file holds: every byte counts, as for cryptsetup(8).
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// Whether it opens the container on a device.
+    ///
+    /// # Errors
+    /// A refusal if not.
+    pub fn check(&self, device: &str) -> Result<()> {
+        // Such a copy could be opened by what is in the copy only.
+        if fs::read(luks::KEY).is_ok_and(|key| key == self.0) {
+            return Err(refused(format!(
+                "{} is for syncs: a disk is opened by something else when it is booted; nothing was done",
+                luks::KEY
+            )));
+        }
+        match program::fed("cryptsetup", test("-", device), &self.0) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(refused(format!("that does not open the LUKS container {device} ({e:#}); nothing was done"))),
+        }
+    }
+}
+
+/// The arguments that have cryptsetup try a key. What a TPM or the like has for it is another one, and would be asked first.
+fn test(key: &str, device: &str) -> [OsString; 7] {
+    ["open", "--test-passphrase", "--batch-mode", "--disable-external-tokens", "--key-file", key, device].map(Into::into)
+}
+
+/// Makes the key file, unless it is there.
+///
+/// # Errors
+/// A key that others can read; a root that can't be written.
+pub fn make_key(root: &Root) -> Result<()> {
+    if luks::has_key()? {
+        return Ok(());
+    }
+    let mut key = Vec::new();
+    let random = File::open("/dev/urandom").context("/dev/urandom")?;
+    random.take(LENGTH).read_to_end(&mut key).context("/dev/urandom")?;
+    let path = Path::new(luks::KEY).strip_prefix("/").unwrap_or(Path::new(luks::KEY));
+    let (dir, path) = (path.parent().context("the key is in no directory")?, path.to_str().context("not UTF-8")?);
+    let below = Below::open(&root.path("/"))?;
+    below.apply(&Change::MakeDir(dir.display().to_string()))?;
+    below.apply(&Change::Create { path: path.to_owned(), content: Content::Bytes(key) })?;
+    below.apply(&Change::Barrier)
+}
+
+/// Makes a container on a device.
+///
+/// # Errors
+/// cryptsetup that fails.
+pub fn format(device: &str, uuid: &Uuid, secret: &Secret) -> Result<()> {
+    let kind = ["luksFormat", "--batch-mode", "--type", "luks2", "--uuid"].map(OsString::from);
+    let rest = ["--key-file", luks::KEY, device].map(OsString::from);
+    program::output("cryptsetup", kind.into_iter().chain([uuid.to_string().into()]).chain(QUICK.map(Into::into)).chain(rest))?;
+    let add = ["luksAddKey", "--batch-mode", "--key-file", luks::KEY, device, "-"];
+    program::fed("cryptsetup", add.map(Into::into), &secret.0).map(drop)
+}
+
+/// The lines of crypttab(5) that open the booted disk's containers by a file: the copy's would not be opened by it. `names` says whether
+/// a text names something of the booted disk.
+pub fn opened_by_files(crypttab: &[u8], names: impl Fn(&[u8]) -> bool) -> Vec<String> {
+    let is_file = |field: &str| !matches!(field, "none" | "-" | luks::KEY);
+    let mut found = Vec::new();
+    for line in crypttab.split(|b| *b == b'\n').filter(|line| !line.trim_ascii_start().starts_with(b"#")) {
+        let text = String::from_utf8_lossy(line);
+        let fields: Vec<&str> = text.split_ascii_whitespace().collect();
+        if let [name, spec, key, ..] = fields.as_slice()
+            && is_file(key)
+            && names(spec.as_bytes())
+        {
+            found.push(format!("{} by {}", name.escape_debug(), key.escape_debug()));
+        }
+    }
+    found
+}
+
+/// Has the key file open the booted disk's container on a device, unless it does.
+///
+/// # Errors
+/// cryptsetup that fails.
+pub fn add_key(device: &str, secret: &Secret) -> Result<()> {
+    if program::output("cryptsetup", test(luks::KEY, device)).is_ok() {
+        return Ok(());
+    }
+    let first = ["luksAddKey", "--batch-mode", "--key-file", "-"].into_iter().chain(QUICK);
+    let all = first.chain([device, luks::KEY]).map(OsString::from);
+    program::fed("cryptsetup", all, &secret.0).map(drop).with_context(|| format!("{} can't be made a key of {device}", luks::KEY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_that_a_file_opens_are_known() {
+        let crypttab =
+            b"root UUID=a none luks\n# home UUID=a /key luks\nhome  UUID=a\t/key luks\nvar UUID=a\ndata UUID=a - luks\n\
+            other UUID=b /key luks\nsrv UUID=a /etc/cryptsetup-keys.d/dualroot.key luks\n";
+        assert_eq!(opened_by_files(crypttab, |spec| spec == b"UUID=a"), ["home by /key"]);
+    }
+}
