@@ -9,8 +9,7 @@ use crate::ident::DiskIds;
 use crate::root::Root;
 use crate::state;
 
-/// The file's name in [`state::DIRECTORY`].
-pub const NAME: &str = "identifiers.json";
+const NAME: &str = "identifiers.json";
 
 /// The identifiers of all disks: those of the parts that are there as they are now, the others as they were when last seen. Of a
 /// disk that isn't in the configuration any more, nothing.

@@ -6,43 +6,35 @@
 
 pub mod identity;
 pub mod origin;
+mod system;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::{self, Below, Change, is_link};
-use crate::bootfiles::{BootFiles, Class};
-use crate::bootplan::{self, Wanted};
+use crate::below::Below;
+use crate::bootfiles::BootFiles;
 use crate::clone::plan::Plan;
 use crate::clone::source::{self, Source};
 use crate::clone::target::Target;
-use crate::clone::template::identity::{HOST_NAME, HostName};
+use crate::clone::template::identity::HostName;
 use crate::clone::template::origin::{About, Listing, Origin};
+use crate::clone::template::system::{Names, New};
 use crate::clone::{NewDisk, check_programs, mib};
 use crate::conf::Config;
-use crate::entry::{self, Titles};
-use crate::fstab;
-use crate::generation::{self, Base, Generation};
 use crate::ident::{DiskIds, PartIds, Rewriter};
 use crate::inventory::{Inventory, Partition};
 use crate::lineage::kernel_id;
 use crate::log::Log;
 use crate::machine::refused;
-use crate::mounts::{self, Held};
+use crate::mounts;
 use crate::opaque;
-use crate::prove;
 use crate::root::Root;
 use crate::searched::Searched;
-use crate::tree::{self, Rewritten, Tree};
+use crate::tree::Tree;
 use crate::types::{DiskName, PartUuid, Role};
-
-/// Where the new disk is mounted, in a namespace of one's own.
-const PLACES: &str = "/run/dualroot/new";
-const FSTAB: &str = "/etc/fstab";
-const HOSTS: &str = "/etc/hosts";
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -268,268 +260,12 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
     Ok(made)
 }
 
-/// What the new disk is known by.
-struct Names {
-    /// Replaces what names the template's disks, and its machine.
-    rewriter: Rewriter,
-    /// Finds what names the new root.
-    root: Rewriter,
-    machine_id: String,
-}
-
-/// The new disk's file systems, mounted where nobody else sees them.
-struct New {
-    held: BTreeMap<Role, Held>,
-    /// Where the top directory of the new system is.
-    top: PathBuf,
-    below: Below,
-    /// The one that its root is, where that is btrfs, as on every spare.
-    generation: Option<Generation>,
-    names: Names,
-}
-
-impl New {
-    fn mount(parts: &BTreeMap<Role, &Partition>, names: Names) -> Result<Self> {
-        let of = |role: &Role| parts.get(role).copied().with_context(|| format!("there is no {role}="));
-        let mut held = BTreeMap::new();
-        let mut hold = |role: &Role, place: &Path| -> Result<()> {
-            let mut one = Held::open(of(role)?, place)?;
-            one.make_writable()?;
-            held.insert(role.clone(), one);
-            Ok(())
-        };
-        for role in parts.keys().filter(|role| role.is_boot() || **role == Role::Root) {
-            hold(role, &Path::new(PLACES).join(role.key()))?;
-        }
-        let mut top = Path::new(PLACES).join(Role::Root.key());
-        let mut generation = None;
-        if of(&Role::Root)?.fstype.as_deref() == Some("btrfs") {
-            let below = Below::open(&top)?;
-            let first = generation::plan(&[], &[].into(), Base::Empty, true, 1).current;
-            generation::begin(&below, &top, first, &Base::Empty)?;
-            generation::finish(&below, first)?;
-            generation::show(&below, first)?;
-            top = top.join(first.subvolume());
-            generation = Some(first);
-        }
-        let mut new = Self { below: Below::open(&top)?, held, top, generation, names };
-        // Those in others come behind these.
-        let mut trees: Vec<(&Role, &str)> = parts.keys().filter_map(|role| Some((role, role.tree()?))).collect();
-        trees.sort_by_key(|(_, at)| at.len());
-        for (role, at) in trees.into_iter().filter(|(_, at)| !at.is_empty()) {
-            let (below, path) = new.at(at)?;
-            below.apply(&Change::MakeDir(path.to_owned()))?;
-            let mut one = Held::open(of(role)?, &new.files().path(at))?;
-            one.make_writable()?;
-            new.held.insert(role.clone(), one);
-        }
-        Ok(new)
-    }
-
-    /// The handle of the root.
-    fn root(&self) -> &Below {
-        &self.below
-    }
-
-    /// The new system's files.
-    fn files(&self) -> Root {
-        Root::new(&self.top)
-    }
-
-    /// The handle of the file system that holds a path of the new system, and the path there.
-    fn at<'p>(&self, path: &'p str) -> Result<(&Below, &'p str)> {
-        let trees = self.held.iter().filter_map(|(role, held)| Some((role.tree().filter(|at| !at.is_empty())?, held)));
-        let inner = |at: &str| path.strip_prefix(at)?.strip_prefix('/');
-        match trees.filter_map(|(at, held)| Some((inner(at)?, held))).min_by_key(|(inner, _)| inner.len()) {
-            Some((inner, held)) => Ok((held.below()?, inner)),
-            None => Ok((&self.below, path.trim_start_matches('/'))),
-        }
-    }
-
-    fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let (below, path) = self.at(path)?;
-        below.read(path)
-    }
-
-    fn is_file(&self, path: &str) -> Result<bool> {
-        let (below, path) = self.at(path)?;
-        Ok(below.stat(path.as_ref())?.is_some_and(|stat| !is_link(&stat)))
-    }
-
-    fn write(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
-        let file = Rewritten { path: path.to_owned(), bytes };
-        let (below, inner) = self.at(path)?;
-        let dir = path.strip_suffix(inner).unwrap_or_default();
-        below.apply(&file.change(dir, &self.files()))
-    }
-
-    /// Has the copied tree be that of a machine of its own, with this disk.
-    fn make_own(&self, about: &About, plan: &Plan, name: &HostName) -> Result<()> {
-        for file in tree::rewritten(&self.files(), &self.names.rewriter, self.generation, |_| false)? {
-            self.write(&file.path, file.bytes)?;
-        }
-        let fstab = self.read(FSTAB)?.unwrap_or_default();
-        self.write_other(FSTAB, &fstab, identity::with_lines(&fstab, &lines(about, plan)?))?;
-        if let (Some(was), Some(hosts)) = (&about.host_name, self.read(HOSTS)?) {
-            self.write_other(HOSTS, &hosts, identity::renamed(&hosts, was, name))?;
-        }
-        for path in identity::NAMING {
-            let old = self.read(path)?.unwrap_or_default();
-            self.write_other(path, &old, self.names.rewriter.rewrite(&old))?;
-        }
-        self.write(HOST_NAME, format!("{name}\n").into_bytes())?;
-        let id = format!("{}\n", self.names.machine_id).into_bytes();
-        if self.is_file(identity::DBUS_MACHINE_ID)? {
-            self.write(identity::DBUS_MACHINE_ID, id.clone())?;
-        }
-        self.write(identity::MACHINE_ID, id)
-    }
-
-    fn write_other(&self, path: &str, old: &[u8], new: Vec<u8>) -> Result<()> {
-        if new == old { Ok(()) } else { self.write(path, new) }
-    }
-
-    fn barrier(&self) -> Result<()> {
-        self.held.values().try_for_each(|held| held.below()?.apply(&Change::Barrier))
-    }
-
-    /// What is on the boot partitions.
-    fn boot_files(&self) -> Result<BTreeMap<Role, BootFiles>> {
-        let boot = self.held.iter().filter(|(role, _)| role.is_boot());
-        boot.map(|(role, held)| Ok((role.clone(), BootFiles::scan(held.below()?).with_context(|| role.to_string())?))).collect()
-    }
-
-    /// Whether an entry boots the new root; None where it doesn't say what it boots.
-    fn boots_root(&self, entry: &[u8]) -> Option<bool> {
-        let mut roots = entry.split(u8::is_ascii_whitespace).filter(|word| word.starts_with(b"root=")).peekable();
-        roots.peek()?;
-        Some(roots.any(|word| !self.names.root.foreign(word).is_empty()))
-    }
-
-    fn rewrite(&self, class: Class, text: &[u8]) -> Vec<u8> {
-        if class != Class::Entry {
-            return self.names.rewriter.rewrite(text);
-        }
-        let text = entry::rewrite(text, &self.names.rewriter, &Titles::default());
-        match self.generation.filter(|_| self.boots_root(&text) == Some(true)) {
-            Some(generation) => generation.boot(&text),
-            None => text,
-        }
-    }
-
-    /// Fills the boot partitions with what the copied tree has for them, in the order of [`bootplan`]; returns what is to be there.
-    fn write_boot_files(&self, places: &[(Role, &str)]) -> Result<BTreeMap<Role, Vec<Wanted>>> {
-        let mut source = BTreeMap::new();
-        for (role, place) in places {
-            let dir = self.files().path(place);
-            let found = Below::open(&dir).and_then(|below| BootFiles::scan(&below));
-            source.insert(role, (found.with_context(|| format!("{place} of the template"))?, dir));
-        }
-        // Older generations, and what only they need, stay behind.
-        if let Some(newest) = source.values().flat_map(|(files, _)| generation::booted(files)).max() {
-            source.values_mut().for_each(|(files, _)| generation::keep_own(files, &newest.subvolume()));
-        }
-        let there = self.boot_files()?;
-        let mut parts = Vec::new();
-        let known = [].into();
-        for (role, (files, dir)) in source {
-            let spare = there.get(role).with_context(|| format!("{role}= was not read"))?;
-            let mut wanted = bootplan::wanted(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
-            for file in &mut wanted {
-                let path = String::from_utf8(self.names.rewriter.rewrite(file.path.as_bytes()));
-                file.path = path.with_context(|| file.path.clone())?;
-            }
-            parts.push(bootplan::Part { role: role.clone(), wanted, spare, known: &known });
-        }
-        let steps = bootplan::plan(&parts)?;
-        for part in &parts {
-            let (free, cluster) = self.below_of(&part.role)?.free()?;
-            match bootplan::shortfall(&steps, &part.role, part.spare, free, cluster) {
-                0 => {}
-                short => bail!("{}= is too small, by {short} bytes; give a larger one by --layout", part.role),
-            }
-        }
-        for step in &steps {
-            self.below_of(&step.role)?.apply(&step.change).with_context(|| step.role.to_string())?;
-        }
-        Ok(parts.into_iter().map(|part| (part.role, part.wanted)).collect())
-    }
-
-    fn below_of(&self, role: &Role) -> Result<&Below> {
-        self.held.get(role).with_context(|| format!("{role}= is not mounted"))?.below()
-    }
-
-    /// Why it would not boot as what it is to be, from what is read of it now.
-    fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<String>> {
-        let found = self.boot_files()?;
-        let rewriter = &self.names.rewriter;
-        let part = |(role, found)| Some(prove::Part { role: Role::clone(role), wanted: wanted.get(role)?, found });
-        let parts: Vec<prove::Part<'_>> = found.iter().filter_map(part).collect();
-        let mut faults = prove::boot_partitions(&parts, rewriter);
-        let mut searched = Searched::new(rewriter)?;
-        for part in &parts {
-            let place = self.held.get(&part.role).context("a boot partition has gone")?.place();
-            faults.extend(opaque::boot_partition(place, part.found, rewriter, &mut searched)?);
-            faults.extend(misnamed(part.found, rewriter).map(|path| format!("{}: {path} bears the template's name", part.role)));
-        }
-        let texts: Vec<&[u8]> = parts.iter().flat_map(|p| p.found.of(Class::Entry)).filter_map(|f| f.text.as_deref()).collect();
-        if !texts.is_empty() && texts.iter().all(|text| self.boots_root(text) == Some(false)) {
-            faults.push(
-                "no entry boots the root that was made: root= names something that the template's identifiers.json doesn't know"
-                    .to_owned(),
-            );
-        }
-        let mut files = BTreeMap::new();
-        let paths = tree::identifying_files(&self.files())?;
-        for path in paths.into_iter().chain(identity::NAMING.map(str::to_owned)) {
-            if let Some(bytes) = self.read(&path)? {
-                files.insert(path, bytes);
-            }
-        }
-        faults.extend(prove::root_files(&files, rewriter));
-        if let Some(current) = self.generation {
-            let top = self.below_of(&Role::Root)?;
-            faults.extend(generation::prove(top, &found, current));
-            let fstab = files.get(FSTAB).map(Vec::as_slice).unwrap_or_default();
-            let is_there = |path: &str| generation::is_subvolume(top, path);
-            let beside = fstab::beside_the_root(fstab, |text| !self.names.root.foreign(text).is_empty(), is_there);
-            faults.extend(
-                beside
-                    .into_iter()
-                    .map(|line| format!("{FSTAB} would have the boot wait for a subvolume that is not there: {line}")),
-            );
-        }
-        Ok(faults)
-    }
-
-    /// Leaves an empty directory to mount something on.
-    fn empty(&self, place: &str) -> Result<()> {
-        let (below, path) = self.at(place)?;
-        for name in below.names(path.as_ref())? {
-            below.clear(&below::join(path.as_ref(), &name))?;
-        }
-        Ok(())
-    }
-
-    /// Flushes everything, and lets go of it.
-    fn release(self) -> Result<()> {
-        drop(self.below);
-        // What is mounted in others comes before these.
-        self.held.into_values().rev().try_for_each(Held::release)
-    }
-}
-
-/// Files and directories that are called after what names the template.
-fn misnamed<'f>(found: &'f BootFiles, rewriter: &Rewriter) -> impl Iterator<Item = &'f String> {
-    let paths = found.files.values().map(|file| &file.path).chain(&found.dirs);
-    paths.filter(|path| !rewriter.foreign(path.as_bytes()).is_empty())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bootfiles::BootFile;
+    use crate::bootfiles::{BootFile, Class};
     use crate::clone::MIB;
+    use crate::clone::template::system::misnamed;
     use crate::layout::{DiskLayout, PartLayout};
     use crate::machine::Refused;
     use std::fs;

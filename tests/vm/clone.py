@@ -246,12 +246,12 @@ def check_nothing_left(pair, old, initrd):
     roles = [role for role in old.roles if pair.own or role != "root"]
     names = [name for role in roles for name in (old.partuuid[role], old.uuid[role], old.uuid[role].replace("-", ""))]
     names += [old.container] if pair.layout == "one-luks" else []
-    # Labels of this length could be anything's.
-    names += [f"LABEL={role}{old.number}" for role in roles]
-    pattern = " ".join(f"-e {name}" for name in names)
+    # Labels of this length could be anything's. What is made beside a disk of this number has "-1" behind it.
+    names += [f"LABEL={role}{old.number}([^-]|$)" for role in roles]
+    pattern = " ".join(f"-e '{name}'" for name in names)
     machine.run(f"for i in /boot/*/*/initrd*; do mkdir -p /run/i/$i; cd /run/i/$i; {UNPACK[initrd].format('$i')}; done", 300)
     found = machine.run(f"find /etc /boot /efi /root /home /var/lib /usr/lib/systemd /run/i -type f {NAMED} -print0 | "
-                        f"xargs -0 grep -liF {pattern} || true", 300)
+                        f"xargs -0 grep -liE {pattern} || true", 300)
     report.equal("nothing of the other disk is named here", found, "")
 
 
@@ -304,6 +304,8 @@ def install(pair, booted, initrd):
             ("one in the place of a disk", f"{TEMPLATE} --replace disk0", "cannot be used with", 2)):
         code, said = machine.status(f"{command.format(origin)} </dev/null 2>&1", 300)
         report.check(f"refused: {what}", code == exit_status and expected in said, (code, said))
+    code, said = machine.status(f"{command.format(TEMPLATE)} --dry-run 2>&1 </dev/null", 300)
+    report.check("what would be done is printed", code == 0 and "as the first disk of another machine" in said, (code, said))
     report.equal("nothing was written by that", machine.run(f"cmp -n 67108864 {device('T')} /dev/zero"), "")
     origin = TEMPLATE
     if "home" in booted.roles:
@@ -338,8 +340,8 @@ def install(pair, booted, initrd):
         "|| true"), "")
     report.equal("it has its own name", machine.run("hostname; grep 127.0.1.1 /etc/hosts"), "other\n127.0.1.1 other.example other")
     report.equal("keys of ssh, and what dualroot knew, didn't come along", machine.run(
-        "ls /etc/ssh; find /etc/dualroot.conf /var/lib/dualroot /.dualroot /{efi,boot}/EFI/dualroot -type f 2>/dev/null || true"),
-                 "ssh_config")
+        "ls /etc/ssh/ssh_config; find /etc/ssh/ssh_host* /etc/dualroot.conf /var/lib/dualroot /.dualroot /{efi,boot}/EFI/dualroot -type f "
+        "2>/dev/null || true"), "/etc/ssh/ssh_config")
     report.equal("all else did", machine.run("cat /root/kind /root/note"), "a template\nwritten on A")
     report.equal("/boot has a line in fstab again", machine.run("grep -c ' /boot ' /etc/fstab"), "1")
     check_nothing_left(pair, booted, initrd)
