@@ -171,7 +171,9 @@ pub(crate) fn line(start: u64, size: u64, kind: &str, partuuid: PartUuid, name: 
 /// # Errors
 /// A file that can't be read, or is another one.
 pub fn load_all(file: &Path) -> Result<Vec<DiskLayout>> {
-    let bytes = Root::new("/").read(file).with_context(|| file.display().to_string())?;
+    // Below a root, a relative path would be read there.
+    let absolute = std::path::absolute(file).with_context(|| file.display().to_string())?;
+    let bytes = Root::new("/").read(absolute).with_context(|| file.display().to_string())?;
     serde_json::from_slice(&bytes).with_context(|| format!("{} is no such file", file.display()))
 }
 
@@ -274,5 +276,14 @@ mod tests {
         std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
         program::fed("sfdisk", ["-q".into(), node()], kept.table.join("\n").as_bytes()).unwrap();
         assert_eq!(look(), found);
+    }
+
+    #[test]
+    fn a_relative_path_is_one_from_where_one_is() {
+        let tmp = tempfile::tempdir_in(".").unwrap();
+        let file = Path::new(tmp.path().file_name().unwrap()).join("shape");
+        assert!(file.is_relative());
+        std::fs::write(&file, "[]").unwrap();
+        assert_eq!(load_all(&file).unwrap(), []);
     }
 }

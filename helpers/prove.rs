@@ -61,7 +61,7 @@ fn same(wanted: &Wanted, found: &crate::bootfiles::BootFile) -> bool {
 }
 
 /// Whether a line of crypttab(5) is about something that boot doesn't wait for.
-fn may_fail(line: &[u8]) -> bool {
+pub(crate) fn may_fail(line: &[u8]) -> bool {
     let options = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).nth(3).unwrap_or_default();
     options.split(|b| *b == b',').any(|option| matches!(option, b"nofail" | b"noauto"))
 }

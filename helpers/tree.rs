@@ -119,6 +119,51 @@ pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
     Ok(paths)
 }
 
+/// The files of a root that may name a disk, and these others, that lead through a symbolic link, as the link and where it leads: what is written there would be written
+/// elsewhere, or stand in its place. A link to /dev/null is none: it says that there is no such file.
+///
+/// # Errors
+/// A directory that can't be read.
+pub fn links(root: &Root, others: &[&str]) -> Result<Vec<String>> {
+    let mut found = BTreeSet::new();
+    let mut paths: Vec<PathBuf> = FILES.iter().chain(others).map(PathBuf::from).collect();
+    for dir in DIRECTORIES {
+        match link_on(root, Path::new(dir))? {
+            Some(link) => {
+                found.insert(link);
+            }
+            None => {
+                let names = root.names(dir).with_context(|| format!("{dir} can't be read"))?;
+                paths.extend(names.into_iter().map(|name| Path::new(dir).join(name)));
+            }
+        }
+    }
+    for path in paths {
+        found.extend(link_on(root, &path)?);
+    }
+    Ok(found.into_iter().collect())
+}
+
+/// The first link on the way to a path, and what it says.
+fn link_on(root: &Root, path: &Path) -> Result<Option<String>> {
+    let mut steps: Vec<&Path> = path.ancestors().filter(|step| *step != Path::new("/")).collect();
+    steps.reverse();
+    for step in steps {
+        let place = root.path(step);
+        match std::fs::symlink_metadata(&place) {
+            Ok(meta) if meta.is_symlink() => {
+                let to = std::fs::read_link(&place).with_context(|| place.display().to_string())?;
+                let shown = format!("{} -> {}", step.display(), to.display().to_string().escape_debug());
+                return Ok(Some(shown).filter(|_| to != Path::new("/dev/null")));
+            }
+            Ok(_) => {}
+            // Or a file where a directory was looked for.
+            Err(_) => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
 impl Rewritten {
     /// The change that puts it on a disk, with owner, mode and attributes of the booted disk's file. The handle is that of the
     /// directory `dir`: `""` for the root, or `/etc`, which all of them are in.
@@ -823,6 +868,34 @@ mod tests {
             pair.tree.copy(&pair.below).unwrap();
             assert_eq!(pair.differences().escape_ascii().to_string(), "");
         }
+    }
+
+    #[test]
+    fn links_in_the_place_of_files_that_name_disks_are_found() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = Root::new(tmp.path());
+        for dir in ["etc/dracut.conf.d", "etc/default", "usr/etc"] {
+            fs::create_dir_all(tmp.path().join(dir)).unwrap();
+        }
+        fs::write(tmp.path().join("etc/crypttab"), "").unwrap();
+        fs::write(tmp.path().join("etc/dracut.conf.d/a.conf"), "").unwrap();
+        symlink("/dev/null", tmp.path().join("etc/dracut.conf.d/masked.conf")).unwrap();
+        assert_eq!(links(&root, &["/etc/hostname"]).unwrap(), [""; 0]);
+        for (link, to) in [
+            ("etc/hostname", "x"),
+            ("etc/fstab", "/usr/etc/fstab"),
+            ("etc/dracut.conf.d/b.conf", "a.conf"),
+            ("etc/kernel", "../usr/kernel"),
+        ] {
+            symlink(to, tmp.path().join(link)).unwrap();
+        }
+        let expected = [
+            "/etc/dracut.conf.d/b.conf -> a.conf",
+            "/etc/fstab -> /usr/etc/fstab",
+            "/etc/hostname -> x",
+            "/etc/kernel -> ../usr/kernel",
+        ];
+        assert_eq!(links(&root, &["/etc/hostname"]).unwrap(), expected);
     }
 
     #[test]

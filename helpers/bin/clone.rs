@@ -46,7 +46,7 @@ struct Arguments {
     #[arg(long, conflicts_with = "replace")]
     shared_root: bool,
     /// Make it the first disk of another machine, from a template: a system's tree, here or behind ssh
-    #[arg(long, value_name = "DIR|HOST:DIR", value_parser = Origin::parse, conflicts_with_all = ["replace", "shared_root"])]
+    #[arg(long, value_name = "DIR|HOST:DIR", value_parser = Origin::parse, conflicts_with_all = ["replace", "shared_root", "key_file"])]
     template: Option<Origin>,
     /// The name of that machine
     #[arg(long, value_name = "NAME", value_parser = HostName::parse, requires = "template")]
@@ -180,4 +180,18 @@ fn ask(question: &str, instead: &str) -> Result<String> {
     let mut line = String::new();
     io::stdin().read_line(&mut line).context("standard input")?;
     Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_template_makes_no_use_of_is_no_option_with_it() {
+        let parsed = |more: &[&str]| Arguments::try_parse_from(["x", "/dev/x", "--template", "/srv"].iter().chain(more)).is_ok();
+        assert!(parsed(&["--hostname", "a"]) && parsed(&["--layout", "x"]));
+        for more in [&["--key-file", "x"][..], &["--replace", "disk0"], &["--shared-root"]] {
+            assert!(!parsed(more), "{more:?}");
+        }
+    }
 }

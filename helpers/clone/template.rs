@@ -5,6 +5,7 @@
 //! names a disk of the template rewritten, and in the end the proof.
 
 pub mod identity;
+mod needed;
 pub mod origin;
 mod system;
 
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::Below;
+use crate::below::{Below, is_link};
 use crate::bootfiles::BootFiles;
 use crate::clone::plan::Plan;
 use crate::clone::source::{self, Source};
@@ -88,6 +89,7 @@ impl Job {
         let plan = Plan::make(&source, DiskName::parse("disk0")?, (target.bytes, target.sector), taken, fresh_id)
             .map_err(|e| refused(format!("{}: {e:#}", target.path())))?;
         check_programs(&plan)?;
+        check_files(&origin, &about, &plan, &places)?;
         let job = Self { disk: NewDisk { target, plan }, origin, about, rules, left_out: source.left_out };
         job.check_images(&places)?;
         Ok(job)
@@ -189,9 +191,41 @@ impl Job {
         let old = self.old_ids()?;
         let other = DiskIds { name: old.first().context("the template has no disks")?.name, parts: [].into() };
         let root_names = rewriter(&other, &[its_root])?;
+        let own_names = needed::finder(std::slice::from_ref(&own))?;
         let machine_id = kernel_id(root, "uuid")?;
         identity::add_machine_id(&mut own, machine_id)?;
-        Ok(Names { rewriter: rewriter(&own, &old)?, root: root_names, machine_id: machine_id.simple().to_string() })
+        let machine_id = machine_id.simple().to_string();
+        Ok(Names { rewriter: rewriter(&own, &old)?, root: root_names, own: own_names, machine_id })
+    }
+}
+
+/// What the new machine would wait for in vain, or what can't be written or followed, is looked for while nothing is erased yet, where that
+/// can be read without copying it.
+fn check_files(origin: &Origin, about: &About, plan: &Plan, places: &[(Role, &str)]) -> Result<()> {
+    let Origin::Here(dir) = origin else { return Ok(()) };
+    let root = Root::new(dir);
+    if let Some(fault) = system::links(&root)? {
+        return Err(refused(format!("{fault}; nothing was done")));
+    }
+    let top = Below::open(dir)?;
+    for (_, place) in places {
+        if top.stat(place.trim_start_matches('/').as_ref())?.is_some_and(|stat| is_link(&stat)) {
+            return Err(refused(format!(
+                "{} is a symbolic link; copy what is mounted there to a directory of that name; nothing was done",
+                root.path(place).display()
+            )));
+        }
+    }
+    let read =
+        |path: &str| root.read_opt(path).map(Option::unwrap_or_default).with_context(|| format!("{}{path}", dir.display()));
+    let fstab = needed::of_one_disk(&read(system::FSTAB)?, &about.ids, about.disk.name)?;
+    // What names a part that is made will name that.
+    let mut made = about.ids.clone();
+    made.iter_mut().for_each(|disk| disk.parts.retain(|role, _| plan.parts.iter().any(|part| part.role == *role)));
+    let faults = needed::absent(&fstab, &read(system::CRYPTTAB)?, &needed::finder(&made)?);
+    match faults.is_empty() {
+        true => Ok(()),
+        false => Err(refused(format!("{}; nothing was done", faults.join("; ")))),
     }
 }
 
@@ -223,6 +257,15 @@ fn lines<'a>(about: &About, plan: &'a Plan) -> Result<Vec<(Option<&'a str>, Part
 
 /// The partitions that are made, and room for what is copied to them. The root holds the boot files for a while, too.
 fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Result<Source> {
+    for disk in &about.ids {
+        // Whatever the layout says: what the key of that machine opens isn't copied to a plain partition.
+        if let Some((role, _)) = disk.parts.iter().find(|(_, part)| part.container.is_some()) {
+            return Err(refused(format!(
+                "{role}= of the template's {} lay in a LUKS container, which is not made from a template; nothing was done",
+                disk.name
+            )));
+        }
+    }
     let mut made = Source::default();
     let bytes = |place: &str| listing.bytes.get(place).copied().unwrap_or_default();
     for part in &about.disk.partitions {
@@ -266,6 +309,7 @@ mod tests {
     use crate::bootfiles::{BootFile, Class};
     use crate::clone::MIB;
     use crate::clone::template::system::misnamed;
+    use crate::ident::ContainerIds;
     use crate::layout::{DiskLayout, PartLayout};
     use crate::machine::Refused;
     use std::fs;
@@ -274,6 +318,7 @@ mod tests {
 
     const OLD: &str = "aaaaaaaa-0000-4000-8000-00000000000";
     const NEW: &str = "bbbbbbbb-0000-4000-8000-00000000000";
+    const SPARE: &str = "cccccccc-0000-4000-8000-00000000000";
     const ROLES: [&str; 5] = ["esp", "xbootldr", "root", "swap", "home"];
 
     fn role(key: &str) -> Role {
@@ -330,8 +375,9 @@ mod tests {
         let root = DiskIds { name: own.name, parts: [(Role::Root, own.parts[&Role::Root].clone())].into() };
         let nothing = DiskIds { name: old.name, parts: [].into() };
         Names {
-            rewriter: rewriter(&own, &[old]).unwrap(),
+            rewriter: rewriter(&own, std::slice::from_ref(&old)).unwrap(),
             root: rewriter(&nothing, &[root]).unwrap(),
+            own: needed::finder(&[own]).unwrap(),
             machine_id: Uuid::from_u128(0x1234).simple().to_string(),
         }
     }
@@ -366,6 +412,11 @@ mod tests {
         let mut encrypted = about(&["esp", "root"]);
         encrypted.disk.partitions[1].container = Some("x".into());
         assert!(refusal(&encrypted, &[]).contains("root= of the template lay in a LUKS container"));
+        // Another layout doesn't change what it was.
+        let mut encrypted = about(&["esp", "root"]);
+        let root = encrypted.ids[0].parts.get_mut(&Role::Root).unwrap();
+        root.container = Some(ContainerIds { uuid: None, label: None });
+        assert!(refusal(&encrypted, &[]).contains("root= of the template's disk0 lay in a LUKS container"));
     }
 
     /// A tree that was copied, on one file system.
@@ -401,10 +452,20 @@ mod tests {
             ("/etc/kernel/cmdline", &format!("root=PARTUUID={} systemd.machine_id={old_id}", id(OLD, "root"))),
             ("/etc/hostname", "pair\n"),
             ("/etc/hosts", "127.0.1.1 pair\n"),
-            ("/etc/fstab", &format!("PARTUUID={} / ext4\nPARTUUID={} /home ext4\n", id(OLD, "root"), id(OLD, "home"))),
+            (
+                "/etc/fstab",
+                &format!(
+                    "PARTUUID={} / ext4\nPARTUUID={} /home ext4\nPARTUUID={SPARE}1 none swap\nLABEL=x /mnt/root1 ext4 noauto\n",
+                    id(OLD, "root"),
+                    id(OLD, "home")
+                ),
+            ),
         ]);
         let name = HostName::parse("other").unwrap();
-        new.make_own(&about(&roles), &plan, &name).unwrap();
+        let mut about = about(&roles);
+        about.ids.push(ids("disk1", SPARE, 0xd0a1, &roles));
+        about.ids[1].parts.retain(|role, _| matches!(role, Role::Esp | Role::Root));
+        new.make_own(&about, &plan, &name).unwrap();
         let read = |path: &str| fs::read_to_string(tmp.path().join(path.trim_start_matches('/'))).unwrap();
         for (path, expected) in [
             ("/etc/machine-id", format!("{new_id}\n")),
@@ -430,7 +491,7 @@ mod tests {
         // A link to the machine id stays one.
         fs::remove_file(tmp.path().join("var/lib/dbus/machine-id")).unwrap();
         symlink("/etc/machine-id", tmp.path().join("var/lib/dbus/machine-id")).unwrap();
-        new.make_own(&about(&roles), &plan, &name).unwrap();
+        new.make_own(&about, &plan, &name).unwrap();
         assert!(tmp.path().join("var/lib/dbus/machine-id").is_symlink());
     }
 
@@ -442,6 +503,12 @@ mod tests {
         let text = new.rewrite(Class::Entry, old.as_bytes());
         assert_eq!(new.boots_root(&text), Some(true));
         assert_eq!(new.boots_root(b"options ro\n"), None);
+        let (tool, old, new_one) = (&b"efi /memtest.efi\n"[..], old.as_bytes(), &text[..]);
+        for (entries, expected) in
+            [(&[tool, old][..], true), (&[old], true), (&[tool, old, new_one], false), (&[tool], false), (&[], false)]
+        {
+            assert_eq!(new.boots_another(entries), expected);
+        }
         let mut found = BootFiles::default();
         let mut add = |path: &str| found.add(BootFile { path: path.to_owned(), size: 0, hash: blake3::hash(b""), text: None });
         add("linux").unwrap();
@@ -449,6 +516,70 @@ mod tests {
         add(&format!("{}/linux", Uuid::from_u128(0x1234).simple())).unwrap();
         let misnamed: Vec<&String> = misnamed(&found, &new.names.rewriter).collect();
         assert!(matches!(&misnamed[..], [path] if path.ends_with("-6.1.conf")), "{misnamed:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_mended_later_is_refused_before_the_disk_is_erased() {
+        let (tmp, _) = copied(&[("/etc/fstab", &format!("PARTUUID={} / ext4\n", id(OLD, "root"))), ("/boot/x", "")]);
+        let (origin, about) = (Origin::Here(tmp.path().to_owned()), about(&["esp", "root"]));
+        let places = boot_places(&about).unwrap();
+        let source = source(&about, &places, &listing(&[])).unwrap();
+        let disk0 = DiskName::parse("disk0").unwrap();
+        let plan = Plan::make(&source, disk0, (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1))).unwrap();
+        let check = || check_files(&origin, &about, &plan, &places);
+        check().unwrap();
+        let refusal = || {
+            let error = check().unwrap_err();
+            assert!(error.is::<Refused>(), "{error:#}");
+            error.to_string()
+        };
+        // There is such a partition there, but it isn't made.
+        fs::write(tmp.path().join("etc/fstab"), format!("PARTUUID={} /home ext4\n", id(OLD, "home"))).unwrap();
+        assert!(refusal().contains("line 1 (/home) needs PARTUUID="));
+        fs::remove_file(tmp.path().join("etc/fstab")).unwrap();
+        symlink("../x", tmp.path().join("etc/fstab")).unwrap();
+        assert!(refusal().contains("/etc/fstab -> ../x of the template"));
+        fs::remove_file(tmp.path().join("etc/fstab")).unwrap();
+        fs::rename(tmp.path().join("boot"), tmp.path().join("x")).unwrap();
+        symlink("/x", tmp.path().join("boot")).unwrap();
+        assert!(refusal().contains("/boot is a symbolic link"));
+    }
+
+    #[test]
+    fn links_stay_or_are_faults() {
+        let (tmp, new) = copied(&[("/etc/os-release", ""), ("/usr/x", "pair"), ("/boot/vmlinuz", "")]);
+        let link = |to: &str, at: &str| symlink(to, tmp.path().join(at)).unwrap();
+        link("../usr/x", "etc/hosts");
+        link("/usr/x", "etc/machine-info");
+        let roles = ["esp", "root"];
+        let (about, name) = (about(&roles), HostName::parse("other").unwrap());
+        let source = source(&about, &[(Role::Esp, "/boot")], &listing(&[])).unwrap();
+        let disk0 = DiskName::parse("disk0").unwrap();
+        let plan = Plan::make(&source, disk0, (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1))).unwrap();
+        new.make_own(&about, &plan, &name).unwrap();
+        assert!(tmp.path().join("etc/hosts").is_symlink() && tmp.path().join("etc/machine-info").is_symlink());
+        assert_eq!(fs::read(tmp.path().join("usr/x")).unwrap(), b"pair");
+        link("../usr/x", "etc/crypttab");
+        let error = new.make_own(&about, &plan, &name).unwrap_err().to_string();
+        assert!(error.contains("/etc/crypttab -> ../usr/x of the template"), "{error}");
+        assert!(new.copied_boot_files("/boot").unwrap().files.contains_key("vmlinuz"));
+        link(tmp.path().join("boot").to_str().unwrap(), "efi");
+        for place in ["/efi", "/none"] {
+            let error = new.copied_boot_files(place).unwrap_err();
+            assert!(format!("{error:#}").contains("has to be a directory and no link"), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_would_wait_in_vain_is_found_in_the_end() {
+        let fstab = format!("PARTUUID={} / ext4\nUUID=gone /data ext4\nUUID=gone /more ext4 nofail\n", id(NEW, "root"));
+        let (_tmp, new) = copied(&[("/etc/fstab", &fstab), ("/etc/crypttab", "x /dev/sdz1\n"), ("/usr/x", "")]);
+        let faults = new.prove(&[].into()).unwrap();
+        let waits: Vec<&String> = faults.iter().filter(|fault| fault.contains("the boot wait for")).collect();
+        assert!(
+            matches!(&waits[..], [one, other] if one.contains("line 1 (x) needs /dev/sdz1") && other.contains("line 2 (/data) needs UUID=gone")),
+            "{faults:?}"
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ TEMPLATE = "/srv/template"
 # As whoever has another machine reached by ssh(1) would have it, but this is the other machine.
 SSH = """#!/bin/sh
 env >/run/ssh-environment
+while [ "${1#-}" != "$1" ]; do shift; done
 echo "$1" >/run/ssh-host
 shift
 exec sh -c "$*"

@@ -20,9 +20,10 @@ pub const NAMING: [&str; 2] = ["/etc/kernel/entry-token", "/etc/machine-info"];
 
 /// What stays with the machine that the template was made of, as rsync filter rules: what nobody else may have, and what is said of its
 /// disks.
-const OWN: [&str; 6] = [
+const OWN: [&str; 7] = [
     "- /etc/ssh/ssh_host_*_key",
     "- /etc/ssh/ssh_host_*_key.pub",
+    "- /etc/cryptsetup-keys.d/dualroot.key",
     "- /etc/dualroot.conf",
     "- /etc/dualroot.conf.d/*",
     "- /var/lib/dualroot/*",
@@ -71,10 +72,11 @@ pub fn host_name(file: &[u8]) -> Option<String> {
     lines.next().map(str::to_owned)
 }
 
-/// hosts(5) with another name in the place of a machine's old one, also where that is the first part of a longer name. Addresses and
-/// comments stay. `localhost` is everybody's.
+/// hosts(5) with another name in the place of a machine's old one, also where that is the first part of a longer name. An alias
+/// that is the first part of the old one becomes that of the new one. Addresses and comments stay. `localhost` is everybody's.
 pub fn renamed(hosts: &[u8], old: &str, new: &HostName) -> Vec<u8> {
     let mut out = Vec::with_capacity(hosts.len());
+    let alias = old.split('.').next().unwrap_or_default();
     for line in hosts.split_inclusive(|b| *b == b'\n') {
         let end = line.iter().position(|b| *b == b'#').unwrap_or(line.len());
         let mut number = 0;
@@ -82,7 +84,9 @@ pub fn renamed(hosts: &[u8], old: &str, new: &HostName) -> Vec<u8> {
             let name = word.trim_ascii_end();
             let rest =
                 name.get(old.len()..).filter(|_| name.get(..old.len()).is_some_and(|n| n.eq_ignore_ascii_case(old.as_bytes())));
-            match rest.filter(|_| number > 0 && old != "localhost") {
+            let is_alias = name.eq_ignore_ascii_case(alias.as_bytes());
+            match rest.or(is_alias.then_some(b"")).filter(|_| number > 0 && alias != "localhost") {
+                Some(b"") if name.len() < old.len() => out.extend(new.first().bytes()),
                 Some(b"") => out.extend(new.0.bytes()),
                 Some(rest @ [b'.', ..]) => out.extend([new.first().as_bytes(), rest].concat()),
                 _ => out.extend(name),
@@ -176,6 +180,11 @@ mod tests {
             pair other.example.net\n::1 pairs repair x.pair\n\n10.0.0.1";
         assert_eq!(String::from_utf8(renamed(old.as_bytes(), "pair", &other)).unwrap(), expected);
         assert_eq!(renamed(old.as_bytes(), "localhost", &other), old.as_bytes());
+        let long = "1 pair.example.org pair Pair repair pair.other localhost";
+        let renamed_long = "1 other.example.net other other repair pair.other localhost";
+        assert_eq!(String::from_utf8(renamed(long.as_bytes(), "pair.example.org", &other)).unwrap(), renamed_long);
+        let everybodys = b"::1 localhost.localdomain localhost";
+        assert_eq!(renamed(everybodys, "localhost.localdomain", &other), everybodys);
         assert_eq!(renamed(b"1 pair pair", "pair", &HostName::parse("a").unwrap()), b"1 a a");
     }
 
@@ -214,6 +223,7 @@ mod tests {
         let named = rewriter.foreign(format!("/{a}/linux").as_bytes());
         assert!(matches!(&named[..], [name] if name.contains("/etc/machine-id of disk0")), "{named:?}");
         assert!(left_out(machine_id(a.as_bytes()).unwrap()).contains(&format!("- /var/log/journal/{a}")));
+        assert!(left_out(Uuid::from_u128(1)).contains(&format!("- {}", crate::luks::KEY)));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Where a template is, and what can be known of it before a disk is erased.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -32,6 +32,9 @@ const IDENTIFIERS: &str = "/var/lib/dualroot/identifiers.json";
 
 /// What ssh(1) needs of the environment to find keys.
 const FOR_SSH: [&str; 2] = ["SSH_AUTH_SOCK", "HOME"];
+
+/// A connection that stays for others (ControlPersist) would be a process that has its directory on the new disk.
+const SSH: &str = "--rsh=ssh -oControlMaster=no -oControlPath=none";
 
 /// Where a template is: a tree as rsync(1) makes it of a system.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -70,7 +73,11 @@ impl Origin {
             bail!("'{}' is a template on an rsync daemon; ssh is what is known here, as HOST:DIRECTORY", text.escape_debug());
         }
         let is_odd = |c: char| c.is_control() || c.is_whitespace();
-        if host.is_empty() || dir.is_empty() || host.starts_with('-') || host.contains(is_odd) {
+        // What ssh gets as the host is what is behind a user, without brackets.
+        let name = host.rsplit('@').next().unwrap_or_default();
+        let name = name.strip_prefix('[').unwrap_or(name).trim_end_matches(']');
+        let is_option = host.starts_with('-') || name.starts_with('-');
+        if name.is_empty() || dir.is_empty() || is_option || host.contains(is_odd) {
             bail!("'{}' is no template; name a directory, or HOST:DIRECTORY", text.escape_debug());
         }
         Ok(Self::There { host: host.to_owned(), dir: dir.to_owned() })
@@ -94,7 +101,7 @@ impl Origin {
         let remote: &[&str] = match self {
             Self::Here(_) => &[],
             // Whatever is in a name is a part of it.
-            Self::There { .. } => &["--rsh=ssh", "--protect-args"],
+            Self::There { .. } => &[SSH, "--protect-args"],
         };
         let mut source = match self {
             Self::Here(dir) => dir.clone().into_os_string(),
@@ -219,8 +226,36 @@ impl About {
         let disk = disks.into_iter().next();
         let disk =
             disk.ok_or_else(|| refused(format!("the template {shown}: no disk is in its layout; {}", what_to_do(LAYOUT))))?;
+        check(&disk).map_err(|e| {
+            let file = shape.map_or_else(|| format!("the template {shown}: {LAYOUT}"), |file| file.display().to_string());
+            refused(format!("{file}: {e:#}; {}", what_to_do(LAYOUT)))
+        })?;
         Ok(Self { machine_id, host_name, disk, ids })
     }
+}
+
+/// A layout comes from another machine, and what is in it goes to sfdisk and mkfs.
+fn check(disk: &DiskLayout) -> Result<()> {
+    const LARGEST: u64 = 1 << 60;
+    let mut roles = BTreeSet::new();
+    for part in &disk.partitions {
+        let of = format!("the partition {}", part.partuuid);
+        if Uuid::try_parse(&part.kind).is_err() {
+            bail!("{of} is of the type '{}', which is no GUID", part.kind.escape_debug());
+        }
+        let is_odd = |text: &str| text.contains(|c: char| c.is_control() || c == '"');
+        let texts = [Some(&part.attributes), part.fstype.as_ref()];
+        if let Some(text) = texts.into_iter().flatten().find(|text| is_odd(text)) {
+            bail!("{of} has '{}', with characters that belong into no attribute and no type", text.escape_debug());
+        }
+        if part.bytes > LARGEST {
+            bail!("{of} has {} bytes, more than any disk", part.bytes);
+        }
+        if let Some(role) = part.role.as_ref().filter(|role| !roles.insert(*role)) {
+            bail!("{of} is {role}=, and another one is, too");
+        }
+    }
+    Ok(())
 }
 
 fn parse<T: DeserializeOwned>(path: &str, bytes: &[u8], shown: &Origin) -> Result<T> {
@@ -300,9 +335,23 @@ mod tests {
         ] {
             assert_eq!(Origin::parse(text).unwrap(), expected, "{text}");
         }
-        for text in
-            ["", ":", "host:", ":/srv", "-oProxyCommand=x:/srv", "host::module", "rsync://host/module", "a b:/srv", "[::1]:"]
-        {
+        for text in [
+            "",
+            ":",
+            "host:",
+            ":/srv",
+            "-oProxyCommand=x:/srv",
+            "root@-oX:/srv",
+            "[-oX]:/srv",
+            "root@[-oX]:/srv",
+            "[a@-oX]:/srv",
+            "root@:/srv",
+            "[]:/srv",
+            "host::module",
+            "rsync://host/module",
+            "a b:/srv",
+            "[::1]:",
+        ] {
             let error = Origin::parse(text).unwrap_err().to_string();
             assert!(error.contains("template"), "{text}: {error}");
         }
@@ -320,7 +369,7 @@ mod tests {
         );
         assert_eq!(
             said(&there("root@host", "/srv/$(x) y"), &["--archive"]),
-            ["--archive", "--rsh=ssh", "--protect-args", "--filter=- /var/lib/dualroot/*", "--", "root@host:/srv/$(x) y/", "./"]
+            ["--archive", SSH, "--protect-args", "--filter=- /var/lib/dualroot/*", "--", "root@host:/srv/$(x) y/", "./"]
         );
     }
 
@@ -410,6 +459,33 @@ mod tests {
             let (_tmp, origin) = with(path, text);
             let error = origin.about(None).unwrap_err();
             assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error:#}");
+        }
+        let part = |partuuid: &str| {
+            format!(
+                r#"{{"role":"root","partuuid":"{partuuid}","bytes":1,"kind":"0FC63DAF-8483-4772-8E79-3D69D8477DE4","name":null,
+                    "attributes":"","fstype":"ext4","uuid":null,"label":null}}"#
+            )
+        };
+        let (one, other) = (part(ID), part(&ID.replace("01", "02")));
+        let disk = |parts: &str| layout.replace("[]}]", &format!("[{parts}]}}]"));
+        for (parts, expected) in [
+            (one.clone(), None),
+            (one.replace("0FC63DAF", "x"), Some("which is no GUID")),
+            (one.replace(r#""attributes":"""#, r#""attributes":"a\nb""#), Some("belong into no attribute")),
+            (one.replace(r#""attributes":"""#, r#""attributes":"a\" b""#), Some("belong into no attribute")),
+            (one.replace("ext4", r"ext\u0000"), Some("belong into no attribute")),
+            (one.replace(r#""bytes":1"#, r#""bytes":1152921504606846977"#), Some("more than any disk")),
+            (format!("{one},{other}"), Some("is root=, and another one is, too")),
+        ] {
+            let layout = disk(&parts);
+            let (_tmp, origin) = template(&[whole[0], whole[1], (LAYOUT, &layout), whole[3]]);
+            let error = origin.about(None).err().map(|e| (e.is::<Refused>(), e.to_string()));
+            match expected {
+                None => assert_eq!(error, None),
+                Some(expected) => {
+                    assert!(error.as_ref().is_some_and(|(refused, e)| *refused && e.contains(expected)), "{error:?}")
+                }
+            }
         }
         let (tmp, origin) = with(LAYOUT, None);
         let shape = tmp.path().join("shape");

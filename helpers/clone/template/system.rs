@@ -10,6 +10,7 @@ use crate::bootfiles::{BootFiles, Class};
 use crate::bootplan::{self, Wanted};
 use crate::clone::plan::Plan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
+use crate::clone::template::needed;
 use crate::clone::template::origin::About;
 use crate::entry::{self, Titles};
 use crate::fstab;
@@ -26,7 +27,8 @@ use crate::types::Role;
 
 /// Where the new disk is mounted, in a namespace of one's own.
 const PLACES: &str = "/run/dualroot/new";
-const FSTAB: &str = "/etc/fstab";
+pub(super) const FSTAB: &str = "/etc/fstab";
+pub(super) const CRYPTTAB: &str = "/etc/crypttab";
 const HOSTS: &str = "/etc/hosts";
 
 /// What the new disk is known by.
@@ -35,6 +37,8 @@ pub(super) struct Names {
     pub(super) rewriter: Rewriter,
     /// Finds what names the new root.
     pub(super) root: Rewriter,
+    /// Finds what names any part of the new disk.
+    pub(super) own: Rewriter,
     pub(super) machine_id: String,
 }
 
@@ -113,6 +117,11 @@ impl New {
         below.read(path)
     }
 
+    /// What a file holds that may be a link, which leads elsewhere and stays as it is: then nothing.
+    fn read_file(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        if self.is_file(path)? { self.read(path) } else { Ok(None) }
+    }
+
     fn is_file(&self, path: &str) -> Result<bool> {
         let (below, path) = self.at(path)?;
         Ok(below.stat(path.as_ref())?.is_some_and(|stat| !is_link(&stat)))
@@ -127,16 +136,22 @@ impl New {
 
     /// Has the copied tree be that of a machine of its own, with this disk.
     pub(super) fn make_own(&self, about: &About, plan: &Plan, name: &HostName) -> Result<()> {
+        if let Some(fault) = links(&self.files())? {
+            bail!("{fault}");
+        }
+        if let Some(fstab) = self.read_file(FSTAB)? {
+            self.write_other(FSTAB, &fstab, needed::of_one_disk(&fstab, &about.ids, about.disk.name)?)?;
+        }
         for file in tree::rewritten(&self.files(), &self.names.rewriter, self.generation, |_| false)? {
             self.write(&file.path, file.bytes)?;
         }
-        let fstab = self.read(FSTAB)?.unwrap_or_default();
+        let fstab = self.read_file(FSTAB)?.unwrap_or_default();
         self.write_other(FSTAB, &fstab, identity::with_lines(&fstab, &super::lines(about, plan)?))?;
-        if let (Some(was), Some(hosts)) = (&about.host_name, self.read(HOSTS)?) {
+        if let (Some(was), Some(hosts)) = (&about.host_name, self.read_file(HOSTS)?) {
             self.write_other(HOSTS, &hosts, identity::renamed(&hosts, was, name))?;
         }
         for path in identity::NAMING {
-            let old = self.read(path)?.unwrap_or_default();
+            let old = self.read_file(path)?.unwrap_or_default();
             self.write_other(path, &old, self.names.rewriter.rewrite(&old))?;
         }
         self.write(HOST_NAME, format!("{name}\n").into_bytes())?;
@@ -169,6 +184,12 @@ impl New {
         Some(roots.any(|word| !self.names.root.foreign(word).is_empty()))
     }
 
+    /// Whether entries say what they boot, and none that it is the new root. One of another system, or of a tool, may be among them.
+    pub(super) fn boots_another(&self, entries: &[&[u8]]) -> bool {
+        let said: Vec<bool> = entries.iter().filter_map(|text| self.boots_root(text)).collect();
+        !said.is_empty() && !said.contains(&true)
+    }
+
     pub(super) fn rewrite(&self, class: Class, text: &[u8]) -> Vec<u8> {
         if class != Class::Entry {
             return self.names.rewriter.rewrite(text);
@@ -180,13 +201,19 @@ impl New {
         }
     }
 
+    /// What the copied tree has for a boot partition. By a link, that would be this machine's.
+    pub(super) fn copied_boot_files(&self, place: &str) -> Result<BootFiles> {
+        let (below, path) = self.at(place)?;
+        let dir = below.sub(path.as_ref()).and_then(|dir| dir.context("it is no directory"));
+        let found = dir.and_then(|dir| BootFiles::scan(&dir));
+        found.with_context(|| format!("{place} of the template, which has to be a directory and no link"))
+    }
+
     /// Fills the boot partitions with what the copied tree has for them, in the order of [`bootplan`]; returns what is to be there.
     pub(super) fn write_boot_files(&self, places: &[(Role, &str)]) -> Result<BTreeMap<Role, Vec<Wanted>>> {
         let mut source = BTreeMap::new();
         for (role, place) in places {
-            let dir = self.files().path(place);
-            let found = Below::open(&dir).and_then(|below| BootFiles::scan(&below));
-            source.insert(role, (found.with_context(|| format!("{place} of the template"))?, dir));
+            source.insert(role, (self.copied_boot_files(place)?, self.files().path(place)));
         }
         // Older generations, and what only they need, stay behind.
         if let Some(newest) = source.values().flat_map(|(files, _)| generation::booted(files)).max() {
@@ -236,7 +263,7 @@ impl New {
             faults.extend(misnamed(part.found, rewriter).map(|path| format!("{}: {path} bears the template's name", part.role)));
         }
         let texts: Vec<&[u8]> = parts.iter().flat_map(|p| p.found.of(Class::Entry)).filter_map(|f| f.text.as_deref()).collect();
-        if !texts.is_empty() && texts.iter().all(|text| self.boots_root(text) == Some(false)) {
+        if self.boots_another(&texts) {
             faults.push(
                 "no entry boots the root that was made: root= names something that the template's identifiers.json doesn't know"
                     .to_owned(),
@@ -245,17 +272,18 @@ impl New {
         let mut files = BTreeMap::new();
         let paths = tree::identifying_files(&self.files())?;
         for path in paths.into_iter().chain(identity::NAMING.map(str::to_owned)) {
-            if let Some(bytes) = self.read(&path)? {
+            if let Some(bytes) = self.read_file(&path)? {
                 files.insert(path, bytes);
             }
         }
         faults.extend(prove::root_files(&files, rewriter));
+        let text = |path: &str| files.get(path).map(Vec::as_slice).unwrap_or_default();
+        faults.extend(needed::absent(text(FSTAB), text(CRYPTTAB), &self.names.own));
         if let Some(current) = self.generation {
             let top = self.below_of(&Role::Root)?;
             faults.extend(generation::prove(top, &found, current));
-            let fstab = files.get(FSTAB).map(Vec::as_slice).unwrap_or_default();
             let is_there = |path: &str| generation::is_subvolume(top, path);
-            let beside = fstab::beside_the_root(fstab, |text| !self.names.root.foreign(text).is_empty(), is_there);
+            let beside = fstab::beside_the_root(text(FSTAB), |text| !self.names.root.foreign(text).is_empty(), is_there);
             faults.extend(
                 beside
                     .into_iter()
@@ -280,6 +308,18 @@ impl New {
         // What is mounted in others comes before these.
         self.held.into_values().rev().try_for_each(Held::release)
     }
+}
+
+/// Links in the place of files that are written, as a fault.
+pub(super) fn links(root: &Root) -> Result<Option<String>> {
+    let found = tree::links(root, &[identity::MACHINE_ID, HOST_NAME])?;
+    let list = || {
+        format!(
+            "{} of the template: a file that differs by machine can't be a symbolic link; make it a file there",
+            found.join(", ")
+        )
+    };
+    Ok((!found.is_empty()).then(list))
 }
 
 /// Files and directories that are called after what names the template.

@@ -1,0 +1,165 @@
+//! What fstab(5) and crypttab(5) of a template have its copy wait for: lines about another disk go, and what nothing of the new one answers
+//! to is found.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+
+use crate::fstab::{self, Line};
+use crate::ident::{DiskIds, Rewriter};
+use crate::prove;
+use crate::types::DiskName;
+
+/// What a device is named by; and where one is, if not by that.
+const TAGS: [&[u8]; 4] = [b"UUID=", b"PARTUUID=", b"LABEL=", b"PARTLABEL="];
+const DEVICES: &[u8] = b"/dev/";
+const MAPPED: &[u8] = b"/dev/mapper/";
+/// Swap space in memory is on no disk.
+const MEMORY: &[u8] = b"/dev/zram";
+
+/// Finds what names these disks.
+///
+/// # Errors
+/// As [`Rewriter::new`]; more disks than there are names for.
+pub(super) fn finder(disks: &[DiskIds]) -> Result<Rewriter> {
+    let mut names = (0..1000).filter_map(|n| DiskName::parse(&format!("disk{n}")).ok());
+    let other = names.find(|name| disks.iter().all(|disk| disk.name != *name));
+    let name = other.context("there are a thousand disks")?;
+    super::rewriter(&DiskIds { name, parts: BTreeMap::new() }, disks)
+}
+
+/// fstab without what it says of the template's spares: rewritten, it would be said of the new disk. `first` is the disk that the template
+/// was made of, unless fstab has the root on another one, as after a failover.
+///
+/// # Errors
+/// As [`finder`].
+pub(super) fn of_one_disk(fstab: &[u8], disks: &[DiskIds], first: DiskName) -> Result<Vec<u8>> {
+    let finders = disks.iter().map(|disk| Ok((disk.name, finder(std::slice::from_ref(disk))?))).collect::<Result<Vec<_>>>()?;
+    let named = |line: &Line<'_>| -> Vec<DiskName> {
+        finders.iter().filter(|(_, finder)| !finder.foreign(line.spec.raw).is_empty()).map(|(name, _)| *name).collect()
+    };
+    let roots = fstab::lines(fstab).find(|line| line.is_at("/")).map(|line| named(&line)).unwrap_or_default();
+    let own = if roots.contains(&first) { first } else { roots.first().copied().unwrap_or(first) };
+    let is_anothers = |line: &Line<'_>| {
+        let named = named(line);
+        !named.is_empty() && !named.contains(&own)
+    };
+    Ok(fstab::without(fstab, |line| is_a_spares(line) || is_anothers(line)))
+}
+
+/// Whether it is one of the places where spares are mounted, or below one.
+fn is_a_spares(line: &Line<'_>) -> bool {
+    let place = line.mount_point().unwrap_or_default();
+    place.strip_prefix(b"/mnt/root").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
+}
+
+/// Lines that boot waits for, and whose device nothing that `own` finds answers to, one sentence a line.
+pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<String> {
+    let is_absent = |spec: &[u8]| {
+        let is_device = TAGS.iter().any(|tag| spec.starts_with(tag)) || spec.starts_with(DEVICES);
+        is_device && !spec.starts_with(MEMORY) && own.foreign(spec).is_empty()
+    };
+    let fields = |line: &'_ [u8]| -> Vec<Vec<u8>> {
+        line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).take(2).map(<[u8]>::to_vec).collect()
+    };
+    let mut faults = Vec::new();
+    let mut opened = Vec::new();
+    let mut fault = |path: &str, number: usize, what: &[u8], spec: &[u8]| {
+        faults.push(format!(
+            "{path} would have the boot wait for a device that the new disk hasn't got: line {number} ({}) needs {}; take it out of the \
+             template's, or give it nofail",
+            what.escape_ascii(),
+            spec.escape_ascii()
+        ));
+    };
+    for (index, line) in crypttab.split(|b| *b == b'\n').enumerate() {
+        let fields = fields(line);
+        let [name, spec] = &fields[..] else { continue };
+        if name.starts_with(b"#") {
+            continue;
+        }
+        if !is_absent(spec) {
+            opened.push([MAPPED, name].concat());
+        } else if !prove::may_fail(line) {
+            fault("/etc/crypttab", index + 1, name, spec);
+        }
+    }
+    for line in fstab::lines(fstab).filter(Line::is_needed_at_boot) {
+        let spec = line.spec.text();
+        // As it stands there, too: labels may be escaped.
+        if is_absent(&spec) && is_absent(line.spec.raw) && !opened.iter().any(|path| **path == *spec) {
+            fault("/etc/fstab", line.number, &line.file.text(), &spec);
+        }
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ident::PartIds;
+    use crate::types::{PartUuid, Role};
+
+    fn disk(name: &str, start: char, roles: &[Role]) -> DiskIds {
+        let id = |n: usize| PartUuid::parse(&format!("{start}aaaaaaa-0000-4000-8000-00000000000{n}")).unwrap();
+        let part = |(n, role): (usize, &Role)| {
+            let ids = PartIds {
+                uuid: Some(format!("{}AAA-000{n}", start.to_ascii_uppercase())),
+                label: Some(format!("{role} {start}")),
+                paths: [format!("/dev/sd{start}{n}")].into(),
+                ..PartIds::new(id(n))
+            };
+            (role.clone(), ids)
+        };
+        DiskIds { name: DiskName::parse(name).unwrap(), parts: roles.iter().enumerate().map(part).collect() }
+    }
+
+    #[test]
+    fn what_is_said_of_spares_goes() {
+        let roles = [Role::Esp, Role::Root, Role::Swap];
+        let disks = [disk("disk0", 'a', &roles), disk("disk1", 'b', &roles)];
+        let own = "# on UUID=BAAA-0001\nUUID=AAAA-0001 / ext4\nLABEL=esp\\040a /boot vfat\n/dev/sda2 none swap\nUUID=x /data ext4\ntmpfs /tmp tmpfs\n";
+        let others = "UUID=BAAA-0000 /efi2 vfat\n/dev/sdb2 none swap\nUUID=BAAA-0001 /mnt/root1 ext4 noauto\n/dev/sdz /mnt/root22/boot vfat\n";
+        let first = disks[0].name;
+        let left = of_one_disk(format!("{own}{others}/dev/sdz /mnt/rootless ext4\n").as_bytes(), &disks, first).unwrap();
+        assert_eq!(String::from_utf8(left).unwrap(), format!("{own}/dev/sdz /mnt/rootless ext4\n"));
+        // It was made after a failover.
+        let text = b"UUID=BAAA-0001 / ext4\n/dev/sda2 none swap\n/dev/sdb2 none swap\n";
+        assert_eq!(of_one_disk(text, &disks, first).unwrap(), b"UUID=BAAA-0001 / ext4\n/dev/sdb2 none swap\n");
+    }
+
+    #[test]
+    fn what_the_new_disk_has_not_got_is_found() {
+        let own = finder(&[disk("disk0", 'a', &[Role::Esp, Role::Root])]).unwrap();
+        let crypttab = "# a UUID=c\ns PARTUUID=aaaaaaaa-0000-4000-8000-000000000001 /dev/urandom swap\n";
+        let fine = "PARTUUID=AAAAAAAA-0000-4000-8000-000000000001 / ext4\nUUID=\"AAAA-0000\" /boot vfat\nLABEL=root\\040a /a ext4\n\
+            /dev/disk/by-uuid/AAAA-0000 /b vfat\ntmpfs /tmp tmpfs\n/srv/a /srv/b none bind\nproc /proc proc\nhost:/dev/x /nfs nfs\n\
+            /dev/zram0 none swap\n/dev/mapper/s none swap\nUUID=gone /c ext4 nofail\n/dev/sr0 /media/cd iso9660 ro,noauto\n\
+            /dev/sdq /d ext4 x-systemd.automount\n";
+        assert_eq!(absent(fine.as_bytes(), crypttab.as_bytes(), &own), [""; 0]);
+        for line in [
+            "UUID=BBBB-0000 /boot vfat umask=0077 0 2",
+            "UUID=bbbbbbbb-0000-4000-8000-000000000001 /data ext4",
+            "PARTUUID=bbbbbbbb-0000-4000-8000-000000000001 none swap",
+            "LABEL=data /data ext4",
+            "PARTLABEL=data /data ext4",
+            "/dev/sdc1 /data ext4 defaults",
+            "/dev/mapper/data /data ext4",
+            "/dev/disk/by-id/x-part1 /data ext4",
+        ] {
+            let faults = absent(format!("{fine}{line}\n").as_bytes(), crypttab.as_bytes(), &own);
+            assert!(
+                matches!(&faults[..], [fault] if fault.contains("line 14 (") && fault.contains("/etc/fstab")),
+                "{line}: {faults:?}"
+            );
+        }
+        for (line, count) in [
+            ("data UUID=x", 1),
+            ("data /dev/sdc1 none luks", 1),
+            ("data UUID=x none luks,nofail", 0),
+            ("data UUID=x - noauto", 0),
+        ] {
+            assert_eq!(absent(b"", format!("{crypttab}{line}\n").as_bytes(), &own).len(), count, "{line}");
+        }
+    }
+}
