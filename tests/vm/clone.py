@@ -237,6 +237,8 @@ def clone(pair, number, serial, more=""):
     report.step(f"dualroot-clone {more}{serial}")
     rest(machine)
     code, said = machine.status(f"script -qec 'dualroot-clone {more}--yes-erase {serial} {device(serial)}' /dev/null </dev/null", 1500)
+    # As the manual page has it.
+    (machine.directory / f"clone-{serial}.txt").write_text(said)
     report.check("the disk boots, it says", code == 0 and f"is disk{number} now, and boots" in said, (code, said))
     shown = [line for line in said.split("\r") if line.startswith("[") and " MiB/s  " in line and " left" in line]
     report.check(f"it has shown how far it is: {shown[len(shown) // 2:][:1]}", len(shown) > 1, said)
@@ -439,6 +441,6 @@ def encrypted(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
-CASES = {"one-ext4-13": (one_disk, 13, "dracut", "one-ext4"), "one-luks-12": (encrypted, 12, "initramfs-tools", "one-luks"), "one-luks-13": (encrypted, 13, "dracut", "one-luks"),
-         "one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"),
+CASES = {"one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"), "one-luks-12": (encrypted, 12, "initramfs-tools", "one-luks"),
+         "one-luks-13": (encrypted, 13, "dracut", "one-luks"), "one-ext4-13": (one_disk, 13, "dracut", "one-ext4"),
          "one-shared-btrfs-13": (one_disk, 13, "dracut", "one-shared-btrfs")}

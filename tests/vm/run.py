@@ -40,7 +40,7 @@ def faults(report, _directory, _staging):
 
 
 # The longest first.
-CASES = cases.CASES | clone.CASES | {"faults": (faults,)}
+CASES = clone.CASES | cases.CASES | {"faults": (faults,)}
 
 
 def run(name, staging, directory):
