@@ -387,6 +387,30 @@ mod tests {
     }
 
     #[test]
+    fn file_systems_are_made_as_planned() {
+        for kind in ["vfat", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "swap"] {
+            let mut of = old("root", 1000, Some(10));
+            of.content = if kind == "swap" { Content::Swap } else { Content::Fs(kind.into()) };
+            let plan = make(&source(vec![of]), 1002).unwrap();
+            let [part] = &plan.parts[..] else { panic!() };
+            let image = tempfile::NamedTempFile::new().unwrap();
+            image.as_file().set_len(part.bytes).unwrap();
+            let path = image.path().to_str().unwrap();
+            let (program, arguments) = part.make(path, 512).unwrap();
+            crate::program::output(&program, arguments).unwrap_or_else(|e| panic!("{e:#}; the test needs it"));
+            let found = |tag: &str| {
+                let said = crate::program::output("blkid", ["-p", "-s", tag, "-o", "value", path].map(Into::into)).unwrap();
+                String::from_utf8(said).unwrap().trim().to_owned()
+            };
+            let (uuid, label) = match kind {
+                "vfat" => ("1000-0000".to_owned(), "ROOT1"),
+                _ => (part.uuid.to_string(), "root1"),
+            };
+            assert_eq!((found("TYPE"), found("UUID"), found("LABEL")), (kind.to_owned(), uuid, label.to_owned()));
+        }
+    }
+
+    #[test]
     fn partitions_that_were_made_before_are_taken_again() {
         let source = source(vec![old("esp", 512, None), old("root", 2000, Some(100))]);
         let mut plan = make(&source, 3000).unwrap();
