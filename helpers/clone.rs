@@ -30,6 +30,7 @@ use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::Config;
 use crate::generation;
+use crate::ident::Rewriter;
 use crate::inventory::{Inventory, Partition};
 use crate::layout::{self, DiskLayout};
 use crate::lineage::kernel_id;
@@ -86,7 +87,6 @@ pub struct Job {
     /// What files will hold: the configuration, and fstab where that changes.
     drafts: Vec<Rewritten>,
     esp: PartUuid,
-    containers: Vec<String>,
     /// On a machine that isn't configured, the booted disk and its section.
     first: Option<(DiskName, Section)>,
     /// The section of the new disk.
@@ -141,9 +141,8 @@ impl Job {
             plan.parts.iter().map(|part| (part.role.clone(), part.partuuid)).filter(|(role, _)| named(role)).collect();
         roles.retain(|role, _| named(role));
         let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
-        let containers = source.containers.clone();
         let disk = NewDisk { target, plan };
-        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, containers, first, section };
+        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, first, section };
         let machine = job.draft(root)?;
         check_programs(&job.disk.plan)?;
         job.drafts.clone_from(&machine.drafts);
@@ -187,7 +186,7 @@ impl Job {
     /// A key that others can read; cryptsetup that fails.
     pub fn give_key(&self, root: &Root, secret: &Secret) -> Result<()> {
         container::make_key(root)?;
-        self.containers.iter().try_for_each(|device| container::add_key(device, secret))
+        self.containers().iter().try_for_each(|device| container::add_key(device, secret))
     }
 
     /// Does it. The caller holds the lock, and has asked, also for what opens [`Job::containers`], if there are any.
@@ -241,7 +240,7 @@ impl Job {
 
     /// The booted disk's partitions that are LUKS containers, and are copied into such.
     pub fn containers(&self) -> &[String] {
-        &self.containers
+        &self.source.containers
     }
 
     fn joined(&self) -> Option<&[String]> {
@@ -363,6 +362,16 @@ fn check_programs(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
+/// What a boot partition holds, and the first reason why a copy of its images would not boot.
+fn look_into(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String>)> {
+    let look = || {
+        let found = BootFiles::scan(&Below::open(place)?)?;
+        let faults = opaque::boot_partition(place, &found, names, &mut Searched::new(names)?)?;
+        Ok((found, faults.into_iter().next()))
+    };
+    look().map_err(|e: anyhow::Error| refused(format!("{}: {e:#}; nothing was done", place.display())))
+}
+
 /// Whether the booted disk can be copied, as far as that can be seen before.
 fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -> Result<()> {
     let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
@@ -373,11 +382,8 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -
     let names = machine.rewriter(new)?;
     let mut files = BTreeMap::new();
     for (role, _, dir) in machine.booted.boot_places() {
-        let place = Path::new(dir.as_str());
-        let found = BootFiles::scan(&Below::open(place)?).with_context(|| dir.to_string())?;
-        let faults = opaque::boot_partition(place, &found, &names, &mut Searched::new(&names)?)
-            .map_err(|e| refused(format!("{dir}: {e:#}; nothing was done")))?;
-        if let Some(fault) = faults.first() {
+        let (found, fault) = look_into(Path::new(dir.as_str()), &names)?;
+        if let Some(fault) = fault {
             return Err(refused(format!("{dir}/{fault}; a copy would not boot without the booted disk; nothing was done")));
         }
         files.insert(role, found);

@@ -20,10 +20,8 @@ const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
 /// A LUKS container on a partition.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Container {
-    /// Its own UUID.
-    pub uuid: Option<String>,
-    /// Its own label.
-    pub label: Option<String>,
+    /// By what it itself can be named.
+    pub ids: ContainerIds,
     /// Where it is open: the device node of what is in it, and that device's number.
     mapping: Option<(String, String)>,
 }
@@ -108,7 +106,7 @@ impl Partition {
         if let Some(inside) = inside {
             (self.fstype, self.uuid, self.label) = (inside.fstype.clone(), inside.uuid.clone(), inside.label.clone());
         }
-        self.container = Some(Container { uuid, label, mapping });
+        self.container = Some(Container { ids: ContainerIds { uuid, label }, mapping });
     }
 
     /// Its PARTUUID, where it has one.
@@ -123,7 +121,7 @@ impl Partition {
 
     /// That of its file system, and that of its container.
     fn uuids(&self) -> impl Iterator<Item = &str> {
-        self.uuid.as_deref().into_iter().chain(self.container.as_ref().and_then(|container| container.uuid.as_deref()))
+        self.uuid.as_deref().into_iter().chain(self.container.as_ref().and_then(|container| container.ids.uuid.as_deref()))
     }
 
     fn has_partuuid(&self, wanted: &PartUuid) -> bool {
@@ -190,6 +188,11 @@ impl Inventory {
         Ok(first)
     }
 
+    /// Whether the partition of this PARTUUID is there, and is a LUKS container that isn't open.
+    pub fn is_closed(&self, wanted: &PartUuid) -> bool {
+        self.find(wanted).is_ok_and(|part| part.is_some_and(Partition::is_closed))
+    }
+
     /// The other partitions of the disk that this one is on.
     pub fn beside<'a>(&'a self, part: &'a Partition) -> impl Iterator<Item = &'a Partition> {
         self.parts.iter().filter(move |other| other.pkname.is_some() && other.pkname == part.pkname && other.kname != part.kname)
@@ -244,7 +247,7 @@ impl Inventory {
             if let Some(part) = self.find(&partuuid)? {
                 ids.uuid = part.uuid.clone();
                 ids.label = part.label.clone();
-                ids.container = part.container.as_ref().map(|c| ContainerIds { uuid: c.uuid.clone(), label: c.label.clone() });
+                ids.container = part.container.as_ref().map(|container| container.ids.clone());
                 ids.partlabel = part.partlabel.clone();
                 ids.paths = self.paths(part);
             }
@@ -286,7 +289,7 @@ impl Inventory {
                 let ids = PartIds {
                     uuid: only(&part.uuid, |p| &p.uuid).filter(|_| !spread),
                     label: only(&part.label, |p| &p.label).filter(|_| !spread),
-                    container: part.container.as_ref().map(|c| ContainerIds { uuid: c.uuid.clone(), label: c.label.clone() }),
+                    container: part.container.as_ref().map(|container| container.ids.clone()),
                     partlabel: only(&part.partlabel, |p| &p.partlabel),
                     paths: self.paths(part),
                     ..PartIds::new(partuuid)
@@ -410,7 +413,7 @@ mod tests {
         let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap();
         let [open, _, closed] = &inventory.parts[..] else { panic!() };
         let shown = |part: &Partition| {
-            let container = part.container.as_ref().and_then(|c| Some((c.uuid.clone()?, c.label.clone()?)));
+            let container = part.container.as_ref().and_then(|c| Some((c.ids.uuid.clone()?, c.ids.label.clone()?)));
             (part.path.clone(), part.node().to_owned(), part.uuid.clone(), container, part.is_closed())
         };
         let container = |uuid: &str| Some((uuid.to_owned(), "box".to_owned()));

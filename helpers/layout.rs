@@ -122,7 +122,7 @@ impl DiskLayout {
                 kind: row.r#type,
                 name,
                 attributes,
-                container: on_it.and_then(|part| part.container.as_ref()?.uuid.clone()),
+                container: on_it.and_then(|part| part.container.as_ref()?.ids.uuid.clone()),
                 fstype: of(|part| &part.fstype),
                 uuid: of(|part| &part.uuid),
                 label: of(|part| &part.label),
@@ -198,8 +198,7 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
     let now = |disk: &Disk| -> Result<Option<DiskLayout>> {
         let known = || stored.iter().find(|old| old.name == disk.name && old.has(&disk.esp())).cloned();
         // What is in a container that isn't open can't be seen.
-        let closed =
-            disk.parts.values().any(|part| inventory.find(part).is_ok_and(|part| part.is_some_and(Partition::is_closed)));
+        let closed = disk.parts.values().any(|part| inventory.is_closed(part));
         match inventory.find(&disk.esp())?.filter(|_| !closed || known().is_none()) {
             Some(esp) => {
                 let mut roles = disk.parts.clone();

@@ -54,17 +54,20 @@ pub fn close(part: &PartUuid) -> Result<()> {
 
 /// Opens what of the spares is said to lie in containers, is there, and is closed. Whether anything was opened.
 pub fn open_spares(machine: &Machine, log: &Log) -> bool {
+    let trees = &machine.config.settings.luks;
+    if trees.is_empty() {
+        return false;
+    }
     let mut opened = false;
     match has_key() {
-        _ if machine.config.settings.luks.is_empty() => return false,
         Ok(true) => {}
         Ok(false) => log.warning(&format!("{KEY} is not there, and opens no spare's LUKS container; see dualroot(7)")),
         Err(e) => log.warning(&format!("{e:#}")),
     }
     for (_, disk) in machine.config.spares(&machine.booted) {
-        for partuuid in machine.config.settings.luks.iter().filter_map(|role| disk.parts.get(role)) {
+        for partuuid in trees.iter().filter_map(|role| disk.parts.get(role)) {
             // Whatever else there is to say of it is said where it is needed.
-            if machine.inventory.find(partuuid).is_ok_and(|part| part.is_some_and(Partition::is_closed)) {
+            if machine.inventory.is_closed(partuuid) {
                 match open(partuuid) {
                     Ok(()) => opened = true,
                     Err(e) => log.warning(&format!("{}: {e:#}", disk.name)),

@@ -49,6 +49,14 @@ pub fn refused(sentence: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Refused { sentence: sentence.into(), about_age: false })
 }
 
+/// Whatever goes wrong before anything is written: a refusal, too.
+pub fn nothing_done(error: anyhow::Error) -> anyhow::Error {
+    match error.is::<Refused>() {
+        true => error,
+        false => refused(format!("{error:#}; nothing was done")),
+    }
+}
+
 /// A refusal because another disk may be newer.
 pub fn refused_for_age(sentence: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Refused { sentence: sentence.into(), about_age: true })

@@ -14,7 +14,7 @@ use dualroot::clone::template::origin::Origin;
 use dualroot::clone::{Job, Wish, template};
 use dualroot::lock;
 use dualroot::log::Log;
-use dualroot::machine::{Refused, exit_status, refused};
+use dualroot::machine::{exit_status, nothing_done, refused};
 use dualroot::program;
 use dualroot::root::Root;
 use dualroot::types::DiskName;
@@ -103,7 +103,7 @@ fn secret(job: &Job, file: Option<&Path>) -> Result<Option<Secret>> {
         };
     };
     let bytes = match file {
-        Some(file) => fs::read(file).map_err(|e| refused(format!("{}: {e}; nothing was done", file.display())))?,
+        Some(file) => fs::read(file).with_context(|| file.display().to_string())?,
         None if !io::stdin().is_terminal() => {
             return Err(refused("nobody is there to be asked for a passphrase; '--key-file FILE' gives it; nothing was done"));
         }
@@ -130,20 +130,12 @@ fn install(arguments: &Arguments, origin: &Origin, root: &Root, log: &Log) -> Re
         Some(name) => name.clone(),
         None => {
             let typed = ask("The name of the new machine: ", "'--hostname NAME' gives the name of the new machine")?;
-            HostName::parse(typed.trim()).map_err(|e| refused(format!("{e:#}; nothing was done")))?
+            HostName::parse(typed.trim()).map_err(nothing_done)?
         }
     };
     confirm(arguments, &job.disk.target)?;
     job.check_again(root).map_err(nothing_done)?;
     job.run(root, &name, log).map_err(erased)
-}
-
-/// Whatever goes wrong before the disk is erased: a refusal, too.
-fn nothing_done(error: anyhow::Error) -> anyhow::Error {
-    match error.is::<Refused>() {
-        true => error,
-        false => refused(format!("{error:#}; nothing was done")),
-    }
 }
 
 fn erased(error: anyhow::Error) -> anyhow::Error {

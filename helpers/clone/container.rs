@@ -19,8 +19,6 @@ use crate::root::Root;
 
 /// The key is as random as it is long: to make guesses slow is of no use.
 const QUICK: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
-/// How long it is, in bytes.
-const LENGTH: u64 = luks::LEAST;
 
 /// What opens the booted disk's containers. It is never shown.
 pub struct Secret(Vec<u8>);
@@ -65,7 +63,7 @@ pub fn make_key(root: &Root) -> Result<()> {
     }
     let mut key = Vec::new();
     let random = File::open("/dev/urandom").context("/dev/urandom")?;
-    random.take(LENGTH).read_to_end(&mut key).context("/dev/urandom")?;
+    random.take(luks::LEAST).read_to_end(&mut key).context("/dev/urandom")?;
     let path = Path::new(luks::KEY).strip_prefix("/").unwrap_or(Path::new(luks::KEY));
     let (dir, path) = (path.parent().context("the key is in no directory")?, path.to_str().context("not UTF-8")?);
     let below = Below::open(&root.path("/"))?;

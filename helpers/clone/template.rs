@@ -16,14 +16,13 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::below::{Below, is_link};
-use crate::bootfiles::BootFiles;
 use crate::clone::plan::Plan;
 use crate::clone::source::{self, Source};
 use crate::clone::target::Target;
 use crate::clone::template::identity::HostName;
 use crate::clone::template::origin::{About, Listing, Origin};
 use crate::clone::template::system::{Names, New};
-use crate::clone::{NewDisk, check_programs, mib};
+use crate::clone::{NewDisk, check_programs, look_into, mib};
 use crate::conf::Config;
 use crate::ident::{DiskIds, PartIds, Rewriter};
 use crate::inventory::{Inventory, Partition};
@@ -31,9 +30,7 @@ use crate::lineage::kernel_id;
 use crate::log::Log;
 use crate::machine::refused;
 use crate::mounts;
-use crate::opaque;
 use crate::root::Root;
-use crate::searched::Searched;
 use crate::tree::Tree;
 use crate::types::{DiskName, PartUuid, Role};
 
@@ -149,25 +146,14 @@ impl Job {
     /// What can't be rewritten is looked for while nothing is erased yet, where that can be read without copying it.
     fn check_images(&self, places: &[(Role, &str)]) -> Result<()> {
         let Origin::Here(dir) = &self.origin else { return Ok(()) };
-        let nothing = DiskIds { name: self.new_name()?, parts: BTreeMap::new() };
-        let names = rewriter(&nothing, &self.old_ids()?)?;
+        let names = needed::finder(&self.old_ids()?)?;
         for (_, place) in places {
             let place = Root::new(dir).path(place);
-            let found = Below::open(&place).and_then(|below| BootFiles::scan(&below));
-            let found = found.map_err(|e| refused(format!("{}: {e:#}; nothing was done", place.display())))?;
-            let faults = opaque::boot_partition(&place, &found, &names, &mut Searched::new(&names)?);
-            let faults = faults.map_err(|e| refused(format!("{}: {e:#}; nothing was done", place.display())))?;
-            if let Some(fault) = faults.first() {
+            if let (_, Some(fault)) = look_into(&place, &names)? {
                 return Err(refused(format!("{}/{fault}; nothing was done", place.display())));
             }
         }
         Ok(())
-    }
-
-    /// A number for the new disk that none of the template's has: what is rewritten goes from one disk to another.
-    fn new_name(&self) -> Result<DiskName> {
-        let mut names = (0..1000).filter_map(|n| DiskName::parse(&format!("disk{n}")).ok());
-        names.find(|name| self.about.ids.iter().all(|ids| ids.name != *name)).context("the template has a thousand disks")
     }
 
     /// What names the template's disks, and its machine.
@@ -184,13 +170,13 @@ impl Job {
             let (uuid, label, partlabel) = (part.uuid.clone(), part.label.clone(), part.partlabel.clone());
             Ok((role.clone(), PartIds { uuid, label, partlabel, ..PartIds::new(partuuid) }))
         };
-        let name = self.new_name()?;
+        // What is rewritten goes from one disk to another.
+        let name = needed::free_name(&self.about.ids)?;
         let mut own = DiskIds { name, parts: parts.iter().map(of).collect::<Result<_>>()? };
         let alone = |ids: &PartIds| DiskIds { name, parts: [(Role::Root, ids.clone())].into() };
         let its_root = own.parts.get(&Role::Root).map(alone).context("there is no root")?;
         let old = self.old_ids()?;
-        let other = DiskIds { name: old.first().context("the template has no disks")?.name, parts: [].into() };
-        let root_names = rewriter(&other, &[its_root])?;
+        let root_names = needed::finder(&[its_root])?;
         let own_names = needed::finder(std::slice::from_ref(&own))?;
         let machine_id = kernel_id(root, "uuid")?;
         identity::add_machine_id(&mut own, machine_id)?;
@@ -306,7 +292,7 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bootfiles::{BootFile, Class};
+    use crate::bootfiles::{BootFile, BootFiles, Class};
     use crate::clone::MIB;
     use crate::clone::template::system::misnamed;
     use crate::ident::ContainerIds;

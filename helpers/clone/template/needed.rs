@@ -22,10 +22,16 @@ const MEMORY: &[u8] = b"/dev/zram";
 /// # Errors
 /// As [`Rewriter::new`]; more disks than there are names for.
 pub(super) fn finder(disks: &[DiskIds]) -> Result<Rewriter> {
+    super::rewriter(&DiskIds { name: free_name(disks)?, parts: BTreeMap::new() }, disks)
+}
+
+/// A name that none of these disks has.
+///
+/// # Errors
+/// More disks than there are names for.
+pub(super) fn free_name(disks: &[DiskIds]) -> Result<DiskName> {
     let mut names = (0..1000).filter_map(|n| DiskName::parse(&format!("disk{n}")).ok());
-    let other = names.find(|name| disks.iter().all(|disk| disk.name != *name));
-    let name = other.context("there are a thousand disks")?;
-    super::rewriter(&DiskIds { name, parts: BTreeMap::new() }, disks)
+    names.find(|name| disks.iter().all(|disk| disk.name != *name)).context("there are a thousand disks")
 }
 
 /// fstab without what it says of the template's spares: rewritten, it would be said of the new disk. `first` is the disk that the template

@@ -15,7 +15,7 @@ use crate::bootfiles::{Class, classify};
 use crate::clone::template::identity::{self, HOST_NAME, MACHINE_ID};
 use crate::ident::DiskIds;
 use crate::layout::{self, DiskLayout};
-use crate::machine::refused;
+use crate::machine::{nothing_done, refused};
 use crate::program;
 use crate::root::Root;
 use crate::state;
@@ -142,7 +142,7 @@ impl Origin {
     pub fn list<'p>(&self, rules: &[String], places: &[&'p str]) -> Result<Listing<'p>> {
         let options = ["--dry-run", "--archive", "--hard-links", "--out-format=%i %l /%n"];
         let said = in_an_empty_directory(|dir| self.rsync(&options, rules, Stdio::piped(), dir));
-        Ok(Listing::parse(&said.map_err(nothing_was_done)?, places))
+        Ok(Listing::parse(&said.map_err(nothing_done)?, places))
     }
 
     /// What it says of itself; `shape` is a file of layouts that counts instead of its own.
@@ -157,14 +157,10 @@ impl Origin {
         let rules: Vec<String> = paths.iter().map(|path| format!("+ {path}")).chain(["- *".to_owned()]).collect();
         in_an_empty_directory(|dir| {
             let copied = self.rsync(&["--recursive", "--copy-links"], &rules, Stdio::null(), dir);
-            copied.map_err(nothing_was_done)?;
+            copied.map_err(nothing_done)?;
             About::read(&Root::new(PLACE), self, shape)
         })
     }
-}
-
-fn nothing_was_done(error: anyhow::Error) -> anyhow::Error {
-    refused(format!("{error:#}; nothing was done"))
 }
 
 /// Does something with a directory of one's own that is there for so long.
