@@ -15,7 +15,7 @@ use crate::program;
 use crate::types::{DirPath, DiskName, PartUuid, Role};
 
 /// The GPT type of an EFI system partition (UEFI specification, 5.3.3).
-const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
+pub(crate) const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
 
 /// A LUKS container on a partition.
 #[derive(Clone, PartialEq, Eq, Debug)]

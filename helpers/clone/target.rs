@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::clone::mib;
 use crate::conf::Config;
+use crate::inventory::ESP_TYPE;
 use crate::luks;
 use crate::machine::refused;
 use crate::program;
@@ -32,6 +33,7 @@ struct Device {
     partuuid: Option<String>,
     partlabel: Option<String>,
     partflags: Option<String>,
+    parttype: Option<String>,
     #[serde(default)]
     mountpoints: Vec<Option<String>>,
     #[serde(rename = "log-sec")]
@@ -54,7 +56,7 @@ pub struct Target {
 
 // NAME is for the tree: without it, lsblk prints a list.
 const COLUMNS: &str =
-    "NAME,KNAME,PATH,TYPE,SIZE,MODEL,SERIAL,RO,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTFLAGS,MOUNTPOINTS,LOG-SEC";
+    "NAME,KNAME,PATH,TYPE,SIZE,MODEL,SERIAL,RO,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTFLAGS,PARTTYPE,MOUNTPOINTS,LOG-SEC";
 
 impl Target {
     /// Looks at the disk with this path. Where it was not finished, one of its partitions may be among those that are `joined`: devices of
@@ -112,9 +114,11 @@ impl Target {
         !text.is_empty() && (text == self.device.kname || Some(text) == self.serial() || is_path())
     }
 
-    /// The device nodes of its partitions.
+    /// The device nodes of its partitions: the ESP first, without which no firmware boots what is left of the others.
     pub fn partitions(&self) -> Vec<&str> {
-        self.device.children.iter().map(|part| part.path.as_str()).collect()
+        let is_esp = |part: &&Device| part.parttype.as_deref().is_some_and(|kind| kind.eq_ignore_ascii_case(ESP_TYPE));
+        let (esps, others): (Vec<_>, Vec<_>) = self.device.children.iter().partition(is_esp);
+        [esps, others].concat().into_iter().map(|part| part.path.as_str()).collect()
     }
 
     /// A table of what is on it.
@@ -295,6 +299,15 @@ mod tests {
         assert_eq!(disk(4, &ours(4), ""), 0, "a spare's");
         assert_eq!(disk(5, "/dev/mapper/data", ""), 0);
         assert_eq!(disk(5, &ours(5), r#","mountpoints":["/mnt"]"#), 0);
+    }
+
+    #[test]
+    fn the_esp_is_erased_before_what_it_boots() {
+        let parts = [(1, "0fc63daf-8483-4772-8e79-3d69d8477de4"), (2, "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"), (3, ESP_TYPE)];
+        let parts = parts.map(|(n, kind)| node(&format!("/dev/sdb{n}"), "part", &format!(r#","parttype":"{kind}""#)));
+        let device = device(&node("/dev/sdb", "disk", &format!(r#","children":[{}]"#, parts.join(","))));
+        let target = Target { device, bytes: 0, sector: 512, file: File::open("/dev/null").unwrap() };
+        assert_eq!(target.partitions(), ["/dev/sdb2", "/dev/sdb3", "/dev/sdb1"]);
     }
 
     #[test]
