@@ -300,23 +300,10 @@ impl Tree {
         stage::seal(target, &changes.gone, &top)
     }
 
-    /// Stages what is listed, on a terminal. rsync's own line there has the time that is left in turns with the time that has gone.
-    fn stage_shown(&self, list: File, target: &Below, mut progress: Progress) -> Result<()> {
-        let mut args = self.staging();
-        args.splice(0..0, ["--info=progress2", "--no-human-readable"].map(Into::into));
-        let mut child = start(args, list.into(), Stdio::piped(), target)?;
-        let lines = child.stdout.take().context("there is no pipe")?;
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                for line in BufReader::new(lines).split(b'\r').map_while(Result::ok) {
-                    if let Some(done) = bytes_done(&line) {
-                        progress.show(done);
-                    }
-                }
-            });
-            end(child)
-        })?;
-        Ok(())
+    fn stage_shown(&self, list: File, target: &Below, progress: Progress) -> Result<()> {
+        let mut command = program::command("rsync")?;
+        command.args(SHOWN).args(self.staging()).stdin(list);
+        run_rsync_shown(command, target, progress)
     }
 }
 
@@ -468,24 +455,44 @@ pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
 const VANISHED: i32 = 24;
 
 fn rsync(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Vec<u8>> {
-    end(start(args, input, output, target)?)
-}
-
-fn start(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Child> {
     let mut command = program::command("rsync")?;
     command.args(args).stdin(input).stdout(output);
-    spawn(command, target)
+    run_rsync(command, target)
 }
 
 /// Runs rsync on the directory of a handle, and returns what it printed, if that is piped.
 ///
 /// # Errors
 /// As [`Tree::copy`].
-pub fn run_rsync(command: Command, target: &Below) -> Result<Vec<u8>> {
-    end(spawn(command, target)?)
+pub fn run_rsync(mut command: Command, target: &Below) -> Result<Vec<u8>> {
+    end(spawn(&mut command, target)?)
 }
 
-fn spawn(mut command: Command, target: &Below) -> Result<Child> {
+/// Options that have rsync say how far it is.
+pub(crate) const SHOWN: [&str; 2] = ["--info=progress2", "--no-human-readable"];
+
+/// As [`run_rsync`], with [`SHOWN`] among its options, and shows what it says. Its own line has the time that is left in turns with the time that
+/// has gone, and in the share of the work only what it has found so far.
+///
+/// # Errors
+/// As [`Tree::copy`].
+pub(crate) fn run_rsync_shown(mut command: Command, target: &Below, mut progress: Progress) -> Result<()> {
+    let mut child = spawn(command.stdout(Stdio::piped()), target)?;
+    let lines = child.stdout.take().context("there is no pipe")?;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            for line in BufReader::new(lines).split(b'\r').map_while(Result::ok) {
+                if let Some(done) = bytes_done(&line) {
+                    progress.show(done);
+                }
+            }
+        });
+        end(child)
+    })?;
+    Ok(())
+}
+
+fn spawn(command: &mut Command, target: &Below) -> Result<Child> {
     // The child changes to the directory by our handle, before it becomes rsync: no path can lead it elsewhere.
     command.stderr(Stdio::piped()).current_dir(target.proc_path()).spawn().context("rsync can't be run")
 }

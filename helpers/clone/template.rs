@@ -30,6 +30,7 @@ use crate::lineage::kernel_id;
 use crate::log::Log;
 use crate::machine::refused;
 use crate::mounts;
+use crate::progress::Progress;
 use crate::root::Root;
 use crate::tree::Tree;
 use crate::types::{DiskName, PartUuid, Role};
@@ -53,6 +54,8 @@ pub struct Job {
     about: About,
     /// What is not copied.
     rules: Vec<String>,
+    /// The bytes in all files that are.
+    bytes: u64,
     left_out: Vec<String>,
 }
 
@@ -87,7 +90,8 @@ impl Job {
             .map_err(|e| refused(format!("{}: {e:#}", target.path())))?;
         check_programs(&plan)?;
         check_files(&origin, &about, &plan, &places)?;
-        let job = Self { disk: NewDisk { target, plan }, origin, about, rules, left_out: source.left_out };
+        let bytes = listing.content;
+        let job = Self { disk: NewDisk { target, plan }, origin, about, rules, bytes, left_out: source.left_out };
         job.check_images(&places)?;
         Ok(job)
     }
@@ -123,7 +127,7 @@ impl Job {
         let parts = self.disk.parts(&inventory)?;
         let new = New::mount(&parts, self.names(&parts, root)?)?;
         log.status(&format!("{}: copying {}", self.disk.target.path(), self.origin));
-        self.origin.copy(&self.rules, new.root())?;
+        self.origin.copy(&self.rules, Progress::begin(|| self.bytes), new.root())?;
         new.make_own(&self.about, &self.disk.plan, name)?;
         new.barrier()?;
         log.status(&format!("{}: writing its boot partitions", self.disk.target.path()));
@@ -369,7 +373,7 @@ mod tests {
     }
 
     fn listing(bytes: &[(&'static str, u64)]) -> Listing<'static> {
-        Listing { bytes: bytes.iter().map(|(at, mebibytes)| (*at, mebibytes * MIB)).collect(), boots: vec!["/boot"] }
+        Listing { bytes: bytes.iter().map(|(at, mebibytes)| (*at, mebibytes * MIB)).collect(), boots: vec!["/boot"], content: 0 }
     }
 
     #[test]

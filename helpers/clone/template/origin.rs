@@ -2,9 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
@@ -17,6 +16,7 @@ use crate::ident::DiskIds;
 use crate::layout::{self, DiskLayout};
 use crate::machine::{nothing_done, refused};
 use crate::program;
+use crate::progress::Progress;
 use crate::root::Root;
 use crate::state;
 use crate::tree;
@@ -113,12 +113,18 @@ impl Origin {
         options.chain(rules).chain(["--".into(), source, "./".into()]).collect()
     }
 
-    fn rsync(&self, options: &[&str], rules: &[String], output: Stdio, target: &Below) -> Result<Vec<u8>> {
+    fn command(&self, options: &[&str], rules: &[String]) -> Result<Command> {
         let mut command = program::command("rsync")?;
-        command.args(self.arguments(options, rules)).stdout(output);
+        command.args(self.arguments(options, rules));
         if let Self::There { .. } = self {
             command.envs(FOR_SSH.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         }
+        Ok(command)
+    }
+
+    fn rsync(&self, options: &[&str], rules: &[String], output: Stdio, target: &Below) -> Result<Vec<u8>> {
+        let mut command = self.command(options, rules)?;
+        command.stdout(output);
         tree::run_rsync(command, target).with_context(|| format!("the template {self}"))
     }
 
@@ -126,13 +132,15 @@ impl Origin {
     ///
     /// # Errors
     /// As [`tree::run_rsync`].
-    pub fn copy(&self, rules: &[String], target: &Below) -> Result<()> {
-        let mut options = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse"].to_vec();
-        let shown = std::io::stdout().is_terminal();
-        if shown {
-            options.push("--info=progress2");
+    pub(super) fn copy(&self, rules: &[String], progress: Option<Progress>, target: &Below) -> Result<()> {
+        let options = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse"];
+        match progress {
+            None => self.rsync(&options, rules, Stdio::null(), target).map(drop),
+            Some(progress) => {
+                let command = self.command(&[&options[..], &tree::SHOWN[..]].concat(), rules)?;
+                tree::run_rsync_shown(command, target, progress).with_context(|| format!("the template {self}"))
+            }
         }
-        self.rsync(&options, rules, if shown { Stdio::inherit() } else { Stdio::null() }, target).map(drop)
     }
 
     /// How much there is to be copied of each of these directories, of which those inside others count for themselves, as `/home` or `""`.
@@ -276,6 +284,8 @@ pub struct Listing<'p> {
     pub bytes: BTreeMap<&'p str, u64>,
     /// Those of them that have what a boot loader boots, where it looks for that.
     pub boots: Vec<&'p str>,
+    /// Bytes that are in all files together, each counted once.
+    pub content: u64,
 }
 
 impl<'p> Listing<'p> {
@@ -290,6 +300,9 @@ impl<'p> Listing<'p> {
             };
             let below = |place: &&'p str| Some((*place, path.strip_prefix(*place)?.strip_prefix('/')?));
             let Some((place, inner)) = places.iter().filter_map(below).max_by_key(|(place, _)| place.len()) else { continue };
+            if item.starts_with(">f") {
+                found.content = found.content.saturating_add(size);
+            }
             // Whole blocks, and an inode. A further name of a file is neither.
             let room = if item.starts_with('h') { 0 } else { size.div_ceil(BLOCK).saturating_mul(BLOCK).saturating_add(INODE) };
             let bytes = found.bytes.entry(place).or_default();
@@ -311,6 +324,7 @@ mod tests {
     use super::*;
     use crate::machine::Refused;
     use std::fs;
+    use std::io::{Read, Seek};
 
     fn there(host: &str, dir: &str) -> Origin {
         Origin::There { host: host.to_owned(), dir: dir.to_owned() }
@@ -377,6 +391,7 @@ mod tests {
         let expected = [("", 3 * 4096 + 3 * 256), ("/boot", 4096 + 256), ("/efi", 4096 + 256), ("/home", 4096 + 256)];
         assert_eq!(found.bytes, expected.into());
         assert_eq!(found.boots, ["/boot"]);
+        assert_eq!(found.content, 5012);
         assert_eq!(Listing::parse(said, &[""]).boots, Vec::<&str>::new());
     }
 
@@ -404,7 +419,14 @@ mod tests {
         assert_eq!(listing.boots, ["/boot"]);
         // Three directories, and a file.
         assert_eq!(listing.bytes["/boot"], 4 * (4096 + 256));
-        origin.copy(&rules, &Below::open(&to).unwrap()).unwrap();
+        assert_eq!(listing.content, 10);
+        let mut terminal = tempfile::tempfile().unwrap();
+        let progress = Progress::on(terminal.try_clone().unwrap(), listing.content);
+        origin.copy(&rules, Some(progress), &Below::open(&to).unwrap()).unwrap();
+        let mut said = String::new();
+        terminal.rewind().unwrap();
+        terminal.read_to_string(&mut said).unwrap();
+        assert!(said.starts_with("\r[") && said.contains(" MiB/s "), "{said:?}");
         let names = |dir: &str| Below::open(&to).unwrap().names(dir.as_ref()).unwrap();
         assert_eq!(names("etc/ssh"), ["ssh_config"]);
         assert_eq!(names("home"), ["same"]);
