@@ -181,7 +181,14 @@ fn sizes(source: &Source, bytes: u64) -> Result<Vec<u64>> {
     let need = |part: &crate::clone::source::Part| match part.used {
         Some(used) => {
             let used = used + if part.luks { HEADER } else { 0 };
-            up((used + used / 10 + 320 * MIB).min(part.bytes.max(used)))
+            let roomy = used + used / 10 + 320 * MIB;
+            up(match part.content {
+                // What the file system already needs of a device.
+                Content::Shared => roomy.min(part.bytes.max(used)),
+                // A layout may be of a time when there was less in it.
+                _ if used > part.bytes => roomy,
+                _ => roomy.min(part.bytes),
+            })
         }
         None => up(part.bytes),
     };
@@ -323,6 +330,20 @@ mod tests {
         let mut odd = source.clone();
         odd.parts[1].bytes += 5 * 512;
         assert_eq!(mebibytes(&make(&odd, 1003).unwrap()), [100, 901]);
+    }
+
+    #[test]
+    fn what_is_in_it_now_has_room_whatever_it_was() {
+        let source = source(vec![old("esp", 100, None), old("root", 1000, Some(2000)), old("home", 9000, Some(10))]);
+        assert!(mebibytes(&make(&source, 20_002).unwrap())[1] >= 2000 + 200 + 320);
+        make(&source, 2502).unwrap_err();
+        // In the place of a device of a shared root, which is as large as that.
+        let mut device = old("root", 1000, Some(1000));
+        for bytes in [1000, 900] {
+            device.bytes = bytes * MIB;
+            device.content = Content::Shared;
+            assert_eq!(mebibytes(&make(&self::source(vec![old("esp", 100, None), device.clone()]), 1102).unwrap()), [100, 1000]);
+        }
     }
 
     #[test]
