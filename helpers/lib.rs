@@ -41,6 +41,7 @@ pub mod root;
 pub mod searched;
 pub mod settle;
 mod spare;
+mod stacked;
 pub mod stage;
 pub mod state;
 pub mod status;

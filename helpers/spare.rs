@@ -21,6 +21,7 @@ use crate::mounts::{self, Alone, Held};
 use crate::opaque;
 use crate::prove;
 use crate::searched::Searched;
+use crate::stacked;
 use crate::tree::{self, Rewritten, Tree};
 use crate::types::Role;
 
@@ -428,10 +429,11 @@ impl<'a> Spare<'a> {
             files.entry(draft.path.clone()).and_modify(|bytes| bytes.clone_from(&draft.bytes));
         }
         faults.extend(prove::root_files(&files, &self.rewriter));
+        let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
+        faults.extend(stacked::on_booted_disk_only(self.machine, fstab)?);
         if let Some(generation) = self.generation() {
             let top = self.held(&Role::Root)?.below()?;
             faults.extend(generation::prove(top, found, generation));
-            let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
             let is_there = |path: &str| generation::is_subvolume(top, path);
             let beside = fstab::beside_the_root(fstab, |text| self.names_root(text), is_there);
             faults.extend(beside.into_iter().map(|line| {
