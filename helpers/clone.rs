@@ -30,7 +30,7 @@ use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::Config;
 use crate::generation;
-use crate::ident::Rewriter;
+use crate::ident::{DiskIds, Rewriter};
 use crate::inventory::{Inventory, Partition};
 use crate::layout::{self, DiskLayout};
 use crate::lineage::kernel_id;
@@ -41,10 +41,12 @@ use crate::mounts;
 use crate::nvram;
 use crate::opaque;
 use crate::program;
+use crate::prove;
 use crate::root::Root;
 use crate::searched::Searched;
+use crate::stacked;
 use crate::sync::{self, Options, Outcome};
-use crate::tree::Rewritten;
+use crate::tree::{self, Rewritten};
 use crate::types::{DiskName, PartUuid, Role};
 
 /// 1 MiB in bytes.
@@ -87,6 +89,7 @@ pub struct Job {
     /// What files will hold: the configuration, and fstab where that changes.
     drafts: Vec<Rewritten>,
     esp: PartUuid,
+    efi_entries: bool,
     /// On a machine that isn't configured, the booted disk and its section.
     first: Option<(DiskName, Section)>,
     /// The section of the new disk.
@@ -142,7 +145,8 @@ impl Job {
         roles.retain(|role, _| named(role));
         let first = if config.is_none() { Some((DiskName::parse("disk0")?, roles)) } else { None };
         let disk = NewDisk { target, plan };
-        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, first, section };
+        let efi_entries = config.is_none_or(|config| config.settings.efi_entries);
+        let mut job = Self { disk, name, source, shared, drafts: Vec::new(), esp, efi_entries, first, section };
         let machine = job.draft(root)?;
         check_programs(&job.disk.plan)?;
         job.drafts.clone_from(&machine.drafts);
@@ -166,7 +170,11 @@ impl Job {
                 join::FSTAB
             );
         }
-        let _ = writeln!(text, "Then {} names it, and it is booted by the firmware behind the booted disk.", config::FILE);
+        let _ = write!(text, "Then {} names it", config::FILE);
+        text.push_str(match self.efi_entries {
+            true => ", and it is booted by the firmware behind the booted disk.\n",
+            false => "; the firmware gets no entry for it (efi-entries=no).\n",
+        });
         text
     }
 
@@ -189,11 +197,12 @@ impl Job {
         self.containers().iter().try_for_each(|device| container::add_key(device, secret))
     }
 
-    /// Does it. The caller holds the lock, and has asked, also for what opens [`Job::containers`], if there are any.
+    /// Makes the disk, and writes the configuration that names it. The caller holds the lock, and has asked, also for what opens
+    /// [`Job::containers`], if there are any.
     ///
     /// # Errors
     /// Whatever fails; no configuration names the disk then, and no firmware boots it, unless that is said.
-    pub fn run(self, root: &Root, secret: Option<&Secret>, log: &mut Log) -> Result<()> {
+    pub fn make(&self, root: &Root, secret: Option<&Secret>, log: &mut Log) -> Result<Machine> {
         if self.joined().is_none() {
             self.disk.partition(log)?;
         }
@@ -208,6 +217,10 @@ impl Job {
             bail!("another disk was booted than a moment ago");
         }
         self.sync(&mut machine, log)?;
+        if self.shared.is_some() {
+            // Initrds may have been made since, and what they are made like depends on the number of devices.
+            check_source(self.draft(root)?, self.name, self.shared.as_ref())?;
+        }
         self.disk.finish()?;
         // And since then.
         let mut machine =
@@ -215,7 +228,16 @@ impl Job {
         for file in std::mem::take(&mut machine.drafts) {
             Below::open(&root.path("/"))?.apply(&file.change("", root))?;
         }
-        program::output("systemctl", ["daemon-reload".into()]).context("the configuration is written, but not in force")?;
+        Ok(machine)
+    }
+
+    /// Has the configuration be in force, with which [`Job::make`] has come back.
+    ///
+    /// # Errors
+    /// Whatever fails; what is left can be done by a sync.
+    pub fn start(&self, mut machine: Machine, log: &mut Log) -> Result<()> {
+        self.shared.as_ref().map_or(Ok(()), Shared::end)?;
+        program::output("systemctl", ["daemon-reload".into()]).context("the configuration is not in force")?;
         // What is known of the disks, which nobody was to know before.
         self.sync(&mut machine, log)?;
         mounts::start_spares(log);
@@ -364,12 +386,12 @@ fn check_programs(plan: &Plan) -> Result<()> {
 
 /// What a boot partition holds, and the first reason why a copy of its images would not boot.
 fn look_into(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String>)> {
-    let look = || {
+    let look = || -> Result<_> {
         let found = BootFiles::scan(&Below::open(place)?)?;
         let faults = opaque::boot_partition(place, &found, names, &mut Searched::new(names)?)?;
         Ok((found, faults.into_iter().next()))
     };
-    look().map_err(|e: anyhow::Error| refused(format!("{}: {e:#}; nothing was done", place.display())))
+    look().with_context(|| place.display().to_string())
 }
 
 /// Whether the booted disk can be copied, as far as that can be seen before.
@@ -384,7 +406,7 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -
     for (role, _, dir) in machine.booted.boot_places() {
         let (found, fault) = look_into(Path::new(dir.as_str()), &names)?;
         if let Some(fault) = fault {
-            return Err(refused(format!("{dir}/{fault}; a copy would not boot without the booted disk; nothing was done")));
+            bail!("{dir}/{fault}; a copy would not boot without the booted disk");
         }
         files.insert(role, found);
     }
@@ -393,16 +415,31 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -
     }
     let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
     if let Some(line) = container::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
-        return Err(refused(format!(
-            "/etc/crypttab opens the LUKS container {line}, which would not open that of the copy; have {} there, or none; nothing was done",
+        bail!(
+            "/etc/crypttab opens the LUKS container {line}, which would not open that of the copy; have {} there, or none",
             luks::KEY
-        )));
+        );
+    }
+    if let Some(fault) = beside(&machine, name)? {
+        bail!("{fault}; that is not cloned");
     }
     let running = machine.subvolume()?;
     match running.and_then(|running| generation::no_source(&running, &files)) {
-        Some(why) => Err(refused(format!("on {}, {why}; nothing was done", machine.booted.name))),
+        Some(why) => bail!("on {}, {why}", machine.booted.name),
         None => Ok(()),
     }
+}
+
+/// What the copy would wait for when it boots: what of the booted disk isn't cloned.
+fn beside(machine: &Machine, new: DiskName) -> Result<Option<String>> {
+    let mut booted: Vec<DiskIds> = machine.ids.iter().filter(|ids| ids.name == machine.booted.name).cloned().collect();
+    booted.iter_mut().for_each(|ids| ids.parts.retain(|role, _| !machine.booted.parts.contains_key(role)));
+    let names = Rewriter::new(&DiskIds { name: new, parts: BTreeMap::new() }, &booted)?;
+    let read = |path: String| Ok((path.clone(), machine.root.read(&path).context(path)?));
+    let files = tree::identifying_files(&machine.root)?.into_iter().map(read).collect::<Result<BTreeMap<_, _>>>()?;
+    let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
+    let faults = [prove::root_files(&files, &names), stacked::on_booted_disk_only(machine, fstab)?].concat();
+    Ok(faults.into_iter().next())
 }
 
 /// What the new disk is called.
@@ -425,4 +462,42 @@ fn name(config: Option<&Config>, inventory: &Inventory, wish: &Wish) -> Result<D
 /// Waits until udev has seen what was done.
 fn settle() -> Result<()> {
     program::output("udevadm", ["settle".into()]).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ident::PartIds;
+    use crate::types::DirPath;
+    use std::fs;
+
+    #[test]
+    fn f14_what_boot_waits_for_is_cloned_or_refused() {
+        let id = |n: u32| PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap();
+        let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(3), id(4));
+        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
+        let part = |n, uuid: &str| PartIds { uuid: Some(uuid.to_owned()), ..PartIds::new(id(n)) };
+        let parts = [(Role::Root, part(2, "of-root")), (Role::Dir(DirPath::parse("/dev/sda3").unwrap()), part(5, "of-tmp"))];
+        let ids = vec![DiskIds { name: config.disks[0].name, parts: parts.into() }];
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir(tmp.path().join("etc")).unwrap();
+        let booted = config.disks[0].clone();
+        let inventory = Inventory::parse(br#"{"blockdevices":[]}"#, BTreeMap::new(), BTreeSet::new()).unwrap();
+        let new = config.disks[1].name;
+        let machine = Machine { root: Root::new(tmp.path()), config, booted, inventory, ids, loader: None, drafts: Vec::new() };
+        for (line, expected) in [
+            ("", None),
+            ("UUID=of-tmp /tmp ext4 nofail", None),
+            ("UUID=of-tmp /tmp ext4 defaults", Some("line 2 (/tmp) needs")),
+            ("PARTUUID=aaaaaaaa-0000-4000-8000-000000000005 /tmp ext4", Some("line 2 (/tmp) needs")),
+        ] {
+            fs::write(tmp.path().join("etc/fstab"), format!("UUID=of-root / ext4\n{line}\n")).unwrap();
+            let found = beside(&machine, new).unwrap();
+            assert!(
+                found.as_deref().is_some_and(|fault| expected.is_some_and(|e| fault.contains(e))) == expected.is_some(),
+                "{found:?}"
+            );
+            assert_eq!(found.is_some(), expected.is_some(), "{found:?}");
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
+use dualroot::clone::config::FILE;
 use dualroot::clone::container::Secret;
 use dualroot::clone::target::Target;
 use dualroot::clone::template::identity::HostName;
@@ -87,9 +88,16 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     // From here on, it isn't true any more that nothing was written.
     job.check_again(&root).map_err(nothing_done)?;
     if let Some(secret) = &secret {
-        job.give_key(&root, secret).map_err(nothing_done)?;
+        let path = job.disk.target.path();
+        job.give_key(&root, secret)
+            .map_err(|e| anyhow!("{e:#}; nothing was done to {path}, but the key for syncs may be there"))?;
     }
-    job.run(&root, secret.as_ref(), log).map_err(erased)
+    let machine = job.make(&root, secret.as_ref(), log).map_err(erased)?;
+    job.start(machine, log).map_err(|e| {
+        anyhow!(
+            "{e:#}; {FILE} names the disk already: once that is mended, 'systemctl start dualroot-sync.service' does what is left"
+        )
+    })
 }
 
 /// What opens the booted disk's LUKS containers, where it has any.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::statvfs::statvfs;
 use uuid::Uuid;
 
@@ -136,6 +136,7 @@ impl Shared {
     /// # Errors
     /// btrfs(8) that fails: too little room, or what can't be read of the only copy.
     pub fn join(&self, root: &Root, node: &str, log: &Log) -> Result<()> {
+        state::keep(JOINING, format!("{}\n", self.uuid).into_bytes())?;
         let btrfs = |words: &[&str]| program::output("btrfs", words.iter().map(Into::into)).map(drop);
         let bytes = || statvfs("/").map_or(0, |s| s.fragment_size().saturating_mul(s.blocks() - s.blocks_free()));
         log.status(&format!("{node}: becoming a part of the shared root"));
@@ -171,31 +172,48 @@ impl Shared {
         program::output("udevadm", ["trigger", "--settle", node].map(Into::into))?;
         heal::healed(root)
     }
+
+    /// The configuration says from now on that the disks share their root.
+    ///
+    /// # Errors
+    /// Those of removing a file.
+    pub fn end(&self) -> Result<()> {
+        state::open(Path::new(state::DIRECTORY))?.clear(JOINING.as_ref())
+    }
 }
+
+/// A file of dualroot's state that is there while nothing is configured, and the root becomes one of several disks: initrds that are made
+/// meanwhile mount it without one of these, too (`units/initrd/layout.sh`).
+const JOINING: &str = "joining";
+
+const WAITS: &str = "would not mount the root without one of its disks; make the initrds again ('update-initramfs -u -k all', 'dracut \
+                     --regenerate-all --force')";
 
 /// Whether the machine's files let another disk boot with the same root, and alone. `names` finds what names the booted disk, of which the
 /// root isn't a part any more.
 ///
 /// # Errors
-/// A refusal: the first that doesn't.
+/// The first that doesn't.
 pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFiles>) -> Result<()> {
     for (role, _, dir) in machine.booted.boot_places() {
         let Some(found) = files.get(&role) else { continue };
+        let place = machine.root.path(dir.as_str());
         for entry in found.of(Class::Entry) {
             let text = entry.text.as_deref().unwrap_or_default();
-            let roots = text.split(u8::is_ascii_whitespace).filter(|word| word.starts_with(b"root="));
-            if let Some(id) = roots.flat_map(|word| names.foreign(word)).next() {
-                return Err(refused(format!(
-                    "{dir}/{}: the root is {id}, and not the UUID of the btrfs; nothing was done",
-                    entry.path
-                )));
+            let roots = || text.split(u8::is_ascii_whitespace).filter(|word| word.starts_with(b"root="));
+            if let Some(id) = roots().flat_map(|word| names.foreign(word)).next() {
+                bail!("{dir}/{}: the root is {id}, and not the UUID of the btrfs", entry.path);
             }
-            if !mounts_alone(Path::new(dir.as_str()), text, found)? {
-                return Err(refused(format!(
-                    "{dir}/{}: its initrd would not mount the root without one of its disks; make the initrds again ('update-initramfs -u \
-                     -k all', 'dracut --regenerate-all --force'); nothing was done",
-                    entry.path
-                )));
+            // What has neither a root nor an initrd is no system: a test of the memory, a shell.
+            let is_system = roots().next().is_some() || !opaque::initrds(text).is_empty();
+            if is_system && !mounts_alone(&place, text, found)? {
+                bail!("{dir}/{}: its initrd {WAITS}", entry.path);
+            }
+        }
+        for image in found.of(Class::Uki) {
+            let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
+            if opaque::uki(&bytes, &variable()?)?.is_empty() {
+                bail!("{dir}/{}: its initrd {WAITS}", image.path);
             }
         }
     }
@@ -203,19 +221,23 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
         let draft = machine.drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
         let text = draft.map_or_else(|| machine.root.read(&path), Ok).with_context(|| path.clone())?;
         if let Some(fault) = prove::root_files(&BTreeMap::from([(path, text)]), names).first() {
-            return Err(refused(format!("{fault}; it is every disk's; nothing was done")));
+            bail!("{fault}; it is every disk's");
         }
     }
     Ok(())
 }
 
-/// Whether an initrd of an entry has what mounts a shared root while a device of it is missing, which has the name of a variable in it (see
+/// Finds in an initrd what mounts a shared root while a device of it is missing, which has the name of a variable in it (see
 /// `units/initrd/degraded.sh`).
-fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
-    let variable = PartIds::new(heal::VENDOR.into());
+fn variable() -> Result<Rewriter> {
     let [target, other] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")));
-    let other = DiskIds { name: other?, parts: BTreeMap::from([(Role::Esp, variable)]) };
-    let names = Rewriter::new(&DiskIds { name: target?, parts: BTreeMap::new() }, &[other])?;
+    let other = DiskIds { name: other?, parts: BTreeMap::from([(Role::Esp, PartIds::new(heal::VENDOR.into()))]) };
+    Rewriter::new(&DiskIds { name: target?, parts: BTreeMap::new() }, &[other])
+}
+
+/// Whether an initrd of an entry would.
+fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
+    let names = variable()?;
     for initrd in opaque::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
         let file = File::open(place.join(&initrd.path)).with_context(|| initrd.path.clone())?;
         if !opaque::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
@@ -359,7 +381,9 @@ mod tests {
                 "linux /a\noptions root=UUID=1\n".to_owned(),
                 "a.conf: its initrd would not mount the root without one of its disks",
             ),
-            ("/etc/kernel/cmdline", format!("root=PARTUUID={}\n", id(2)), "it is every disk's; nothing was done"),
+            ("/boot/EFI/Linux/a.efi", "MZ".to_owned(), "a.efi: its initrd would not mount the root without one of its disks"),
+            (ENTRY, "title A test of the memory\nlinux /memtest\n".to_owned(), "nothing"),
+            ("/etc/kernel/cmdline", format!("root=PARTUUID={}\n", id(2)), "it is every disk's"),
         ] {
             let tmp = tempfile::tempdir().unwrap();
             let root = Root::new(tmp.path());
@@ -376,7 +400,9 @@ mod tests {
                 loader: None,
                 drafts: Vec::new(),
             };
-            assert_refused(check(&machine, &names, &[(Role::Esp, files)].into()), expected);
+            let error =
+                check(&machine, &names, &[(Role::Esp, files)].into()).err().map_or("nothing".to_owned(), |e| e.to_string());
+            assert!(error.contains(expected), "{error}");
         }
     }
 }

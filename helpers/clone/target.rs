@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::libc;
 use serde::Deserialize;
 
@@ -150,13 +150,13 @@ impl Target {
     /// Looks again whether it is the disk that it was: the one that was asked about.
     ///
     /// # Errors
-    /// A refusal if not.
+    /// That it isn't.
     pub fn check_same(&self) -> Result<()> {
         let now = fs::metadata(self.path()).map(|meta| meta.rdev()).ok();
         let was = self.file.metadata().context("the disk can't be looked at any more")?.rdev();
         match now == Some(was) {
             true => Ok(()),
-            false => Err(refused(format!("{} isn't the disk any more that it was; nothing was done", self.path()))),
+            false => bail!("{} isn't the disk any more that it was", self.path()),
         }
     }
 }

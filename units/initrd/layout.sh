@@ -41,10 +41,11 @@ dualroot_shared_root() {
 }
 
 # Whether disks share their root, or nothing is configured yet and they may come to: a disk is cloned with the initrds that there are.
-# What lies on several devices already is somebody else's affair until it is configured.
+# What lies on several devices already is somebody else's affair until it is configured, unless dualroot-clone is making it so.
 dualroot_may_share_root() {
     dualroot_shared_root "${1-}" && return 0
-    ! dualroot_configured "${1-}" && dualroot_btrfs_root "${1-}" && [ -x "${1-}/usr/bin/btrfs" ] && ! dualroot_several_devices
+    ! dualroot_configured "${1-}" && dualroot_btrfs_root "${1-}" && [ -x "${1-}/usr/bin/btrfs" ] &&
+        { [ -e "${1-}/var/lib/dualroot/joining" ] || ! dualroot_several_devices; }
 }
 
 # Whether the kernel $2 is always booted with the option $1, so that what the initrd needs can be left to that: by every entry that there
