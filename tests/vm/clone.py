@@ -12,15 +12,12 @@ STATE = ("sha256sum /etc/dualroot.conf /etc/fstab /etc/machine-id /etc/hostname 
          "/boot/EFI/dualroot/* /efi/EFI/dualroot/* /sys/firmware/efi/efivars/Boot* 2>/dev/null; ls /sys/firmware/efi/efivars; "
          "findmnt -rno TARGET,SOURCE; cat /proc/swaps")
 TEMPLATE = "/srv/template"
-# As whoever has another machine reached by ssh(1) would have it, but this is the other machine.
-SSH = """#!/bin/sh
-env >/run/ssh-environment
-while [ "${1#-}" != "$1" ]; do shift; done
-echo "$1" >/run/ssh-host
-shift
-exec sh -c "$*"
-"""
+# This machine is reached by ssh(1), with a key that only an agent has.
+SSH = ("ssh-keygen -q -t ed25519 -N '' -f /run/key && mkdir -p -m 700 /root/.ssh && cp /run/key.pub /root/.ssh/authorized_keys && "
+       "systemctl start ssh && ssh-keyscan -t ed25519 127.0.0.1 >/root/.ssh/known_hosts && ssh-agent -a /run/agent >/dev/null && "
+       "SSH_AUTH_SOCK=/run/agent ssh-add -q /run/key && rm /run/key")
 UNPACK = {"initramfs-tools": "unmkinitramfs {} .", "dracut": "lsinitrd --unpack {} >/dev/null"}
+MAKE = {"initramfs-tools": "mkinitramfs -o {}", "dracut": "dracut -q --force {}"}
 
 
 def blank(directory, name, mebibytes):
@@ -89,10 +86,38 @@ def check_refusals(pair):
             ("a pair that the booted disk isn't of", "B", "cp /run/others /etc/dualroot.conf", "rm /etc/dualroot.conf", "is in no section")):
         refused(pair, what, f"--yes-erase {serial} {device(serial)}", expected, begin, end)
     machine.unplug("T")
+    refuse_answers(pair)
     if pair.own:
         refuse_initrd(pair)
     written = machine.run(f"cmp -n 67108864 {device('B')} /dev/zero && ls /etc/dualroot.conf 2>/dev/null || true")
     report.equal("nothing was written by that", written, "")
+
+
+def answered(pair, arguments, *answers):
+    """Runs dualroot-clone on a terminal, where each question gets what is typed, or what is called to find that; its exit status and what
+    it printed."""
+    run = pair.machine.run
+    run("export HOME=/root SSH_AUTH_SOCK=/run/agent; cd /run; rm -f typed said code; mkfifo typed; : >said; exec >/dev/null 2>&1\n"
+        f"(script -qfec 'dualroot-clone {arguments}' said <typed; echo $? >ended; mv ended code) & "
+        # As long as it runs, nobody hangs up.
+        "(exec 3>typed; until [ -e code ]; do sleep 0.1; done) &")
+    for question, answer in answers:
+        run(f"until grep -q '{question}' /run/said || [ -e /run/code ]; do sleep 0.1; done", 300)
+        typed = answer() if callable(answer) else answer
+        run(f"[ -e /run/code ] || echo '{typed}' >/run/typed")
+    run("until [ -e /run/code ]; do sleep 0.1; done", 1500)
+    return int(run("cat /run/code")), run("cat /run/said")
+
+
+def refuse_answers(pair):
+    """What is typed is no name of the disk; and that isn't there any more when it is typed."""
+    def pull():
+        pair.machine.unplug("B")
+        return "B"
+    for what, answer, expected in (("another disk's name", "A", "is not what /dev/"), ("a disk that is pulled", pull, "the disk any more")):
+        code, said = answered(pair, device("B"), ("To erase it", answer))
+        pair.report.check(f"refused: {what}, typed", code == 3 and expected in said, (code, said))
+    plug(pair.machine, "B", pair.disks["B"])
 
 
 def refused(pair, what, arguments, expected, begin="true", end="true"):
@@ -122,6 +147,11 @@ def refuse_luks(pair, initrd):
             ("another passphrase", "--key-file /etc/hostname ", "does not open the LUKS container")):
         code, said = machine.status(f"dualroot-clone {arguments}--yes-erase T {device('T')} </dev/null 2>&1", 300)
         report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
+    # As LVM holds what it makes of a partition.
+    held = f"echo , | sfdisk -q -X gpt {device('T')} && udevadm wait -t 60 {device('T')}-part1 && " \
+        f"echo 0 2048 linear {device('T')}-part1 0 | dmsetup create volume"
+    refused(pair, "a disk that something is mapped to", f"--yes-erase T {device('T')}", "is used by /dev/mapper/volume", held,
+            "dmsetup remove volume")
     machine.unplug("T")
 
 
@@ -222,31 +252,34 @@ def check_named(pair):
                 "udevadm settle")
 
 
-def key(pair):
-    """The option for what opens the booted disk."""
-    if pair.layout != "one-luks":
-        return ""
-    pair.machine.run(f"umask 077; printf '{images.PASSPHRASE}' >/run/passphrase")
-    return "--key-file /run/passphrase "
+def talk(pair, serial, arguments, *answers):
+    """As `answered`, for what is to be done; kept, as manual pages have it."""
+    pair.report.step(f"dualroot-clone {arguments}")
+    code, said = answered(pair, arguments, *answers, ("To erase it", serial),
+                          *[("Passphrase of", images.PASSPHRASE)][:pair.layout == "one-luks"])
+    (pair.machine.directory / f"clone-{serial}.txt").write_text(said)
+    return code, said
+
+
+def check_shown(report, said):
+    shown = [line for line in said.split("\r") if line.startswith("[") and " MiB/s  " in line and " left" in line]
+    report.check(f"it has shown how far it is: {shown[len(shown) // 2:][:1]}", len(shown) > 1, said)
 
 
 def clone(pair, number, serial, more=""):
     """Makes a disk a spare, as on a terminal, and returns it."""
     report, machine = pair.report, pair.machine
-    more += key(pair)
-    report.step(f"dualroot-clone {more}{serial}")
     rest(machine)
-    code, said = machine.status(f"script -qec 'dualroot-clone {more}--yes-erase {serial} {device(serial)}' /dev/null </dev/null", 1500)
-    # As the manual page has it.
-    (machine.directory / f"clone-{serial}.txt").write_text(said)
+    code, said = talk(pair, serial, f"{more}{device(serial)}")
     report.check("the disk boots, it says", code == 0 and f"is disk{number} now, and boots" in said, (code, said))
-    shown = [line for line in said.split("\r") if line.startswith("[") and " MiB/s  " in line and " left" in line]
     # What the kernel had gone on with by itself since the power was cut may be at its end.
     if "--shared-root" not in more:
-        report.check(f"it has shown how far it is: {shown[len(shown) // 2:][:1]}", len(shown) > 1, said)
+        check_shown(report, said)
     flags = machine.run(f"lsblk -no PARTFLAGS {device(serial)}").split()
     report.equal("the mark is gone", flags, [])
-    return adopted(machine, number, pair.a.roles)
+    disk = adopted(machine, number, pair.a.roles)
+    pair.check_spare(disk)
+    return disk
 
 
 def check_nothing_left(pair, old, initrd):
@@ -262,6 +295,15 @@ def check_nothing_left(pair, old, initrd):
     found = machine.run(f"find /etc /boot /efi /root /home /var/lib /usr/lib/systemd /run/i -type f {NAMED} -print0 | "
                         f"xargs -0 grep -liE {pattern} || true", 300)
     report.equal("nothing of the other disk is named here", found, "")
+
+
+def check_key_stays(pair, initrd):
+    """What opens the containers isn't put into an initrd, which lies beside them."""
+    make, unpack = (commands[initrd].format("/run/made") for commands in (MAKE, UNPACK))
+    found = pair.machine.run(f"mkdir /run/parts && cd /run/parts && {{ {make} && {unpack}; }} >/dev/null 2>&1 && "
+                             "find . -name 'dm-crypt*' -o -name dualroot.key && rm -r /run/made /run/parts", 900).split()
+    pair.report.check("an initrd that is made here opens containers, and has no key to them",
+                      len(found) == 1 and "dm-crypt" in found[0], found)
 
 
 def check_mark(pair):
@@ -318,18 +360,16 @@ def install(pair, booted, initrd):
     report.equal("nothing was written by that", machine.run(f"cmp -n 67108864 {device('T')} /dev/zero"), "")
     origin = TEMPLATE
     if "home" in booted.roles:
-        machine.run(f"cat >/usr/bin/ssh <<'EOF'\n{SSH}EOF\nchmod +x /usr/bin/ssh")
-        origin = f"other.host:{TEMPLATE}"
+        machine.run(SSH)
+        origin = f"root@127.0.0.1:{TEMPLATE}"
     before = machine.run(STATE)
-    report.step(f"dualroot-clone --template {origin}")
-    environment = "export HOME=/root SSH_AUTH_SOCK=/run/agent DISPLAY=:0"
-    code, said = machine.status(f"{environment}; {command.format(origin)} --hostname other 2>&1", 900)
+    code, said = talk(pair, "T", f"--template {origin} {device('T')}", ("The name of the new machine", "other"))
     report.check("the disk boots, it says", code == 0 and "boots as other" in said, (code, said))
+    check_shown(report, said)
     report.equal("this machine is as it was", machine.run(STATE), before)
     if origin != TEMPLATE:
-        report.equal("ssh was told of the host", machine.run("cat /run/ssh-host"), "other.host")
-        said = machine.run("cat /run/ssh-environment")
-        report.check("and of its agent, and of nothing else", "SSH_AUTH_SOCK=/run/agent" in said and "DISPLAY" not in said, said)
+        logins = machine.run("journalctl -b -u ssh -o cat --no-pager | grep -c 'Accepted publickey for root' || true")
+        report.check("it was reached by ssh", int(logins) >= 3, logins)
     rows = machine.run(f"lsblk -lno PARTUUID,UUID,PARTFLAGS {device('T')} | tail -n +2").splitlines()
     made = images.Disk(0, booted.roles)
     report.check("it has the template's partitions, without a mark", [len(row.split()) for row in rows] == [2] * len(made.roles), rows)
@@ -357,81 +397,78 @@ def install(pair, booted, initrd):
     machine.power_off()
 
 
+def begin(pair, mebibytes=0):
+    """A boots, something is written on it, and B is put in: blank, and by so much larger."""
+    machine = pair.machine
+    pair.boot("A")
+    pair.check_booted(pair.a, pair.kernels[0])
+    machine.run("echo 'written on A' >/root/note")
+    put_in(pair, "B", mebibytes)
+
+
+def put_in(pair, name, mebibytes=0):
+    """Another disk, blank, is put in; than A, it is by so much larger."""
+    size = sum(images.SIZES[role] for role in pair.a.roles)
+    pair.disks[name] = blank(pair.machine.directory, name.lower(), size + mebibytes)
+    plug(pair.machine, name, pair.disks[name])
+
+
+def go_on(pair, initrd, name, disk, old):
+    """The disk that was copied is removed, and the copy boots."""
+    pair.report.step(f"disk{old.number} is removed, and {name} is there")
+    pair.boot(name)
+    pair.check_booted(disk, pair.kernels[0])
+    pair.check_nothing_waits()
+    pair.report.equal("what was written on A is here", pair.machine.run("cat /root/note"), "written on A")
+    check_nothing_left(pair, old, initrd)
+
+
 def one_disk(report, directory, staging, release, initrd, layout):
     """A gets a spare, B, and goes; B gets another one, C, in the place of A, and goes; C makes a disk for another machine, T."""
     pair = Pair(report, directory, staging, release, initrd, layout)
-    machine, first = pair.machine, pair.kernels[0]
     try:
-        pair.boot("A")
-        pair.check_booted(pair.a, first)
-        machine.run("echo 'written on A' >/root/note")
-        # Smaller than A, and larger.
-        size = sum(images.SIZES[role] for role in pair.a.roles)
-        pair.disks |= {"B": blank(directory, "b", size - 200), "C": blank(directory, "c", size + 500)}
-        plug(machine, "B", pair.disks["B"])
+        begin(pair, -200)
         check_refusals(pair)
         interrupt(pair)
         pair.b = clone(pair, 1, "B", "" if pair.own else "--shared-root ")
-        pair.check_spare(pair.b)
         if not pair.own:
             check_mirrored(pair)
-            report.equal("fstab mounts the root only", machine.run("grep -c ^[^#] /etc/fstab"), "1")
-        machine.power_off()
-
-        report.step("A is removed")
-        pair.boot("B")
-        pair.check_booted(pair.b, first)
-        report.equal("what was written on A is here", machine.run("cat /root/note"), "written on A")
-        check_nothing_left(pair, pair.a, initrd)
-        plug(machine, "C", pair.disks["C"])
+            report.equal("fstab mounts the root only", pair.machine.run("grep -c ^[^#] /etc/fstab"), "1")
+        pair.machine.power_off()
+        go_on(pair, initrd, "B", pair.b, pair.a)
+        put_in(pair, "C", 500)
         if not pair.own:
             refused(pair, "a third disk, while one is missing", f"--yes-erase C {device('C')}", "--replace diskN")
         pair.c = clone(pair, 0, "C", "--replace disk0 --layout /var/lib/dualroot/layout.json ")
-        pair.check_spare(pair.c)
         if not pair.own:
             check_mirrored(pair)
-        machine.power_off()
+        pair.machine.power_off()
         check_mark(pair)
-
-        report.step("B is removed")
-        pair.boot("C")
-        pair.check_booted(pair.c, first)
-        report.equal("what was written on A is here, too", machine.run("cat /root/note"), "written on A")
-        check_nothing_left(pair, pair.b, initrd)
+        go_on(pair, initrd, "C", pair.c, pair.b)
         if pair.own:
             install(pair, pair.c, initrd)
         else:
-            machine.power_off()
+            pair.machine.power_off()
     finally:
-        machine.kill()
+        pair.machine.kill()
 
 
 def encrypted(report, directory, staging, release, initrd, layout):
     """A, with its root in a LUKS container, gets a spare, B, and goes; it comes back, and is B's spare."""
     pair = Pair(report, directory, staging, release, initrd, layout)
-    machine, first = pair.machine, pair.kernels[0]
+    machine = pair.machine
     try:
-        pair.boot("A")
-        pair.check_booted(pair.a, first)
-        machine.run("echo 'written on A' >/root/note")
+        begin(pair)
         refuse_luks(pair, initrd)
-        pair.disks["B"] = blank(directory, "b", sum(images.SIZES[role] for role in pair.a.roles))
-        plug(machine, "B", pair.disks["B"])
         pair.b = clone(pair, 1, "B")
-        pair.check_spare(pair.b)
         found = machine.run(f"cryptsetup luksDump {device('B')}-part2 | grep -E '^(Version|UUID)' | sed 's/.*: *\\t*//'").split()
         report.equal("it is LUKS2, and has a UUID of its own", found, ["2", pair.b.container])
         report.check("which is another one", pair.b.container != pair.a.container)
         report.equal("only root may read the key", machine.run("stat -c %a%u /mnt/root1/etc/cryptsetup-keys.d/dualroot.key"), "6000")
         machine.power_off()
-
-        report.step("A is removed")
-        pair.boot("B")
-        pair.check_booted(pair.b, first)
-        pair.check_nothing_waits()
-        report.equal("what was written on A is here", machine.run("cat /root/note"), "written on A")
-        check_nothing_left(pair, pair.a, initrd)
+        go_on(pair, initrd, "B", pair.b, pair.a)
         machine.run("systemctl stop dualroot-sync.timer; echo 'written on B' >/root/note")
+        check_key_stays(pair, initrd)
         plug(machine, "A", pair.disks["A"])
         pair.manual_sync()
         pair.check_spare(pair.a)
@@ -443,6 +480,28 @@ def encrypted(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
+def large_sectors(report, directory, staging, release, initrd, layout):
+    """A gets a spare with sectors of 4096 bytes, B, and goes; of that, a disk with usual ones is made, C, and B goes."""
+    pair = Pair(report, directory, staging, release, initrd, layout)
+    machine = pair.machine
+    machine.large_sectors = {"B"}
+    try:
+        begin(pair)
+        pair.b = clone(pair, 1, "B")
+        report.equal("its sectors are large", machine.run(f"blockdev --getss {device('B')}"), "4096")
+        machine.power_off()
+        go_on(pair, initrd, "B", pair.b, pair.a)
+        put_in(pair, "C")
+        pair.c = clone(pair, 0, "C", "--replace disk0 ")
+        machine.power_off()
+        go_on(pair, initrd, "C", pair.c, pair.b)
+        machine.power_off()
+    finally:
+        machine.kill()
+
+
 CASES = {"one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"), "one-luks-12": (encrypted, 12, "initramfs-tools", "one-luks"),
          "one-luks-13": (encrypted, 13, "dracut", "one-luks"), "one-ext4-13": (one_disk, 13, "dracut", "one-ext4"),
+         "one-xfs-13": (large_sectors, 13, "dracut", "one-xfs"),
+         "one-shared-btrfs-12": (one_disk, 12, "initramfs-tools", "one-shared-btrfs"),
          "one-shared-btrfs-13": (one_disk, 13, "dracut", "one-shared-btrfs")}

@@ -23,8 +23,10 @@ CACHE = Path(os.environ.get("DUALROOT_TEST_CACHE", "/var/cache/dualroot-tests"))
 SUITES = {12: "bookworm", 13: "trixie"}
 COMMON = ["systemd", "systemd-sysv", "udev", "dbus", "systemd-boot", "systemd-boot-efi", "dosfstools", "e2fsprogs", "btrfs-progs",
           "rsync", "kmod", "zstd", "qemu-guest-agent", "fdisk", "util-linux", "efibootmgr"]
-# What systems with a root in a LUKS container have besides, and what opens that.
-ENCRYPTED = {"initramfs-tools": ["cryptsetup", "cryptsetup-initramfs"], "dracut": ["cryptsetup", "systemd-cryptsetup"]}
+# What systems of some layouts have besides: those with a root in a LUKS container.
+MORE = {"one-luks": {"initramfs-tools": ["cryptsetup", "cryptsetup-initramfs"], "dracut": ["cryptsetup", "systemd-cryptsetup"]},
+        "one-xfs": {"dracut": ["xfsprogs"]}, "one-ext4": {"dracut": ["openssh-server"]}}
+# What opens that.
 PASSPHRASE = "correct horse battery staple"
 # What an initrd needs of the kernel's modules in these machines. With Debian's default, nearly all of them, making one takes minutes
 # under emulation.
@@ -33,12 +35,16 @@ DRIVERS = ["virtio_pci", "virtio_blk", "ext4", "btrfs"]
 # which guests would unpack, index, load and copy all the same.
 MODULES = tuple(f"kernel/{path}" for path in (
     "crypto/", "drivers/block/loop", "drivers/block/virtio", "drivers/char/hw_random/", "drivers/char/virtio", "drivers/firmware/efi/",
-    "drivers/firmware/qemu", "drivers/md/dm-crypt", "drivers/md/dm-mod", "drivers/virtio/", "fs/autofs/", "fs/btrfs/", "fs/configfs/", "fs/efivarfs/", "fs/ext4/",
-    "fs/fat/", "fs/fuse/", "fs/jbd2/", "fs/mbcache", "fs/nls/", "fs/overlayfs/", "lib/"))
+    "drivers/firmware/qemu", "drivers/md/dm-crypt", "drivers/md/dm-mod", "drivers/virtio/", "fs/autofs/", "fs/btrfs/", "fs/configfs/",
+    "fs/efivarfs/", "fs/ext4/", "fs/fat/", "fs/fuse/", "fs/jbd2/", "fs/mbcache", "fs/nls/", "fs/overlayfs/", "fs/xfs/", "lib/"))
 # What Debian's dracut would put into an initrd, and these machines have no use for. With "shutdown", each of them ends by unpacking it.
 OMITTED = ["hwdb", "kernel-modules-extra", "lunmask", "nvdimm", "overlay-root", "resume", "shutdown", "terminfo", "virtfs", "virtiofs"]
-# Nobody logs in, and there is nothing to reap.
-MASKED = ["getty.target", "e2scrub_reap.service"]
+# Nobody logs in, there is nothing to reap, and nothing of what is tested asks for the others. Emulated, each takes a second of every boot.
+MASKED = ["getty.target", "e2scrub_reap.service", "systemd-logind.service", "systemd-hostnamed.socket", "modprobe@drm.service",
+          "modprobe@fuse.service", "sys-fs-fuse-connections.mount", "dev-hugepages.mount", "dev-mqueue.mount", "sys-kernel-debug.mount",
+          "sys-kernel-tracing.mount", "proc-sys-fs-binfmt_misc.automount", "systemd-binfmt.service"]
+# What a case starts when it needs it.
+DISABLED = ["ssh.service", "ssh.socket"]
 LOCKS = collections.defaultdict(threading.Lock)
 
 
@@ -136,9 +142,10 @@ def kernels(release):
     return cached(f"kernels{release}", [names, MODULES], ".tar", build)
 
 
-def tree(release, initrd, encrypted):
+def tree(release, initrd, layout):
     """A tar archive of a Debian system with the oldest of its kernels."""
-    packages = COMMON + [initrd, "linux-base"] + (ENCRYPTED[initrd] if encrypted else [])
+    more = MORE.get(layout, {}).get(initrd, [])
+    packages = COMMON + [initrd, "linux-base"] + more
     without = ["doc", "man", "locale", "info", "zoneinfo"]
     kernel = f"linux-image-{kernel_versions(release)[0]}"
 
@@ -151,7 +158,8 @@ def tree(release, initrd, encrypted):
             sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
                *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], f"--customize-hook=copy-in {tmp}/{package} /",
                f'--customize-hook=chroot "$1" dpkg -i {package} && rm "$1/{package}"', SUITES[release], path, listing.name)
-    return cached(f"debian{release}-{initrd}{'-luks' if encrypted else ''}", [packages, without, sources(release), str(kernels(release))], ".tar", build)
+    name = f"debian{release}-{initrd}{layout.removeprefix('one') if more else ''}"
+    return cached(name, [packages, without, sources(release), str(kernels(release))], ".tar", build)
 
 
 class Disk:
@@ -225,10 +233,24 @@ def btrfs(path, role, disk, content=None):
     sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], "-L", f"{role}{disk.number}", *(["--rootdir", content] if content else []), path)
 
 
+def xfs(path, role, disk, content=None):
+    """This one is mounted: mkfs.xfs takes no directory."""
+    with open(path, "wb") as image:
+        image.truncate(SIZES[role] * MIB)
+    sh("mkfs.xfs", "-q", "-m", f"uuid={disk.uuid[role]}", "-L", f"{role}{disk.number}", path)
+    with tempfile.TemporaryDirectory(dir=CACHE) as place:
+        sh("mount", path, place)
+        try:
+            sh("cp", "-a", f"{content}/.", place)
+        finally:
+            sh("umount", place)
+
+
 LAYOUTS = {"own-esp": ("esp", "root"), "own-btrfs": ("esp", "root"), "own-xbootldr": ("esp", "xbootldr", "root", "home", "swap"),
            "shared-btrfs": ("esp", "root"),
            # Of these, there is only one disk, and no configuration.
-           "one-luks": ("esp", "root"), "one-ext4": ("esp", "root", "swap", "home"), "one-btrfs": ("esp", "xbootldr", "root"), "one-shared-btrfs": ("esp", "root")}
+           "one-luks": ("esp", "root"), "one-xfs": ("esp", "root"), "one-ext4": ("esp", "root", "swap", "home"),
+           "one-btrfs": ("esp", "xbootldr", "root"), "one-shared-btrfs": ("esp", "root")}
 
 
 def pair(layout):
@@ -256,7 +278,7 @@ def system(release, initrd, layout, staging):
         path.mkdir()
         with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
             make(Path(tmp), release, initrd, layout, staging, a, b, path)
-    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(tree(release, initrd, layout == "one-luks"))], "", build)
+    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(tree(release, initrd, layout))], "", build)
 
 
 def make(tmp, release, initrd, layout, staging, a, b, out):
@@ -264,12 +286,13 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     for path in (root, boot, esp):
         path.mkdir()
     version = kernel_versions(release)[0]
-    sh("tar", "-xf", tree(release, initrd, layout == "one-luks"), "-C", root, "--xattrs")
+    sh("tar", "-xf", tree(release, initrd, layout), "-C", root, "--xattrs")
     sh("sh", "-c", f"tar -c -C '{staging}' . | tar -x -C '{root}' --keep-directory-symlink --no-same-owner")
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")
-    root_type = "btrfs" if "btrfs" in layout else "ext4"
-    fstab = f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {0 if root_type == 'btrfs' else 1}\n"
+    root_type = next((kind for kind in ("btrfs", "xfs") if kind in layout), "ext4")
+    drivers = DRIVERS + [root_type][:root_type == "xfs"]
+    fstab = f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {1 if root_type == 'ext4' else 0}\n"
     if layout == "one-ext4":
         fstab += f"LABEL=home0 /home ext4 defaults 0 2\n"
     if "swap" in a.roles:
@@ -292,6 +315,9 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     sh("systemctl", f"--root={root}", "preset",
        "dualroot-booted.service", "dualroot-entries.path", "dualroot-sync.path", "dualroot-sync.timer", "dualroot-verify.timer")
     sh("systemctl", f"--root={root}", "mask", *MASKED)
+    for unit in DISABLED:
+        if (root / "usr/lib/systemd/system" / unit).exists():
+            sh("systemctl", f"--root={root}", "disable", unit)
     # As after a first boot: what systemd updates then is up to date.
     for name in ("etc/.updated", "var/.updated"):
         (root / name).touch()
@@ -299,10 +325,10 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     if initrd == "initramfs-tools":
         settings = root / "etc/initramfs-tools"
         (settings / "conf.d/machine").write_text("MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n")
-        (settings / "modules").write_text("\n".join(DRIVERS) + "\n")
+        (settings / "modules").write_text("\n".join(drivers) + "\n")
         sh("chroot", root, "update-initramfs", "-u", "-k", version)
     else:
-        (root / "etc/dracut.conf.d/machine.conf").write_text(f'hostonly=no\ndrivers=" {" ".join(DRIVERS)} "\n'
+        (root / "etc/dracut.conf.d/machine.conf").write_text(f'hostonly=no\ndrivers=" {" ".join(drivers)} "\n'
                                                               f'omit_dracutmodules+=" {" ".join(OMITTED)} "\ncompress="zstd -1"\n')
         # Debian's hooks have the initrd made twice, by the package dracut and by kernel-install(8). Once is enough.
         (root / "etc/kernel/install.conf").write_text("initrd_generator=none\n")
@@ -341,7 +367,7 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
             content = {"esp": place, "xbootldr": boot, "root": root}.get(role) if disk is a else None
             if role == "root" and layout == "shared-btrfs" and disk is b:
                 continue
-            of_root = luks if layout == "one-luks" else btrfs if root_type == "btrfs" else ext4
+            of_root = luks if layout == "one-luks" else {"btrfs": btrfs, "xfs": xfs, "ext4": ext4}[root_type]
             write = {"esp": fat, "xbootldr": fat, "swap": swap, "root": of_root}.get(role, ext4)
             write(image, role, disk, content)
             parts[disk.number][role] = image

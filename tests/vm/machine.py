@@ -74,6 +74,8 @@ class Machine:
         self.process = None
         # What is typed when a boot asks for it.
         self.passphrase = None
+        # The serial numbers of disks with sectors of 4096 bytes.
+        self.large_sectors = set()
 
     def start(self, disks, limit=400, logs=None, fails=None):
         """Powers on as `power_on` does, and waits until the guest has booted. Returns the seconds that took."""
@@ -99,7 +101,8 @@ class Machine:
             "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "qemu64", "-smp", "1",
             "-m", str(self.memory), "-display", "none", "-nodefaults", "-no-reboot",
             "-drive", f"if=pflash,format=raw,readonly=on,file={CODE}", "-drive", f"if=pflash,format=raw,file={self.vars}",
-            "-chardev", f"socket,id=console,path={console},server=on,wait=off,logfile={self.serial}", "-serial", "chardev:console", "-qmp", f"unix:{qmp},server=on,wait=off",
+            "-chardev", f"socket,id=console,path={console},server=on,wait=off,logfile={self.serial}",
+            "-serial", "chardev:console", "-qmp", f"unix:{qmp},server=on,wait=off",
             "-chardev", f"socket,id=agent,path={agent},server=on,wait=off", "-device", "virtio-serial",
             "-device", "virtserialport,id=agent0,chardev=agent,name=org.qemu.guest_agent.0", "-object", "rng-random,id=rng",
             "-device", "virtio-rng-pci,rng=rng", "-object", f"throttle-group,id=slow,x-bps-write={SLOW},x-bps-write-max={SLOW}",
@@ -109,7 +112,7 @@ class Machine:
         self.slots = {}
         for slot, (serial, image) in enumerate(disks.items()):
             node = self._node(serial, image, (logs or {}).get(serial), (fails or {}).get(serial))
-            command += ["-blockdev", json.dumps(node), "-device", self._device(serial, slot)]
+            command += ["-blockdev", json.dumps(node), "-device", json.dumps(self._device(serial, slot))]
             self.slots[serial] = slot
         log = open(self.directory / "qemu.log", "ab")
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -141,10 +144,10 @@ class Machine:
             node = {"driver": "throttle", "throttle-group": "slow", "file": node}
         return node | {"node-name": f"disk-{serial}"}
 
-    @staticmethod
-    def _device(serial, slot):
-        return f"virtio-blk-pci,id=dev-{serial},drive=disk-{serial},serial={serial},bus=slot{slot}," + \
-            ",".join(f"{name}={'on' if value else 'off'}" for name, value in LOGGED.items())
+    def _device(self, serial, slot):
+        size = 4096 if serial in self.large_sectors else 512
+        return {"driver": "virtio-blk-pci", "id": f"dev-{serial}", "drive": f"disk-{serial}", "serial": serial, "bus": f"slot{slot}",
+                "logical_block_size": size, "physical_block_size": size} | LOGGED
 
     def command(self, name, limit=60, **arguments):
         self.qmp.send({"execute": name, "arguments": arguments})
@@ -195,8 +198,7 @@ class Machine:
         "read", and a sector), the first write to that sector fails, or every read of it; a `slow` disk takes SLOW bytes in a second."""
         slot = next(s for s in range(SLOTS) if s not in self.slots.values())
         self.command("blockdev-add", **self._node(serial, image, log, fails, slow))
-        self.command("device_add", driver="virtio-blk-pci", id=f"dev-{serial}", drive=f"disk-{serial}", serial=serial, bus=f"slot{slot}",
-                     **LOGGED)
+        self.command("device_add", **self._device(serial, slot))
         self.slots[serial] = slot
 
     def unplug(self, serial):
