@@ -105,6 +105,15 @@ impl Rewriter {
         Ok(Self::index(needle::all(target, others)))
     }
 
+    /// Finds what names any of these disks, as [`Rewriter::foreign`], and has nothing to write instead.
+    ///
+    /// # Errors
+    /// As [`Rewriter::new`]; more disks than there are names for.
+    pub fn finder(disks: &[DiskIds]) -> Result<Self> {
+        let taken: Vec<DiskName> = disks.iter().map(|disk| disk.name).collect();
+        Self::new(&DiskIds { name: DiskName::free(&taken)?, parts: BTreeMap::new() }, disks)
+    }
+
     fn index(needles: Vec<Needle>) -> Self {
         let mut new = Self { needles, first: vec![Vec::new(); 256], pairs: vec![0; 1 << 10], longest: 0 };
         for (number, needle) in new.needles.iter().enumerate() {

@@ -225,9 +225,8 @@ impl Machine {
     pub fn naming(&self, disk: &Disk, role: &Role) -> Result<Option<Rewriter>> {
         let ids = self.ids.iter().find(|ids| ids.name == disk.name).and_then(|ids| ids.parts.get(role));
         let Some(ids) = ids else { return Ok(None) };
-        let nothing = DiskIds { name: self.booted.name, parts: BTreeMap::new() };
         let one = DiskIds { name: disk.name, parts: BTreeMap::from([(role.clone(), ids.clone())]) };
-        Rewriter::new(&nothing, &[one]).map(Some).map_err(|e| refused(format!("{e:#}")))
+        Rewriter::finder(&[one]).map(Some).map_err(|e| refused(format!("{e:#}")))
     }
 
     /// The prefixes of menu titles, for one disk of the pair.

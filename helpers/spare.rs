@@ -412,7 +412,6 @@ impl<'a> Spare<'a> {
             faults.extend(opaque::boot_partition(self.held(&part.role)?.place(), part.found, &self.rewriter, &mut searched)?);
         }
         searched.save(self.disk.name)?;
-        let mut files = BTreeMap::new();
         let root = match (self.machine.own_roots(), self.generation()) {
             (true, Some(generation)) => Some(self.held(&Role::Root)?.place().join(generation.subvolume())),
             (true, None) => Some(self.held(&Role::Root)?.place().to_owned()),
@@ -420,14 +419,7 @@ impl<'a> Spare<'a> {
         };
         // A shared root has one fstab for every disk: what it says has to hold on each.
         let root = crate::root::Root::new(root.unwrap_or_else(|| "/".into()));
-        for path in tree::identifying_files(&root)? {
-            if let Some(bytes) = root.read_opt(&path)? {
-                files.insert(path, bytes);
-            }
-        }
-        for draft in &self.machine.drafts {
-            files.entry(draft.path.clone()).and_modify(|bytes| bytes.clone_from(&draft.bytes));
-        }
+        let files = tree::identifying_texts(&root, &self.machine.drafts)?;
         faults.extend(prove::root_files(&files, &self.rewriter));
         let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
         faults.extend(stacked::on_booted_disk_only(self.machine, fstab)?);

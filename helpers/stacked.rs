@@ -10,9 +10,6 @@ use crate::fstab::{self, Line};
 use crate::machine::Machine;
 use crate::root::Root;
 
-/// Deeper than anyone stacks devices.
-const DEEPEST: usize = 16;
-
 /// The lines of fstab that have the boot wait for what isn't there without the booted disk, one sentence each: what lies on nothing but
 /// partitions of that which no key names.
 ///
@@ -24,8 +21,7 @@ pub(crate) fn on_booted_disk_only(machine: &Machine, fstab: &[u8]) -> Result<Vec
     for line in fstab::lines(fstab).filter(Line::is_needed_at_boot) {
         let spec = line.spec.to_str_lossy();
         let Some(device) = device(&machine.root, &spec) else { continue };
-        let mut below = BTreeSet::new();
-        collect(&machine.root, &device, DEEPEST, &mut below)?;
+        let below = below(&machine.root, device)?;
         if !below.is_empty() && below.is_subset(&unnamed) {
             faults.push(format!(
                 "/etc/fstab would have the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone; give the line nofail",
@@ -59,14 +55,20 @@ fn device(root: &Root, spec: &str) -> Option<String> {
 }
 
 /// What a device lies on in the end, if it isn't a disk or a partition itself.
-fn collect(root: &Root, device: &str, depth: usize, found: &mut BTreeSet<String>) -> Result<()> {
-    let dir = format!("/sys/class/block/{device}/slaves");
-    let below = root.names(&dir).with_context(|| dir.clone())?;
-    if below.is_empty() && depth < DEEPEST {
-        found.insert(device.to_owned());
+fn below(root: &Root, device: String) -> Result<BTreeSet<String>> {
+    let mut lowest = BTreeSet::new();
+    let mut seen = BTreeSet::from([device.clone()]);
+    let mut left = vec![device];
+    while let Some(device) = left.pop() {
+        let dir = format!("/sys/class/block/{device}/slaves");
+        let slaves = root.names(&dir).with_context(|| dir.clone())?;
+        if slaves.is_empty() && seen.len() > 1 {
+            lowest.insert(device);
+        }
+        let slaves = slaves.iter().filter_map(|name| name.to_str()).map(str::to_owned);
+        left.extend(slaves.filter(|name| seen.insert(name.clone())));
     }
-    let mut below = below.iter().filter_map(|name| name.to_str()).take_while(|_| depth > 0);
-    below.try_for_each(|name| collect(root, name, depth - 1, found))
+    Ok(lowest)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Copying root trees with rsync(1), and the files in them that name a disk.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
 use std::io::{BufRead, BufReader};
@@ -119,8 +119,24 @@ pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
     Ok(paths)
 }
 
-/// The files of a root that may name a disk, and these others, that lead through a symbolic link, as the link and where it leads: what is written there would be written
-/// elsewhere, or stand in its place. A link to /dev/null is none: it says that there is no such file.
+/// What [`identifying_files`] hold, by their paths, once what is drafted is written.
+///
+/// # Errors
+/// A file that is there but can't be read.
+pub fn identifying_texts(root: &Root, drafts: &[Rewritten]) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut texts = BTreeMap::new();
+    for path in identifying_files(root)? {
+        let draft = drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
+        let text = draft.map_or_else(|| root.read_opt(&path), |bytes| Ok(Some(bytes)));
+        if let Some(text) = text.with_context(|| format!("{path} can't be read"))? {
+            texts.insert(path, text);
+        }
+    }
+    Ok(texts)
+}
+
+/// The files of a root that may name a disk, and these others, that lead through a symbolic link, as the link and where it leads: what is
+/// written there would be written elsewhere, or stand in its place. A link to /dev/null is none: it says that there is no such file.
 ///
 /// # Errors
 /// A directory that can't be read.

@@ -230,6 +230,14 @@ impl DiskName {
             })
     }
 
+    /// The lowest that none of these is.
+    ///
+    /// # Errors
+    /// They are all taken.
+    pub fn free(taken: &[Self]) -> Result<Self> {
+        (0..1000).map(Self).find(|name| !taken.contains(name)).context("there are a thousand disks")
+    }
+
     /// The number in it.
     pub fn number(&self) -> u32 {
         self.0

@@ -71,14 +71,16 @@ pub fn draft(
     }
 }
 
-/// The lowest number that no disk has.
+/// The lowest name that no disk has. The booted disk is disk0 where nothing is configured.
 ///
 /// # Errors
 /// A thousand disks.
 pub fn free_name(config: Option<&Config>) -> Result<DiskName> {
-    let taken: Vec<DiskName> = config.iter().flat_map(|config| config.disks.iter().map(|disk| disk.name)).collect();
-    let names = (u32::from(config.is_none())..1000).filter_map(|n| DiskName::parse(&format!("disk{n}")).ok());
-    names.into_iter().find(|name| !taken.contains(name)).context("there are a thousand disks already")
+    let taken = match config {
+        Some(config) => config.disks.iter().map(|disk| disk.name).collect(),
+        None => vec![DiskName::free(&[])?],
+    };
+    DiskName::free(&taken)
 }
 
 fn section_text(name: DiskName, section: &Section) -> String {

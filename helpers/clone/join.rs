@@ -217,22 +217,18 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
             }
         }
     }
-    for path in tree::identifying_files(&machine.root)? {
-        let draft = machine.drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
-        let text = draft.map_or_else(|| machine.root.read(&path), Ok).with_context(|| path.clone())?;
-        if let Some(fault) = prove::root_files(&BTreeMap::from([(path, text)]), names).first() {
-            bail!("{fault}; it is every disk's");
-        }
+    let texts = tree::identifying_texts(&machine.root, &machine.drafts)?;
+    match prove::root_files(&texts, names).first() {
+        Some(fault) => bail!("{fault}; it is every disk's"),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Finds in an initrd what mounts a shared root while a device of it is missing, which has the name of a variable in it (see
 /// `units/initrd/degraded.sh`).
 fn variable() -> Result<Rewriter> {
-    let [target, other] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")));
-    let other = DiskIds { name: other?, parts: BTreeMap::from([(Role::Esp, PartIds::new(heal::VENDOR.into()))]) };
-    Rewriter::new(&DiskIds { name: target?, parts: BTreeMap::new() }, &[other])
+    let parts = BTreeMap::from([(Role::Esp, PartIds::new(heal::VENDOR.into()))]);
+    Rewriter::finder(&[DiskIds { name: DiskName::free(&[])?, parts }])
 }
 
 /// Whether an initrd of an entry would.
@@ -248,18 +244,18 @@ fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
 }
 
 /// fstab of a shared root, which is every disk's: without the lines for boot partitions and swap space of the booted disk, which the
-/// generator mounts. None where it has no such lines. `name` is the new disk's.
+/// generator mounts. None where it has no such lines.
 ///
 /// # Errors
 /// A file that can't be read; names that can't be told apart.
-pub fn fstab(machine: &Machine, name: DiskName) -> Result<Option<Rewritten>> {
+pub fn fstab(machine: &Machine) -> Result<Option<Rewritten>> {
     let old = machine.root.read_opt(FSTAB).context(FSTAB)?.unwrap_or_default();
     let own: Vec<DiskIds> = machine.ids.iter().filter(|ids| ids.name == machine.booted.name).cloned().collect();
     let own = own.into_iter().map(|mut ids| {
         ids.parts.retain(|role, _| role.is_boot() || *role == Role::Swap);
         ids
     });
-    let names = Rewriter::new(&DiskIds { name, parts: BTreeMap::new() }, &own.collect::<Vec<_>>())?;
+    let names = Rewriter::finder(&own.collect::<Vec<_>>())?;
     let goes = |line: &fstab::Line<'_>| {
         !names.foreign(line.spec.raw).is_empty() && !line.dir().is_some_and(|dir| machine.is_apart(&dir))
     };
@@ -288,7 +284,7 @@ fn way(ids: &[u64], lost: &[u64], is_ours: bool) -> Result<Way, String> {
 mod tests {
     use super::*;
     use crate::below::Below;
-    use crate::machine::Refused;
+    use crate::machine::{Refused, nothing_done};
 
     #[test]
     fn a_second_device_is_added_and_a_lost_one_replaced() {
@@ -370,9 +366,8 @@ mod tests {
     #[test]
     fn files_that_boot_no_other_disk_are_refused() {
         let root_part = PartIds::new(id(2));
-        let [booted, new] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")).unwrap());
-        let booted = DiskIds { name: booted, parts: [(Role::Root, root_part)].into() };
-        let names = Rewriter::new(&DiskIds { name: new, parts: BTreeMap::new() }, &[booted]).unwrap();
+        let booted = DiskIds { name: DiskName::parse("disk0").unwrap(), parts: [(Role::Root, root_part)].into() };
+        let names = Rewriter::finder(&[booted]).unwrap();
         const ENTRY: &str = "/boot/loader/entries/a.conf";
         for (path, text, expected) in [
             (ENTRY, format!("linux /a\noptions root=PARTUUID={}\n", id(2)), "a.conf: the root is PARTUUID"),
@@ -382,8 +377,8 @@ mod tests {
                 "a.conf: its initrd would not mount the root without one of its disks",
             ),
             ("/boot/EFI/Linux/a.efi", "MZ".to_owned(), "a.efi: its initrd would not mount the root without one of its disks"),
-            (ENTRY, "title A test of the memory\nlinux /memtest\n".to_owned(), "nothing"),
-            ("/etc/kernel/cmdline", format!("root=PARTUUID={}\n", id(2)), "it is every disk's"),
+            (ENTRY, "title A test of the memory\nlinux /memtest\n".to_owned(), ""),
+            ("/etc/kernel/cmdline", format!("root=PARTUUID={}\n", id(2)), "it is every disk's; nothing was done"),
         ] {
             let tmp = tempfile::tempdir().unwrap();
             let root = Root::new(tmp.path());
@@ -400,9 +395,11 @@ mod tests {
                 loader: None,
                 drafts: Vec::new(),
             };
-            let error =
-                check(&machine, &names, &[(Role::Esp, files)].into()).err().map_or("nothing".to_owned(), |e| e.to_string());
-            assert!(error.contains(expected), "{error}");
+            let found = check(&machine, &names, &[(Role::Esp, files)].into()).map_err(nothing_done);
+            match expected {
+                "" => found.unwrap(),
+                _ => assert_refused(found, expected),
+            }
         }
     }
 }

@@ -175,7 +175,8 @@ impl Job {
             Ok((role.clone(), PartIds { uuid, label, partlabel, ..PartIds::new(partuuid) }))
         };
         // What is rewritten goes from one disk to another.
-        let name = needed::free_name(&self.about.ids)?;
+        let taken: Vec<DiskName> = self.about.ids.iter().map(|disk| disk.name).collect();
+        let name = DiskName::free(&taken)?;
         let mut own = DiskIds { name, parts: parts.iter().map(of).collect::<Result<_>>()? };
         let alone = |ids: &PartIds| DiskIds { name, parts: [(Role::Root, ids.clone())].into() };
         let its_root = own.parts.get(&Role::Root).map(alone).context("there is no root")?;
@@ -185,7 +186,8 @@ impl Job {
         let machine_id = kernel_id(root, "uuid")?;
         identity::add_machine_id(&mut own, machine_id)?;
         let machine_id = machine_id.simple().to_string();
-        Ok(Names { rewriter: rewriter(&own, &old)?, root: root_names, own: own_names, machine_id })
+        let rewriter = Rewriter::new(&own, &old).map_err(|e| refused(format!("{e:#}")))?;
+        Ok(Names { rewriter, root: root_names, own: own_names, machine_id })
     }
 }
 
@@ -217,10 +219,6 @@ fn check_files(origin: &Origin, about: &About, plan: &Plan, places: &[(Role, &st
         true => Ok(()),
         false => Err(refused(format!("{}; nothing was done", faults.join("; ")))),
     }
-}
-
-fn rewriter(target: &DiskIds, others: &[DiskIds]) -> Result<Rewriter> {
-    Rewriter::new(target, others).map_err(|e| refused(format!("{e:#}")))
 }
 
 /// Where the template has what belongs on the boot partitions: as [`crate::conf::Disk::boot_places`].
@@ -363,10 +361,9 @@ mod tests {
     fn names() -> Names {
         let (own, old) = (ids("disk1", NEW, 0x1234, &ROLES), ids("disk0", OLD, 0xd0a1, &ROLES));
         let root = DiskIds { name: own.name, parts: [(Role::Root, own.parts[&Role::Root].clone())].into() };
-        let nothing = DiskIds { name: old.name, parts: [].into() };
         Names {
-            rewriter: rewriter(&own, std::slice::from_ref(&old)).unwrap(),
-            root: rewriter(&nothing, &[root]).unwrap(),
+            rewriter: Rewriter::new(&own, std::slice::from_ref(&old)).unwrap(),
+            root: needed::finder(&[root]).unwrap(),
             own: needed::finder(&[own]).unwrap(),
             machine_id: Uuid::from_u128(0x1234).simple().to_string(),
         }

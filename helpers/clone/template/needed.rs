@@ -1,12 +1,11 @@
 //! What fstab(5) and crypttab(5) of a template have its copy wait for: lines about another disk go, and what nothing of the new one answers
 //! to is found.
 
-use std::collections::BTreeMap;
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::fstab::{self, Line};
 use crate::ident::{DiskIds, Rewriter};
+use crate::machine::refused;
 use crate::prove;
 use crate::types::DiskName;
 
@@ -20,18 +19,9 @@ const MEMORY: &[u8] = b"/dev/zram";
 /// Finds what names these disks.
 ///
 /// # Errors
-/// As [`Rewriter::new`]; more disks than there are names for.
+/// A refusal: those of [`Rewriter::finder`].
 pub(super) fn finder(disks: &[DiskIds]) -> Result<Rewriter> {
-    super::rewriter(&DiskIds { name: free_name(disks)?, parts: BTreeMap::new() }, disks)
-}
-
-/// A name that none of these disks has.
-///
-/// # Errors
-/// More disks than there are names for.
-pub(super) fn free_name(disks: &[DiskIds]) -> Result<DiskName> {
-    let mut names = (0..1000).filter_map(|n| DiskName::parse(&format!("disk{n}")).ok());
-    names.find(|name| disks.iter().all(|disk| disk.name != *name)).context("there are a thousand disks")
+    Rewriter::finder(disks).map_err(|e| refused(format!("{e:#}")))
 }
 
 /// fstab without what it says of the template's spares: rewritten, it would be said of the new disk. `first` is the disk that the template
