@@ -3,8 +3,8 @@ becomes the first of another machine."""
 
 import images
 from cases import Pair
+from images import blank
 
-MIB = images.MIB
 # Of what names the disks of a pair on purpose.
 NAMED = "-not -path '*/etc/dualroot.conf' -not -path '*/var/lib/dualroot/*' -not -path '*/var/log/*'"
 # All that an installation from a template could change on the machine that does it. Files that may be absent are in there, too.
@@ -20,13 +20,6 @@ UNPACK = {"initramfs-tools": "unmkinitramfs {} .", "dracut": "lsinitrd --unpack 
 MAKE = {"initramfs-tools": "mkinitramfs -o {}", "dracut": "dracut -q --force {}"}
 
 
-def blank(directory, name, mebibytes):
-    path = directory / f"{name}.raw"
-    with open(path, "wb") as disk:
-        disk.truncate(mebibytes * MIB)
-    return path
-
-
 def adopted(machine, number, roles):
     """A disk as the configuration and the file systems on it have it."""
     disk = images.Disk(number, roles)
@@ -38,6 +31,11 @@ def adopted(machine, number, roles):
         disk.container = found.pop("crypto_LUKS", None) or disk.container
         [disk.uuid[role]] = found.values()
     return disk
+
+
+def size(pair):
+    """Of all of A's partitions, in MiB."""
+    return sum(images.SIZES[role] for role in pair.a.roles)
 
 
 def device(serial):
@@ -57,7 +55,7 @@ def rest(machine):
 def check_refusals(pair):
     report, machine = pair.report, pair.machine
     rest(machine)
-    plug(machine, "T", blank(machine.directory, "t", 700))
+    plug(machine, "T", blank(machine.directory / "t.raw", 700))
     machine.run("echo '[]' >/run/layout.json; "
                 r"printf '[disk%s]\nesp=aaaaaaaa-0000-4000-8000-%012u\nroot=aaaaaaaa-0000-4000-8000-%012u\n' 0 1 2 1 3 4 >/run/others")
     for what, arguments, expected in (
@@ -141,7 +139,7 @@ def refuse_luks(pair, initrd):
     report, machine = pair.report, pair.machine
     if initrd == "initramfs-tools":
         machine.run("update-initramfs -u", 900)
-    plug(machine, "T", blank(machine.directory, "t", sum(images.SIZES[role] for role in pair.a.roles)))
+    plug(machine, "T", blank(machine.directory / "t.raw", size(pair)))
     for what, arguments, expected in (
             ("nobody to ask for a passphrase", "", "nobody is there to be asked for a passphrase"),
             ("another passphrase", "--key-file /etc/hostname ", "does not open the LUKS container")):
@@ -343,7 +341,7 @@ def install(pair, booted, initrd):
     report, machine = pair.report, pair.machine
     report.step("a template is made")
     make_template(pair)
-    pair.disks["T"] = blank(machine.directory, "t", sum(images.SIZES[role] for role in pair.a.roles) - 100)
+    pair.disks["T"] = blank(machine.directory / "t.raw", size(pair) - 100)
     plug(machine, "T", pair.disks["T"])
     # What they would do is not what is looked for.
     machine.run("systemctl stop dualroot-sync.timer dualroot-{sync,entries}.path dualroot-{sync,entries}.service")
@@ -408,8 +406,7 @@ def begin(pair, mebibytes=0):
 
 def put_in(pair, name, mebibytes=0):
     """Another disk, blank, is put in; than A, it is by so much larger."""
-    size = sum(images.SIZES[role] for role in pair.a.roles)
-    pair.disks[name] = blank(pair.machine.directory, name.lower(), size + mebibytes)
+    pair.disks[name] = blank(pair.machine.directory / f"{name.lower()}.raw", size(pair) + mebibytes)
     plug(pair.machine, name, pair.disks[name])
 
 

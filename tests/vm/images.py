@@ -1,6 +1,7 @@
 """Disks with real Debian systems on them, made without mounting anything, and kept by the hash of what went into them."""
 
-import collections
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -8,7 +9,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -45,7 +45,12 @@ MASKED = ["getty.target", "e2scrub_reap.service", "systemd-logind.service", "sys
           "sys-kernel-tracing.mount", "proc-sys-fs-binfmt_misc.automount", "systemd-binfmt.service"]
 # What a case starts when it needs it.
 DISABLED = ["ssh.service", "ssh.socket"]
-LOCKS = collections.defaultdict(threading.Lock)
+# What no test reads, and each copy of a system would have: below /usr, where packages may have it below / still.
+WITHOUT = ["share/doc", "share/man", "share/locale", "share/info", "share/zoneinfo", "share/lintian", "share/bug",
+           "share/bash-completion", "share/zsh", "lib/udev/hwdb.d", "lib/x86_64-linux-gnu/gconv",
+           "lib/x86_64-linux-gnu/perl-base/unicore/lib"]
+# Of these, what mkfs.fat(8) needs.
+WITH = ["lib/x86_64-linux-gnu/gconv/gconv-modules*", "lib/x86_64-linux-gnu/gconv/IBM850.so"]
 
 
 def sh(*command, **options):
@@ -59,19 +64,32 @@ def digest(*parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def alone(name):
+    """No other thread or process that has this name is in here meanwhile."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def cached(name, parts, suffix, build):
     """The path of what `build` makes at the path it is given, made only when nothing with these ingredients is there."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    path = CACHE / f"{name}-{digest(parts)}{suffix}"
-    with LOCKS[path]:
+    path, fresh = CACHE / f"{name}-{digest(parts)}{suffix}", CACHE / f".{name}.new"
+    with alone(name):
         if not path.exists():
-            fresh = path.with_name(f".new-{os.getpid()}-{path.name}")
+            # Of one that was killed.
+            remove(fresh)
             build(fresh)
             fresh.rename(path)
             # What it replaces isn't needed again, unless another run is at work with it. These are large.
             for old in CACHE.glob(f"{name}-????????????????{suffix}"):
                 if old != path and old.stat().st_mtime < time.time() - 7200:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+                    remove(old)
         os.utime(path)
     return path
 
@@ -85,7 +103,7 @@ def sources(release):
 def apt(release, *command, **options):
     """Runs a program of apt on a state of its own, as of today, for another release of Debian than that of this machine."""
     state = CACHE / f"apt{release}"
-    with LOCKS[state]:
+    with alone(state.name):
         lists = state / "lists"
         fresh = lists.exists() and lists.stat().st_mtime > time.time() - 86400
         (lists / "partial").mkdir(parents=True, exist_ok=True)
@@ -146,7 +164,10 @@ def tree(release, initrd, layout):
     """A tar archive of a Debian system with the oldest of its kernels."""
     more = MORE.get(layout, {}).get(initrd, [])
     packages = COMMON + [initrd, "linux-base"] + more
-    without = ["doc", "man", "locale", "info", "zoneinfo"]
+    without = [f"--dpkgopt=path-exclude={top}/{path}/*" for path in WITHOUT for top in ("", "/usr")]
+    without += [f"--dpkgopt=path-include=/usr/{path}" for path in WITH]
+    # With that, Debian 12 gets usr-is-merged, and not usrmerge, which brings the whole of perl.
+    without.append("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
     kernel = f"linux-image-{kernel_versions(release)[0]}"
 
     def build(path):
@@ -156,10 +177,16 @@ def tree(release, initrd, layout):
             sh("tar", "-xf", kernels(release), "-C", tmp, "--wildcards", f"./{kernel}_*")
             [package] = os.listdir(tmp)
             sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
-               *[f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in without], f"--customize-hook=copy-in {tmp}/{package} /",
+               *without, f"--customize-hook=copy-in {tmp}/{package} /",
                f'--customize-hook=chroot "$1" dpkg -i {package} && rm "$1/{package}"', SUITES[release], path, listing.name)
     name = f"debian{release}-{initrd}{layout.removeprefix('one') if more else ''}"
     return cached(name, [packages, without, sources(release), str(kernels(release))], ".tar", build)
+
+
+def blank(path, mebibytes):
+    with open(path, "wb") as image:
+        image.truncate(mebibytes * MIB)
+    return path
 
 
 class Disk:
@@ -182,16 +209,13 @@ class Disk:
             lines.append(f"start={start * 2048}, size={SIZES[role] * 2048}, type={TYPES[role]}, uuid={self.partuuid[role]}")
             places[role] = start
             start += SIZES[role]
-        with open(path, "wb") as disk:
-            disk.truncate((start + 1) * MIB)
+        blank(path, start + 1)
         sh("sfdisk", "-q", path, input="\n".join(lines).encode())
         for role, image in contents.items():
             sh("dd", f"if={image}", f"of={path}", "bs=1M", f"seek={places[role]}", "conv=notrunc,sparse")
 
 
 def fat(path, role, disk, content=None):
-    with open(path, "wb") as image:
-        image.truncate(SIZES[role] * MIB)
     sh("mkfs.vfat", "-F32", "-n", f"{role[:4].upper()}{disk.number}", "-i", disk.uuid[role].replace("-", ""), path)
     if content:
         names = sorted(os.listdir(content))
@@ -200,15 +224,13 @@ def fat(path, role, disk, content=None):
 
 
 def ext4(path, role, disk, content=None):
-    with open(path, "wb") as image:
-        image.truncate(SIZES[role] * MIB)
     sh("mke2fs", "-q", "-t", "ext4", "-U", disk.uuid[role], "-L", f"{role}{disk.number}",
        *(["-d", content] if content else []), path)
 
 
 def luks(path, role, disk, content=None):
     """A LUKS container, of the older form, as QEMU makes it: without the kernel's help. It has its UUID as text (LUKS1, section 2.1)."""
-    plain = path.with_name(f"{path.name}-plain")
+    plain = blank(path.with_name(f"{path.name}-plain"), SIZES[role])
     ext4(plain, role, disk, content)
     # Beside the header.
     sh("resize2fs", plain, f"{SIZES[role] - 4}M")
@@ -222,21 +244,15 @@ def luks(path, role, disk, content=None):
 
 
 def swap(path, role, disk, _content=None):
-    with open(path, "wb") as image:
-        image.truncate(SIZES[role] * MIB)
     sh("mkswap", "-q", "-U", disk.uuid[role], path)
 
 
 def btrfs(path, role, disk, content=None):
-    with open(path, "wb") as image:
-        image.truncate(SIZES[role] * MIB)
     sh("mkfs.btrfs", "-q", "-U", disk.uuid[role], "-L", f"{role}{disk.number}", *(["--rootdir", content] if content else []), path)
 
 
 def xfs(path, role, disk, content=None):
     """This one is mounted: mkfs.xfs takes no directory."""
-    with open(path, "wb") as image:
-        image.truncate(SIZES[role] * MIB)
     sh("mkfs.xfs", "-q", "-m", f"uuid={disk.uuid[role]}", "-L", f"{role}{disk.number}", path)
     with tempfile.TemporaryDirectory(dir=CACHE) as place:
         sh("mount", path, place)
@@ -291,7 +307,7 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")
     root_type = next((kind for kind in ("btrfs", "xfs") if kind in layout), "ext4")
-    drivers = DRIVERS + [root_type][:root_type == "xfs"]
+    drivers = list(dict.fromkeys([*DRIVERS, root_type]))
     fstab = f"# The root.\nUUID={a.uuid['root']}\t/  {root_type}\tdefaults 0 {1 if root_type == 'ext4' else 0}\n"
     if layout == "one-ext4":
         fstab += f"LABEL=home0 /home ext4 defaults 0 2\n"
@@ -363,7 +379,7 @@ def make(tmp, release, initrd, layout, staging, a, b, out):
     disks = (a,) if layout.startswith("one-") else (a, b)
     for disk in disks:
         for role in disk.roles:
-            image = tmp / f"{role}{disk.number}"
+            image = blank(tmp / f"{role}{disk.number}", SIZES[role])
             content = {"esp": place, "xbootldr": boot, "root": root}.get(role) if disk is a else None
             if role == "root" and layout == "shared-btrfs" and disk is b:
                 continue
