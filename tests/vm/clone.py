@@ -12,8 +12,9 @@ STATE = ("sha256sum /etc/dualroot.conf /etc/fstab /etc/machine-id /etc/hostname 
          "/boot/EFI/dualroot/* /efi/EFI/dualroot/* /sys/firmware/efi/efivars/Boot* 2>/dev/null; ls /sys/firmware/efi/efivars; "
          "findmnt -rno TARGET,SOURCE; cat /proc/swaps")
 TEMPLATE = "/srv/template"
-# This machine is reached by ssh(1), with a key that only an agent has.
+# This machine is reached by ssh(1), with a key that only an agent has. What is in its environment then is kept.
 SSH = ("ssh-keygen -q -t ed25519 -N '' -f /run/key && mkdir -p -m 700 /root/.ssh && cp /run/key.pub /root/.ssh/authorized_keys && "
+       "printf 'PermitLocalCommand yes\nLocalCommand env >/run/environment\n' >/root/.ssh/config && "
        "systemctl start ssh && ssh-keyscan -t ed25519 127.0.0.1 >/root/.ssh/known_hosts && ssh-agent -a /run/agent >/dev/null && "
        "SSH_AUTH_SOCK=/run/agent ssh-add -q /run/key && rm /run/key")
 UNPACK = {"initramfs-tools": "unmkinitramfs {} .", "dracut": "lsinitrd --unpack {} >/dev/null"}
@@ -95,7 +96,7 @@ def answered(pair, arguments, *answers):
     """Runs dualroot-clone on a terminal, where each question gets what is typed, or what is called to find that; its exit status and what
     it printed."""
     run = pair.machine.run
-    run("export HOME=/root SSH_AUTH_SOCK=/run/agent; cd /run; rm -f typed said code; mkfifo typed; : >said; exec >/dev/null 2>&1\n"
+    run("export HOME=/root SSH_AUTH_SOCK=/run/agent DISPLAY=:0; cd /run; rm -f typed said code; mkfifo typed; : >said; exec >/dev/null 2>&1\n"
         f"(script -qfec 'dualroot-clone {arguments}' said <typed; echo $? >ended; mv ended code) & "
         # As long as it runs, nobody hangs up.
         "(exec 3>typed; until [ -e code ]; do sleep 0.1; done) &")
@@ -253,8 +254,12 @@ def check_named(pair):
 def talk(pair, serial, arguments, *answers):
     """As `answered`, for what is to be done; kept, as manual pages have it."""
     pair.report.step(f"dualroot-clone {arguments}")
-    code, said = answered(pair, arguments, *answers, ("To erase it", serial),
-                          *[("Passphrase of", images.PASSPHRASE)][:pair.layout == "one-luks"])
+    answers = list(answers)
+    if "--yes-erase" not in arguments:
+        answers.append(("To erase it", serial))
+    if pair.layout == "one-luks" and "--key-file" not in arguments:
+        answers.append(("Passphrase of", images.PASSPHRASE))
+    code, said = answered(pair, arguments, *answers)
     (pair.machine.directory / f"clone-{serial}.txt").write_text(said)
     return code, said
 
@@ -356,18 +361,22 @@ def install(pair, booted, initrd):
     code, said = machine.status(f"{command.format(TEMPLATE)} --dry-run 2>&1 </dev/null", 300)
     report.check("what would be done is printed", code == 0 and "as the first disk of another machine" in said, (code, said))
     report.equal("nothing was written by that", machine.run(f"cmp -n 67108864 {device('T')} /dev/zero"), "")
-    origin = TEMPLATE
-    if "home" in booted.roles:
+    remote = "home" in booted.roles
+    if remote:
         machine.run(SSH)
-        origin = f"root@127.0.0.1:{TEMPLATE}"
     before = machine.run(STATE)
-    code, said = talk(pair, "T", f"--template {origin} {device('T')}", ("The name of the new machine", "other"))
+    if remote:
+        code, said = talk(pair, "T", f"--template root@127.0.0.1:{TEMPLATE} --hostname other {device('T')}")
+    else:
+        code, said = talk(pair, "T", f"--template {TEMPLATE} {device('T')}", ("The name of the new machine", "other"))
     report.check("the disk boots, it says", code == 0 and "boots as other" in said, (code, said))
     check_shown(report, said)
     report.equal("this machine is as it was", machine.run(STATE), before)
-    if origin != TEMPLATE:
+    if remote:
         logins = machine.run("journalctl -b -u ssh -o cat --no-pager | grep -c 'Accepted publickey for root' || true")
         report.check("it was reached by ssh", int(logins) >= 3, logins)
+        given = machine.run("sed 's/=.*//' /run/environment").split()
+        report.check("which was given the agent, and no display", "SSH_AUTH_SOCK" in given and "DISPLAY" not in given, given)
     rows = machine.run(f"lsblk -lno PARTUUID,UUID,PARTFLAGS {device('T')} | tail -n +2").splitlines()
     made = images.Disk(0, booted.roles)
     report.check("it has the template's partitions, without a mark", [len(row.split()) for row in rows] == [2] * len(made.roles), rows)
@@ -457,7 +466,11 @@ def encrypted(report, directory, staging, release, initrd, layout):
     try:
         begin(pair)
         refuse_luks(pair, initrd)
-        pair.b = clone(pair, 1, "B")
+        if initrd == "dracut":
+            machine.run(f"printf %s '{images.PASSPHRASE}' >/run/passphrase")
+            pair.b = clone(pair, 1, "B", "--yes-erase B --key-file /run/passphrase ")
+        else:
+            pair.b = clone(pair, 1, "B")
         found = machine.run(f"cryptsetup luksDump {device('B')}-part2 | grep -E '^(Version|UUID)' | sed 's/.*: *\\t*//'").split()
         report.equal("it is LUKS2, and has a UUID of its own", found, ["2", pair.b.container])
         report.check("which is another one", pair.b.container != pair.a.container)
