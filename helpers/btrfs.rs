@@ -76,6 +76,24 @@ impl Mounted {
         self.at_work.len() < self.ids.len()
     }
 
+    /// The kinds of chunks of which some lie on one device only, as "data, single". btrfs is not mounted writable without that device.
+    ///
+    /// # Errors
+    /// What the kernel shows can't be read.
+    pub fn not_mirrored(&self, root: &Root) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for kind in ["data", "metadata", "mixed", "system"] {
+            for profile in ["single", "dup", "raid0"] {
+                let path = Path::new(BTRFS).join(self.uuid.to_string()).join(format!("allocation/{kind}/{profile}/total_bytes"));
+                let bytes = root.read_opt(&path).with_context(|| path.display().to_string())?;
+                if bytes.is_some_and(|bytes| bytes.trim_ascii() != b"0") {
+                    found.push(format!("{kind}, {profile}"));
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// The devices that it goes on without.
     ///
     /// # Errors

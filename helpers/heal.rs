@@ -109,7 +109,8 @@ pub fn note(root: &Directory) -> Result<bool> {
 /// Notes that every disk holds all of the root again. The record in the root goes last: what is cut here is begun again.
 ///
 /// # Errors
-/// [`crate::machine::Refused`] while a disk is missing; a variable, or a record, that can't be removed.
+/// [`crate::machine::Refused`] while a disk is missing, or holds something that no other one does; a variable, or a record, that can't be
+/// removed.
 pub fn healed(root: &Directory) -> Result<()> {
     let mounted = Mounted::look(root)?;
     if mounted.as_ref().is_some_and(Mounted::lacks_a_device) {
@@ -117,6 +118,15 @@ pub fn healed(root: &Directory) -> Result<()> {
             "the shared root goes on without one of its disks, so not every disk holds all of it; put that disk back, if it isn't, and \
              reboot; the next sync starts dualroot-heal.service again",
         ));
+    }
+    // That balance passes over what a swap file in use lies in is no error to it (fs/btrfs/volumes.c, __btrfs_balance).
+    let single =
+        mounted.as_ref().filter(|mounted| mounted.ids.len() > 1).map(|mounted| mounted.not_mirrored(root)).transpose()?;
+    if let Some(kind) = single.unwrap_or_default().first() {
+        return Err(refused(format!(
+            "one disk alone holds a part of the shared root ({kind}; 'btrfs filesystem df /'), which 'btrfs balance' left out, as it does \
+             with what a swap file lies in; take such a file out of use ('swapoff'), remove it, and begin this again"
+        )));
     }
     if mounted.is_some_and(|mounted| is_in_firmware(root, &mounted))
         && let Some(vars) = EfiVars::open(root)
@@ -268,6 +278,32 @@ mod tests {
             healed(&machine.root).unwrap();
             assert_eq!((machine.said(), machine.look()), (None, Root::Whole));
         }
+    }
+
+    #[test]
+    fn f29_what_one_disk_alone_holds_is_not_healed() {
+        let machine = Machine::new("/dev/a2", &["a2", "b2"]);
+        let chunks = |kind: &str, bytes: &str| {
+            machine.write(KEPT, "");
+            machine.write(&format!("/sys/fs/btrfs/{UUID}/allocation/{kind}/total_bytes"), bytes);
+            healed(&machine.root).map_err(|e| e.is::<Refused>())
+        };
+        for (kind, bytes, expected) in [
+            ("data/raid1", "1073741824\n", Ok(())),
+            ("data/single", "0\n", Ok(())),
+            ("data/single", "1073741824\n", Err(true)),
+            ("data/single", "0\n", Ok(())),
+            ("system/dup", "8388608\n", Err(true)),
+            ("system/dup", "0\n", Ok(())),
+            ("mixed/raid0", "8388608\n", Err(true)),
+        ] {
+            assert_eq!(chunks(kind, bytes), expected, "{kind}");
+            assert_eq!(machine.root.exists(KEPT), expected.is_err(), "{kind}");
+        }
+        // It has one device since: there is no other half.
+        let machine = Machine::new("/dev/a2", &["a2"]);
+        machine.write(&format!("/sys/fs/btrfs/{UUID}/allocation/data/single/total_bytes"), "1");
+        healed(&machine.root).unwrap();
     }
 
     #[test]

@@ -154,6 +154,23 @@ pub fn at<'a>(table: &'a [Mount], dir: &Path) -> Option<&'a Mount> {
     table.iter().rev().find(|m| m.at == dir)
 }
 
+/// Files in use as swap space that lie on a btrfs, as the kernel lists them (proc_swaps(5)).
+///
+/// # Errors
+/// /proc that isn't there, or can't be read.
+pub fn swap_files_on_btrfs(root: &Root) -> Result<Vec<PathBuf>> {
+    let table = table_of(root)?;
+    let text = root.read_opt("/proc/swaps").context("/proc/swaps can't be read")?.unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let files = text.lines().skip(1).filter_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let (path, kind) = (words.next()?, words.next()?);
+        (kind == "file").then(|| PathBuf::from(unescape(path)))
+    });
+    let is_on_btrfs = |file: &PathBuf| file.ancestors().find_map(|dir| at(&table, dir)).is_some_and(|m| m.fstype == "btrfs");
+    Ok(files.filter(is_on_btrfs).collect())
+}
+
 /// From here on, what this process mounts is its own; what others unmount goes here too.
 ///
 /// # Errors

@@ -19,6 +19,7 @@ use crate::inventory::{Inventory, Partition};
 use crate::layout;
 use crate::log::Log;
 use crate::machine::{Machine, refused};
+use crate::mounts;
 use crate::opaque;
 use crate::program;
 use crate::progress;
@@ -67,6 +68,14 @@ impl Shared {
         }
         let mounted =
             Mounted::look(root)?.ok_or_else(|| refused("the root is no btrfs, which disks could share; nothing was done"))?;
+        if let Some(file) = mounts::swap_files_on_btrfs(root)?.first() {
+            return Err(refused(format!(
+                "{} is in use as swap space, and what it lies in would stay on one disk alone, without which the root does not boot; take it \
+                 out of use ('swapoff', and its line in {FSTAB}) and remove it: on a btrfs of two disks, swap space needs a partition; \
+                 nothing was done",
+                file.display()
+            )));
+        }
         if config.is_some() && wish.replace.is_none() {
             return Err(refused(
                 "the disks share their root, and so a new one takes the place of another: '--replace diskN'; nothing was done",
@@ -353,6 +362,15 @@ mod tests {
         let uuid = "/sys/fs/btrfs/a8426465-b755-429d-9604-9c77c2838fda";
         write(&root, &format!("{uuid}/devices/a2/dev"), "8:2\n");
         write(&root, &format!("{uuid}/devinfo/1/missing"), "0\n");
+        let table = "8 1 0:8 / / rw - btrfs /dev/a2 rw\n9 8 0:9 / /srv rw - ext4 /dev/c rw\n";
+        write(&root, "/proc/thread-self/mountinfo", table);
+        for (line, is_refused) in
+            [("/swap\\040file file 1 0 -2", true), ("/srv/swapfile file 1 0 -2", false), ("/dev/a3 partition 1 0 -2", false)]
+        {
+            write(&root, "/proc/swaps", &format!("Filename Type Size Used Priority\n{line}\n"));
+            let found = Shared::look(&root, Some(&shared), &wish(false));
+            assert_refused(found, if is_refused { "/swap file is in use as swap space" } else { "'--replace diskN'" });
+        }
         assert_refused(Shared::look(&root, Some(&shared), &wish(false)), "'--replace diskN'; nothing was done");
         let parts = inventory(&[("a1", "a", 1), ("a2", "a", 2), ("b3", "b", 3)]);
         let of = |device: &str| Shared { uuid: Uuid::nil(), way: Way::Add, devices: vec![device.to_owned()] };
