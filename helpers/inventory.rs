@@ -490,5 +490,16 @@ mod tests {
         };
         assert_eq!(crypttab(&format!("swap UUID={} /dev/urandom swap", uuid(3))), 1);
         assert_eq!(crypttab(&format!("data UUID={} none luks,nofail", uuid(3))), 0);
+        // Made anew of what has the path: on a copy, that may be a file system.
+        for (device, options, faults) in [
+            ("/dev/sda3", "swap,nofail", 1),
+            ("/dev/sda3", "noauto,tmp=ext4", 1),
+            ("/dev/sda3", "luks,nofail", 0),
+            (&format!("UUID={}", uuid(3)), "swap,nofail", 0),
+            (&format!("/dev/disk/by-uuid/{}", uuid(3)), "nofail,tmp", 0),
+            ("/dev/sdz9", "swap,nofail", 0),
+        ] {
+            assert_eq!(crypttab(&format!("x {device} /dev/urandom {options}")), faults, "{device} {options}");
+        }
     }
 }

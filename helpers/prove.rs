@@ -60,10 +60,16 @@ fn same(wanted: &Wanted, found: &crate::bootfiles::BootFile) -> bool {
     }
 }
 
-/// Whether a line of crypttab(5) is about something that boot doesn't wait for.
+/// Whether it doesn't matter to a boot what is where a line of crypttab(5) looks: that isn't waited for. Swap space and file systems that
+/// are made anew at every boot are made of whatever has the path, and so matter (the warning in crypttab(5)).
 pub(crate) fn may_fail(line: &[u8]) -> bool {
-    let options = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).nth(3).unwrap_or_default();
-    options.split(|b| *b == b',').any(|option| matches!(option, b"nofail" | b"noauto"))
+    let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).skip(1);
+    let (device, options) = (fields.next().unwrap_or_default(), fields.nth(1).unwrap_or_default());
+    let any = |of: fn(&[u8]) -> bool| options.split(|b| *b == b',').any(of);
+    let is_made = any(|option| matches!(option, b"swap" | b"tmp") || option.starts_with(b"tmp="));
+    let is_certain = [&b"UUID="[..], b"PARTUUID=", b"/dev/disk/by-uuid/", b"/dev/disk/by-partuuid/"];
+    let is_certain = is_certain.iter().any(|start| device.starts_with(start));
+    any(|option| matches!(option, b"nofail" | b"noauto")) && (is_certain || !is_made)
 }
 
 /// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system.
@@ -74,7 +80,9 @@ pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter) -> Vec
             // What boot doesn't wait for may be on another disk.
             let lines = text.split(|b| *b == b'\n').filter(|line| !may_fail(line));
             let names: BTreeSet<String> = lines.flat_map(|line| rewriter.foreign(line)).collect();
-            faults.extend(names.into_iter().map(|id| format!("{path} names {id}")));
+            let hint =
+                "a line that boot can do without has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
+            faults.extend(names.into_iter().map(|id| format!("{path} names {id}; {hint}")));
         } else if path == "/etc/fstab" {
             let lines = fstab::boot_needs_foreign(text, rewriter);
             let hint = "name the partition in dualroot.conf, or give the line nofail";
