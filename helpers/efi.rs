@@ -367,6 +367,18 @@ pub fn booted_esp(vars: &EfiVars) -> Result<PartUuid> {
     })
 }
 
+/// The file of the boot entry that the firmware says it has booted, where that is one on this ESP: with backslashes, as it is there.
+pub fn booted_file(vars: &EfiVars, esp: &PartUuid) -> Option<String> {
+    let current: [u8; 2] = vars.value(&Variable::new("BootCurrent")).ok()??.try_into().ok()?;
+    let option = vars.boot_option(u16::from_le_bytes(current)).ok()??;
+    option.file.filter(|_| option.partition.as_ref() == Some(esp))
+}
+
+/// Whether the firmware says that it boots what is signed only (UEFI, section 3.3).
+pub fn is_secure(vars: &EfiVars) -> bool {
+    vars.value(&Variable::new("SecureBoot")).is_ok_and(|value| value.as_deref() == Some(&[1]))
+}
+
 /// What the boot loader says in one of its variables, such as LoaderInfo (Boot Loader Interface); None where it doesn't say, or nothing
 /// that can be read.
 pub fn loader_says(vars: &EfiVars, name: &str) -> Option<String> {

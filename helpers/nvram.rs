@@ -12,7 +12,7 @@ use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 use crate::below::Below;
 use crate::conf::Disk;
-use crate::efi::{BootOption, EfiVars};
+use crate::efi::{self, BootOption, EfiVars};
 use crate::inventory::Partition;
 use crate::log::Log;
 use crate::machine::Machine;
@@ -66,7 +66,7 @@ pub fn plan(machine: &Machine) -> Result<Vec<Change>> {
     for (_, spare) in machine.config.spares(&machine.booted) {
         disks.push((spare.name, spare.esp(), machine.inventory.find(&spare.esp())?.is_some()));
     }
-    Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(machine)?))
+    Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(machine, &vars)?))
 }
 
 /// What has the firmware boot this disk the next time.
@@ -78,7 +78,7 @@ pub fn plan_next(machine: &Machine, disk: &Disk) -> Result<Vec<Change>> {
     if machine.inventory.find(&disk.esp())?.is_none() {
         bail!("{} is not there: no partition is its ESP, {}", disk.name, disk.esp());
     }
-    Ok(decide_next(&vars.boot_options()?, (disk.name, disk.esp()), &loader(machine)?))
+    Ok(decide_next(&vars.boot_options()?, (disk.name, disk.esp()), &loader(machine, &vars)?))
 }
 
 fn decide_next(options: &[BootOption], (name, esp): (DiskName, PartUuid), file: &str) -> Vec<Change> {
@@ -108,19 +108,37 @@ fn create(number: u16, name: DiskName, esp: PartUuid, file: &str) -> Change {
 }
 
 /// The path of the boot loader that every disk has.
-fn loader(machine: &Machine) -> Result<String> {
+fn loader(machine: &Machine, vars: &EfiVars) -> Result<String> {
     let esp = machine.booted.boot_places().into_iter().find(|(role, _, _)| *role == Role::Esp);
     let (_, _, dir) = esp.context("the booted disk has no ESP")?;
     let below = Below::open(Path::new(dir.as_str()))?;
-    for (directory, start) in [("EFI/systemd", "systemd-boot"), ("EFI/BOOT", "boot")] {
-        for (name, _) in below.list(directory)? {
+    match find_loader(&below, efi::booted_file(vars, &machine.booted.esp()), efi::is_secure(vars))? {
+        Some(path) => Ok(path),
+        None => bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'"),
+    }
+}
+
+/// What was booted itself is what the firmware is known to take. With Secure Boot, what it falls back to may be another one than
+/// systemd-boot, which starts that (shim).
+fn find_loader(esp: &Below, booted: Option<String>, is_secure: bool) -> Result<Option<String>> {
+    let is_there =
+        |file: &String| esp.stat(file.replace('\\', "/").trim_start_matches('/').as_ref()).is_ok_and(|stat| stat.is_some());
+    if let Some(file) = booted.filter(is_there) {
+        return Ok(Some(file));
+    }
+    let mut places = [("EFI/systemd", "systemd-boot"), ("EFI/BOOT", "boot")];
+    if is_secure {
+        places.reverse();
+    }
+    for (directory, start) in places {
+        for (name, _) in esp.list(directory)? {
             let folded = name.to_lowercase();
             if folded.starts_with(start) && folded.ends_with(".efi") {
-                return Ok(format!("\\{}\\{name}", directory.replace('/', "\\")));
+                return Ok(Some(format!("\\{}\\{name}", directory.replace('/', "\\"))));
             }
         }
     }
-    bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'")
+    Ok(None)
 }
 
 /// The decision, from what the variables hold. The first of the disks is the booted one. Those that aren't there get no entry, but what
@@ -238,6 +256,30 @@ mod tests {
             let new = reorder(order, &of_disks);
             assert_eq!(new, expected, "{order:?}");
             assert_eq!(reorder(&new, &of_disks), new, "once is enough");
+        }
+    }
+
+    #[test]
+    fn an_entry_is_for_what_the_firmware_takes() {
+        let tmp = tempfile::tempdir().unwrap();
+        for path in ["EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/grubx64.efi", "EFI/systemd/systemd-bootx64.efi", "EFI/debian/shimx64.efi"]
+        {
+            std::fs::create_dir_all(tmp.path().join(path).parent().unwrap()).unwrap();
+            std::fs::write(tmp.path().join(path), "").unwrap();
+        }
+        let esp = Below::open(tmp.path()).unwrap();
+        let (usual, fallback, shim) =
+            ("\\EFI\\systemd\\systemd-bootx64.efi", "\\EFI\\BOOT\\BOOTX64.EFI", "\\EFI\\debian\\shimx64.efi");
+        for (booted, is_secure, expected) in [
+            (None, false, usual),
+            (None, true, fallback),
+            (Some(shim), true, shim),
+            (Some(shim), false, shim),
+            (Some("\\EFI\\gone\\x.efi"), false, usual),
+            (Some("\\..\\x.efi"), true, fallback),
+        ] {
+            let found = find_loader(&esp, booted.map(str::to_owned), is_secure).unwrap();
+            assert_eq!(found.as_deref(), Some(expected), "{booted:?} {is_secure}");
         }
     }
 
