@@ -172,6 +172,12 @@ pub fn any_subvolume(fstab: &[u8]) -> Vec<u8> {
     out
 }
 
+/// The files that are swap space.
+pub fn swap_files(fstab: &[u8]) -> Vec<String> {
+    let specs = lines(fstab).filter(Line::is_swap).map(|line| line.spec.to_str_lossy());
+    specs.filter(|spec| spec.starts_with('/') && !spec.starts_with("/dev/")).collect()
+}
+
 /// Lines that boot needs, and that mount a subvolume which isn't there of the partition that holds the root: it isn't copied with that.
 /// `names` says whether a text names the partition, and `is_there` whether it has a subvolume. One sentence a line.
 pub fn beside_the_root(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: impl Fn(&str) -> bool) -> Vec<String> {
@@ -312,6 +318,9 @@ mod tests {
         assert!(one(r"x /a\777 ext4").is_at(r"/a\777"));
         let swap = one("UUID=s none swap sw 0 0");
         assert!(swap.is_swap() && swap.mount_point().is_none());
+        let files =
+            swap_files(b"UUID=s none swap sw\n/dev/sda3 none swap\n/a\\040b none swap sw 0 0\n/c /d none bind\n#/e none swap\n");
+        assert_eq!(files, ["/a b"]);
         assert_eq!(one("x /a/../b ext4").dir(), None);
     }
 

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::below::{Below, Change};
 use crate::conf::Disk;
 use crate::fsck;
+use crate::fstab;
 use crate::generation;
 use crate::idstore;
 use crate::inventory::Partition;
@@ -248,6 +249,15 @@ fn one(
     }
     for path in spare.not_copied()? {
         log.warning(&format!("{}: {path} is a subvolume of its own; what is in it is not copied", disk.name));
+    }
+    if machine.own_roots() {
+        for path in fstab::swap_files(&machine.root.read_opt("/etc/fstab").context("/etc/fstab")?.unwrap_or_default()) {
+            log.warning(&format!(
+                "{}: {path} is a swap file, and its copy has holes, with which the kernel takes it for none; swap space that each disk has \
+                 lies in a partition (swap=)",
+                disk.name
+            ));
+        }
     }
     let (expected, _) = spare.boot_plan(&source, &there, &known)?;
     let apart = spare.rewritten(spare.generation())?;
