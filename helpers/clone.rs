@@ -29,6 +29,7 @@ use crate::clone::plan::{Plan, UNFINISHED};
 use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::Config;
+use crate::fstab;
 use crate::generation;
 use crate::ident::{DiskIds, Rewriter};
 use crate::inventory::{Inventory, Partition};
@@ -150,6 +151,8 @@ impl Job {
         let machine = job.draft(root)?;
         check_programs(&job.disk.plan)?;
         job.drafts.clone_from(&machine.drafts);
+        // The first sync would find that, when the disk is erased.
+        sync::own_record(&machine)?;
         check_source(machine, name, job.shared.as_ref())?;
         Ok(job)
     }
@@ -208,7 +211,13 @@ impl Job {
         }
         let nodes = self.disk.make_file_systems(secret, log)?;
         if let Some(shared) = &self.shared {
-            shared.join(root, nodes.get(&Role::Root).context("there is no part of the root")?, log)?;
+            let node = nodes.get(&Role::Root).context("there is no part of the root")?;
+            shared.join(root, node, log).with_context(|| {
+                format!(
+                    "leave {} in, and put no other disk in its place, as the root may need it by now",
+                    self.disk.target.path()
+                )
+            })?;
         }
         mounts::enter_private_namespace()?;
         // Somebody may have changed the files since.
@@ -437,8 +446,14 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
     let names = Rewriter::finder(&booted)?;
     let files = tree::identifying_texts(&machine.root, &[])?;
     let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
-    let faults = [prove::root_files(&files, &names), stacked::on_booted_disk_only(machine, fstab)?].concat();
-    Ok(faults.into_iter().next())
+    let root = machine.naming(&machine.booted, &Role::Root)?;
+    let names_root = |spec: &[u8]| root.as_ref().is_some_and(|root| !root.foreign(spec).is_empty());
+    let subvolumes = fstab::beside_the_root(fstab, names_root, |_| false);
+    let subvolumes = subvolumes.into_iter().map(|line| {
+        format!("/etc/fstab would have the boot wait for another subvolume than the root: {line}; give the line nofail, or have the disks share the root")
+    });
+    let on_disk = stacked::on_booted_disk_only(machine, fstab)?;
+    Ok(prove::root_files(&files, &names).into_iter().chain(subvolumes).chain(on_disk).next())
 }
 
 /// What the new disk is called.
@@ -488,6 +503,9 @@ mod tests {
             ("UUID=of-tmp /tmp ext4 nofail", None),
             ("UUID=of-tmp /tmp ext4 defaults", Some("line 2 (/tmp) needs")),
             ("PARTUUID=aaaaaaaa-0000-4000-8000-000000000005 /tmp ext4", Some("line 2 (/tmp) needs")),
+            ("UUID=of-root /home btrfs subvol=@home", Some("another subvolume than the root: line 2 (/home)")),
+            ("UUID=of-root /home btrfs subvol=@home,nofail", None),
+            ("UUID=of-other /home btrfs subvol=@home", None),
         ] {
             fs::write(tmp.path().join("etc/fstab"), format!("UUID=of-root / ext4\n{line}\n")).unwrap();
             match (beside(&machine).unwrap(), expected) {

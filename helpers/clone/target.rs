@@ -13,8 +13,9 @@ use crate::clone::mib;
 use crate::conf::Config;
 use crate::inventory::ESP_TYPE;
 use crate::luks;
-use crate::machine::refused;
+use crate::machine::{booted_esp, refused};
 use crate::program;
+use crate::root::Root;
 use crate::types::{DiskName, PartUuid};
 
 /// A block device as lsblk shows it, with those that it consists of or is used by.
@@ -82,6 +83,7 @@ impl Target {
         }
         let joined = joined.filter(|_| device.unfinished().is_some()).unwrap_or_default();
         check(&device, config, joined)?;
+        device.check_booted(booted_esp(&Root::new("/")).ok().map(|(_, esp)| esp))?;
         // A disk is in use as a whole by what uses a part of it.
         for part in device.all().into_iter().filter(|part| !part.is_among(joined) && (joined.is_empty() || part.r#type == "part"))
         {
@@ -184,6 +186,16 @@ impl Device {
             part.children.iter().any(is_ours).then_some(partuuid)
         };
         parts.filter_map(open).collect()
+    }
+
+    /// The ESP may be mounted nowhere.
+    fn check_booted(&self, esp: Option<PartUuid>) -> Result<()> {
+        let is_it =
+            |part: &&Self| part.partuuid.as_deref().is_some_and(|uuid| PartUuid::parse(uuid).ok() == esp) && esp.is_some();
+        match self.all().into_iter().find(is_it) {
+            Some(part) => Err(refused(format!("{} is the ESP that this machine was booted from; nothing was done", part.path))),
+            None => Ok(()),
+        }
     }
 
     fn is_among(&self, knames: &[String]) -> bool {
@@ -326,6 +338,10 @@ mod tests {
         let found = why(&disk(2), Some(&config));
         assert!(found.starts_with("/dev/sdb1 belongs to disk1 of the pair"), "{found}");
         check(&device(&disk(3)), Some(&config), &[]).unwrap();
+        let booted = |n| device(&disk(3)).check_booted(Some(PartUuid::parse(&id(n)).unwrap()));
+        assert!(booted(3).unwrap_err().to_string().starts_with("/dev/sdb1 is the ESP that this machine was booted from"));
+        booted(4).unwrap();
+        device(&node("/dev/sdb", "disk", "")).check_booted(None).unwrap();
     }
 
     #[test]

@@ -73,6 +73,7 @@ def check_refusals(pair):
         refused(pair, what, arguments, expected)
     # What is so for a moment: how that is brought about, and how it ends.
     part = f"{device('T')}-part1"
+    record = ("/efi" if "xbootldr" in pair.a.roles else "/boot") + "/EFI/dualroot"
     for what, serial, begin, end, expected in (
             ("a disk that is read-only", "T", f"blockdev --setro {device('T')}", f"blockdev --setrw {device('T')}", "is read-only"),
             ("a disk with a partition that is mounted", "T", f"echo , | sfdisk -q -X gpt {device('T')} && udevadm wait -t 60 {part} && "
@@ -82,12 +83,18 @@ def check_refusals(pair):
             ("a partition table that can't be read", "B", "mount --bind /bin/false /sbin/sfdisk", "umount /sbin/sfdisk", "sfdisk failed"),
             ("without a program", "B", "mount --bind /dev/null /usr/bin/rsync", "umount /usr/bin/rsync", "'rsync' is not installed"),
             ("a configuration that is none", "B", "echo esp=1 >/etc/dualroot.conf", "rm /etc/dualroot.conf", "/etc/dualroot.conf:1"),
+            ("a record that isn't the booted disk's", "B", f"mkdir {record} && echo x >{record}/lineage", f"rm -r {record}",
+             "remove that file"),
             ("a pair that the booted disk isn't of", "B", "cp /run/others /etc/dualroot.conf", "rm /etc/dualroot.conf", "is in no section")):
         refused(pair, what, f"--yes-erase {serial} {device(serial)}", expected, begin, end)
     machine.unplug("T")
     refuse_answers(pair)
     if pair.own:
         refuse_initrd(pair)
+    else:
+        refused(pair, "a shared root with a swap file in it", f"--shared-root --yes-erase B {device('B')}", "is in use as swap space",
+                "touch /swap && chattr +C /swap && fallocate -l 16M /swap && chmod 600 /swap && mkswap -q /swap && swapon /swap",
+                "swapoff /swap && rm /swap")
     written = machine.run(f"cmp -n 67108864 {device('B')} /dev/zero && ls /etc/dualroot.conf 2>/dev/null || true")
     report.equal("nothing was written by that", written, "")
 
