@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod container;
+mod drivers;
 mod join;
 pub mod plan;
 pub mod source;
@@ -153,7 +154,7 @@ impl Job {
         job.drafts.clone_from(&machine.drafts);
         // The first sync would find that, when the disk is erased.
         sync::own_record(&machine)?;
-        check_source(machine, name, job.shared.as_ref())?;
+        check_source(machine, name, job.shared.as_ref(), Some(&job.disk.target))?;
         Ok(job)
     }
 
@@ -228,7 +229,7 @@ impl Job {
         self.sync(&mut machine, log)?;
         if self.shared.is_some() {
             // Initrds may have been made since, and what they are made like depends on the number of devices.
-            check_source(self.draft(root)?, self.name, self.shared.as_ref())?;
+            check_source(self.draft(root)?, self.name, self.shared.as_ref(), None)?;
         }
         self.disk.finish()?;
         // And since then.
@@ -403,8 +404,9 @@ fn look_into(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String
     look().with_context(|| place.display().to_string())
 }
 
-/// Whether the booted disk can be copied, as far as that can be seen before.
-fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -> Result<()> {
+/// Whether the booted disk can be copied, as far as that can be seen before; where a disk is given, also whether the copy has
+/// what drives that.
+fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>, disk: Option<&Target>) -> Result<()> {
     let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
     if let Some(shared) = shared {
         shared.forget(&mut machine.ids);
@@ -419,9 +421,15 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -
         }
         files.insert(role, found);
     }
-    if shared.is_some() {
-        return join::check(&machine, &names, &files);
+    match shared {
+        Some(_) => join::check(&machine, &names, &files)?,
+        None => check_own_root(&machine, &names, &mut files)?,
     }
+    disk.map_or(Ok(()), |disk| drivers::check(&machine, disk.kname(), &files))
+}
+
+/// Whether the booted disk's root can be copied. What boots another one isn't, and is taken out of `files`.
+fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role, BootFiles>) -> Result<()> {
     let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
     if let Some(line) = container::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
         bail!(
@@ -429,14 +437,15 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>) -
             luks::KEY
         );
     }
-    if let Some(fault) = beside(&machine)? {
+    if let Some(fault) = beside(machine)? {
         bail!("{fault}; that is not cloned");
     }
-    let running = machine.subvolume()?;
-    match running.and_then(|running| generation::no_source(&running, &files)) {
-        Some(why) => bail!("on {}, {why}", machine.booted.name),
-        None => Ok(()),
+    let Some(running) = machine.subvolume()? else { return Ok(()) };
+    if let Some(why) = generation::no_source(&running, files) {
+        bail!("on {}, {why}", machine.booted.name);
     }
+    files.values_mut().for_each(|files| generation::keep_own(files, &running));
+    Ok(())
 }
 
 /// What the copy would wait for when it boots: what of the booted disk isn't cloned.

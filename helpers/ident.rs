@@ -114,12 +114,19 @@ impl Rewriter {
         Self::new(&DiskIds { name: DiskName::free(&taken)?, parts: BTreeMap::new() }, disks)
     }
 
+    /// Finds words byte for byte, whatever is around them, but that `-` may stand for a `_` behind their first two bytes: what is
+    /// shown for each, and the word. There is nothing to write instead.
+    pub fn words(words: impl IntoIterator<Item = (String, Vec<u8>)>) -> Self {
+        let exact = |(shown, value)| Needle { form: Form::Exact, value, any_case: false, new: None, shown };
+        Self::index(words.into_iter().map(exact).collect())
+    }
+
     fn index(needles: Vec<Needle>) -> Self {
         let mut new = Self { needles, first: vec![Vec::new(); 256], pairs: vec![0; 1 << 10], longest: 0 };
         for (number, needle) in new.needles.iter().enumerate() {
             new.longest = new.longest.max(needle.value.len() * 5 + AROUND);
             let begin = match needle.form {
-                Form::Bare | Form::Unit | Form::Path => &needle.value,
+                Form::Bare | Form::Unit | Form::Path | Form::Exact => &needle.value,
                 Form::Tag(kind) => kind.tag().as_bytes(),
                 Form::Dir(kind) => kind.dir().as_bytes(),
             };

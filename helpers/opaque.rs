@@ -100,6 +100,12 @@ pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
     Ok(faults)
 }
 
+/// The initrd in a unified kernel image; None where there is none, and for what is no PE image.
+pub fn embedded(image: &[u8]) -> Option<&[u8]> {
+    let pe = PeFile64::parse(image).ok()?;
+    pe.section_by_name(".initrd")?.data().ok()
+}
+
 /// The programs that undo what the kernel can: by the bytes that the compressed data begin with.
 const COMPRESSED: [(&[u8], &str); 6] = [
     (b"\x1f\x8b", "gzip"),
@@ -154,11 +160,11 @@ fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Re
         let mut name = Vec::new();
         stream.take(name_size.min(4096)).read_to_end(&mut name)?;
         io::copy(&mut stream.take((4 - (110 + name_size) % 4) % 4), &mut io::sink())?;
-        let name = name.strip_suffix(b"\0").unwrap_or(&name);
-        if name == b"TRAILER!!!" {
+        if name.strip_suffix(b"\0").unwrap_or(&name) == b"TRAILER!!!" {
             return Ok(found);
         }
-        found.extend(rewriter.foreign(name));
+        // With what ends it, as where a compressed archive is searched.
+        found.extend(rewriter.foreign(&name));
         found.extend(rewriter.foreign_in_stream(stream.take(size))?);
         io::copy(&mut stream.take((4 - size % 4) % 4), &mut io::sink())?;
         header.clear();
@@ -190,12 +196,12 @@ fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::ident::tests::{ROOT_A, ROOT_B, to_b};
 
     /// Runs a program with input and returns what it printed.
-    fn pipe(name: &str, args: &[&str], input: &[u8], dir: &Path) -> Vec<u8> {
+    pub fn pipe(name: &str, args: &[&str], input: &[u8], dir: &Path) -> Vec<u8> {
         let mut command = program::command(name).unwrap_or_else(|e| panic!("{e:#}; the test needs it: apt-get install {name}"));
         let mut child = command.args(args).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (mut stdin, input) = (child.stdin.take().unwrap(), input.to_vec());
@@ -246,7 +252,7 @@ mod tests {
     }
 
     /// A PE image with these sections, as small as they come (PE format: DOS header, signature, COFF header, optional header).
-    fn image(sections: &[(&str, &[u8])], signed: bool) -> Vec<u8> {
+    pub fn image(sections: &[(&str, &[u8])], signed: bool) -> Vec<u8> {
         let le = |n: usize| u32::try_from(n).unwrap().to_le_bytes();
         let mut out = [b"MZ".to_vec(), vec![0; 58], le(64).to_vec(), b"PE\0\0".to_vec()].concat();
         out.extend([0x64, 0x86, u8::try_from(sections.len()).unwrap(), 0]);

@@ -105,6 +105,11 @@ impl Target {
         &self.device.path
     }
 
+    /// The kernel's name for it, as `sdb`.
+    pub fn kname(&self) -> &str {
+        &self.device.kname
+    }
+
     /// Its serial number, where it has one.
     pub fn serial(&self) -> Option<&str> {
         self.device.serial.as_deref().map(str::trim).filter(|serial| !serial.is_empty())

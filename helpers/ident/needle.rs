@@ -47,6 +47,8 @@ pub(super) enum Form {
     Path,
     /// The value is the name of a unit without its suffix, escaped already.
     Unit,
+    /// The value is written byte for byte, whatever is around, but that `-` may stand for `_`.
+    Exact,
 }
 
 /// Something that names another disk.

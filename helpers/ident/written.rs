@@ -129,6 +129,12 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &
             let whole = text.get(at..end) == Some(&needle.value) && text.get(end) == Some(&b'.');
             return whole.then_some(Found { needle, span: at..end, style });
         }
+        Form::Exact => {
+            end += needle.value.len();
+            let is_written = |(wanted, byte): (&u8, &u8)| wanted == byte || (*wanted, *byte) == (b'_', b'-');
+            let whole = needle.value.iter().zip(text.get(at..end)?).all(is_written);
+            return whole.then_some(Found { needle, span: at..end, style });
+        }
         Form::Tag(kind) => {
             style.tag = text.get(at..at + kind.tag().len())?.to_vec();
             end = literal(needle, kind.tag().as_bytes(), text, end, &mut style, true)?;
@@ -153,7 +159,7 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &
             is_end_of_value(text, end) && !(own_quote.is_some() && matches!(after, Some(b' ' | b'\t')))
         }
         Form::Dir(_) | Form::Path => is_end_of_path(text, end, &style),
-        Form::Unit => false,
+        Form::Unit | Form::Exact => false,
     };
     ends.then_some(Found { needle, span: at..end, style })
 }
@@ -213,7 +219,7 @@ pub(super) fn replacement(found: &Found<'_>, new: &(Kind, String), text: &[u8], 
     let (kind, value) = new;
     let style = &found.style;
     match found.needle.form {
-        Form::Bare => style.write(out, value),
+        Form::Bare | Form::Exact => style.write(out, value),
         Form::Tag(old) => {
             if old == *kind {
                 out.extend(&style.tag);
