@@ -437,6 +437,10 @@ fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role
             luks::KEY
         );
     }
+    let paths = tree::identifying_files(&machine.root)?;
+    if let Some(fault) = paths.iter().find_map(|path| prove::unit_name(path, names)) {
+        bail!("{fault}");
+    }
     if let Some(fault) = beside(machine)? {
         bail!("{fault}; that is not cloned");
     }
@@ -459,10 +463,14 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
     let names_root = |spec: &[u8]| root.as_ref().is_some_and(|root| !root.foreign(spec).is_empty());
     let subvolumes = fstab::beside_the_root(fstab, names_root, |_| false);
     let subvolumes = subvolumes.into_iter().map(|line| {
-        format!("/etc/fstab would have the boot wait for another subvolume than the root: {line}; give the line nofail, or have the disks share the root")
+        format!(
+            "/etc/fstab would have the boot wait for another subvolume than the root: {line}; give the line nofail, or have the disks \
+             share the root"
+        )
     });
     let on_disk = stacked::on_booted_disk_only(machine, fstab)?;
-    Ok(prove::root_files(&files, &names).into_iter().chain(subvolumes).chain(on_disk).next())
+    let found = prove::root_files(&files, &names, |dir| machine.is_apart(dir));
+    Ok(found.into_iter().chain(subvolumes).chain(on_disk).next())
 }
 
 /// What the new disk is called.
@@ -522,6 +530,15 @@ mod tests {
                 (Some(fault), Some(expected)) if fault.contains(expected) => {}
                 (found, _) => panic!("{line}: {found:?}"),
             }
+        }
+        fs::remove_file(tmp.path().join("etc/fstab")).unwrap();
+        fs::create_dir_all(tmp.path().join("etc/systemd/system")).unwrap();
+        for (options, expected) in [("defaults", true), ("nofail", false)] {
+            let what = "/dev/disk/by-partuuid/aaaaaaaa-0000-4000-8000-000000000005";
+            let text = format!("[Mount]\nWhat={what}\nWhere=/tmp\nOptions={options}\n");
+            fs::write(tmp.path().join("etc/systemd/system/tmp.mount"), text).unwrap();
+            let fault = beside(&machine).unwrap();
+            assert_eq!(fault.is_some_and(|fault| fault.contains("give its Options= nofail")), expected);
         }
     }
 }

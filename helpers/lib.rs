@@ -48,4 +48,5 @@ pub mod status;
 pub mod sync;
 pub mod tree;
 pub mod types;
+pub mod unitfile;
 pub mod verify;

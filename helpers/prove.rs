@@ -8,7 +8,8 @@ use crate::bootplan::Wanted;
 use crate::entry;
 use crate::fstab;
 use crate::ident::Rewriter;
-use crate::types::Role;
+use crate::types::{DirPath, Role};
+use crate::unitfile;
 
 /// One boot partition of the spare after the sync, and what was to be there.
 pub struct Part<'a> {
@@ -72,8 +73,22 @@ pub(crate) fn may_fail(line: &[u8]) -> bool {
     any(|option| matches!(option, b"nofail" | b"noauto")) && (is_certain || !is_made)
 }
 
-/// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system.
-pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter) -> Vec<String> {
+/// A unit that can't be rewritten, because it is called after what it names.
+pub fn unit_name(path: &str, rewriter: &Rewriter) -> Option<String> {
+    let names = unitfile::named_after(path, rewriter);
+    let fault = || {
+        format!(
+            "{path} is called after {}, and so can't be another one on each disk; remove it, and have a line of /etc/fstab for that instead \
+             (or for swap space, swap= in dualroot.conf)",
+            names.join(", ")
+        )
+    };
+    (!names.is_empty()).then(fault)
+}
+
+/// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system; units that mount something
+/// at a place that `keep` names are about another disk on purpose.
+pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<String> {
     let mut faults = Vec::new();
     for (path, text) in files {
         if path.starts_with("/etc/crypttab") {
@@ -88,9 +103,68 @@ pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter) -> Vec
             let hint = "name the partition in dualroot.conf, or give the line nofail";
             let fault = |line| format!("/etc/fstab would have the boot wait for another disk: {line}; {hint}");
             faults.extend(lines.into_iter().map(fault));
+        } else if let Some(fault) = unit_name(path, rewriter) {
+            faults.push(fault);
+        } else if let Some(dir) = unitfile::dir(path) {
+            let names = rewriter.foreign(text);
+            // Here, too, what boot doesn't wait for may be on another disk.
+            if !names.is_empty() && !keep(&dir) && !unitfile::may_fail(text) {
+                faults.push(format!(
+                    "{path} would have the boot wait for another disk: it names {}; name the partition in dualroot.conf, remove the \
+                     unit, or give its Options= nofail",
+                    names.join(", ")
+                ));
+            }
         } else {
             faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{path} names {id}")));
         }
     }
     faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ident::tests::{ROOT_A, ROOT_B, to_b};
+
+    fn faults(name: &str, text: &str) -> Vec<String> {
+        let spares = DirPath::parse("/mnt/root1").unwrap();
+        let files = BTreeMap::from([(format!("/etc/systemd/system/{name}"), text.as_bytes().to_vec())]);
+        root_files(&files, &to_b(), |dir| dir.is_within(&spares))
+    }
+
+    #[test]
+    fn f14_a_mount_unit_that_needs_another_disk() {
+        let what = |uuid: &str| format!("[Mount]\nWhat=/dev/disk/by-uuid/{uuid}\n");
+        for (name, text, expected) in [
+            ("home.mount", what(ROOT_A), 1),
+            ("home.mount.d/a.conf", what(ROOT_A), 1),
+            ("-.mount", what(ROOT_A) + "Options=nofail\n", 1),
+            ("home.mount", what(ROOT_B), 0),
+            ("home.mount", what(ROOT_A) + "Options=noatime,nofail\n", 0),
+            ("mnt-root1-home.mount", what(ROOT_A), 0),
+            ("mnt-root1.mount.d/a.conf", what(ROOT_A), 0),
+        ] {
+            let faults = faults(name, &text);
+            assert_eq!(faults.len(), expected, "{name} {text} {faults:?}");
+            assert!(faults.iter().all(|fault| fault.contains(&format!("{name} ")) && fault.contains(ROOT_A)), "{faults:?}");
+        }
+    }
+
+    #[test]
+    fn f13_a_swap_unit_is_called_after_its_disk() {
+        let by_uuid = |uuid: &str| format!("dev-disk-by\\x2duuid-{}.swap", uuid.replace('-', "\\x2d"));
+        let names =
+            [by_uuid(ROOT_A), by_uuid("AAAA-0001"), "dev-sda2.swap".into(), "dev-disk-by\\x2dlabel-root.swap.d/a.conf".into()];
+        for name in names {
+            for text in ["", "[Swap]\nWhat=/dev/sda2\nOptions=nofail\n"] {
+                let faults = faults(&name, text);
+                assert!(faults.len() == 1 && faults[0].contains("and have a line of /etc/fstab"), "{name} {faults:?}");
+            }
+        }
+        for name in [&by_uuid(ROOT_B), "dev-sdb2.swap", "dev-zram0.swap", "swapfile.swap"] {
+            assert_eq!(faults(name, "[Swap]\nWhat=/dev/sdb2\n"), [""; 0], "{name}");
+        }
+        assert_eq!(faults("dev-zram0.swap", "[Unit]\nAfter=dev-sda2.device\n").len(), 1);
+    }
 }

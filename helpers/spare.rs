@@ -156,7 +156,7 @@ impl<'a> Spare<'a> {
         let seen = Alone::open(&tree.source(), &Path::new(SOURCES).join("root"))?;
         tree.from = Some(seen.place().to_owned());
         for file in &apart {
-            if there.read(file.path.trim_start_matches('/'))?.as_ref() != Some(&file.bytes) {
+            if !file.is_in(there)? {
                 return Ok(true);
             }
         }
@@ -420,7 +420,7 @@ impl<'a> Spare<'a> {
         // A shared root has one fstab for every disk: what it says has to hold on each.
         let root = crate::root::Root::new(root.unwrap_or_else(|| "/".into()));
         let files = tree::identifying_texts(&root, &self.machine.drafts)?;
-        faults.extend(prove::root_files(&files, &self.rewriter));
+        faults.extend(prove::root_files(&files, &self.rewriter, |dir| self.machine.is_apart(dir)));
         let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
         faults.extend(stacked::on_booted_disk_only(self.machine, fstab)?);
         if let Some(generation) = self.generation() {

@@ -312,9 +312,7 @@ fn one(
         && let Some(root) = spare.target(&Role::Root)?
     {
         for file in &apart {
-            if root.read(file.path.trim_start_matches('/'))?.as_ref() != Some(&file.bytes) {
-                root.apply(&file.change("", &machine.root))?;
-            }
+            file.write(root, &machine.root)?;
         }
         root.apply(&Change::Barrier)?;
     }

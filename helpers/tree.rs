@@ -12,7 +12,7 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::{Below, Change, Content};
+use crate::below::{Below, Change, Content, is_link};
 use crate::fstab;
 use crate::generation::Generation;
 use crate::ident::Rewriter;
@@ -21,6 +21,7 @@ use crate::progress::Progress;
 use crate::root::Root;
 use crate::stage::{self, Found, unescape};
 use crate::types::{DirPath, Role};
+use crate::unitfile;
 
 /// What is never copied, as rsync filter rules by the path in the running system. Rules of `exclude=` come between the first part
 /// and the second, so that they can bring something of the second back.
@@ -51,7 +52,8 @@ const USUALLY: [&str; 9] = [
 /// Kernel modules of the spare's old kernels stay until its boot partitions don't need them any more.
 const UNTIL_THE_END: [&str; 2] = ["P /usr/lib/modules/*", "P /lib/modules/*"];
 
-/// Files that name disks. Those of the first list stand alone; of the second, every file in the directory counts.
+/// Files that name disks. Those of the first list stand alone; of the second, every file in the directory counts. Units come besides, see
+/// [`unitfile`].
 const FILES: [&str; 6] =
     ["/etc/fstab", "/etc/crypttab", "/etc/crypttab.initramfs", "/etc/kernel/cmdline", "/etc/dracut.conf", "/etc/default/grub"];
 const DIRECTORIES: [&str; 4] = ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
@@ -71,8 +73,9 @@ pub struct Rewritten {
     pub bytes: Vec<u8>,
 }
 
-/// The files below `root` that name a disk other than the rewriter's target, as they have to be for the target. Lines of fstab whose
-/// mount point `keep` names are about another disk on purpose, and stay. With a generation, kernel command lines name that.
+/// The files below `root` that name a disk other than the rewriter's target, as they have to be for the target. Lines of fstab and mount
+/// units whose mount point `keep` names are about another disk on purpose, and stay; so do units that are called after what they name,
+/// which the proof finds. With a generation, kernel command lines name that.
 ///
 /// # Errors
 /// A file that is there but can't be read.
@@ -84,6 +87,9 @@ pub fn rewritten(
 ) -> Result<Vec<Rewritten>> {
     let mut found = Vec::new();
     for path in identifying_files(root)? {
+        if unitfile::dir(&path).is_some_and(|dir| keep(&dir)) || !unitfile::named_after(&path, rewriter).is_empty() {
+            continue;
+        }
         let Some(old) = root.read_opt(&path).with_context(|| format!("{path} can't be read"))? else { continue };
         let bytes = match (path.as_str(), generation) {
             ("/etc/fstab", None) => fstab::rewrite(&old, rewriter, &keep),
@@ -116,6 +122,7 @@ pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
             }
         }
     }
+    paths.extend(unitfile::files(root).context("units can't be read")?);
     Ok(paths)
 }
 
@@ -137,6 +144,7 @@ pub fn identifying_texts(root: &Root, drafts: &[Rewritten]) -> Result<BTreeMap<S
 
 /// The files of a root that may name a disk, and these others, that lead through a symbolic link, as the link and where it leads: what is
 /// written there would be written elsewhere, or stand in its place. A link to /dev/null is none: it says that there is no such file.
+/// Nor are links among units: there they are usual, and what they lead to is not written.
 ///
 /// # Errors
 /// A directory that can't be read.
@@ -191,6 +199,37 @@ impl Rewritten {
                 [self.path.as_str(), USUAL].map(|path| root.path(path)).into_iter().find(|p| p.exists()).unwrap_or_default(),
             ),
         }
+    }
+
+    /// Whether a root has it already. A link in its place, such as that of a unit that was masked, is something else.
+    ///
+    /// # Errors
+    /// Those of reading there.
+    pub fn is_in(&self, root: &Below) -> Result<bool> {
+        Ok(!self.is_link_in(root)? && root.read(self.inner())?.as_ref() == Some(&self.bytes))
+    }
+
+    /// Writes it to a root that hasn't got it, as a [`Rewritten::change`] of the file of the booted root.
+    ///
+    /// # Errors
+    /// Those of writing there.
+    pub fn write(&self, root: &Below, booted: &Root) -> Result<()> {
+        if self.is_in(root)? {
+            return Ok(());
+        }
+        if self.is_link_in(root)? {
+            // It gives way to a file, which then gets its attributes.
+            root.publish(self.inner(), self.bytes.clone())?;
+        }
+        root.apply(&self.change("", booted))
+    }
+
+    fn is_link_in(&self, root: &Below) -> Result<bool> {
+        Ok(root.stat(self.inner().as_ref())?.is_some_and(|stat| is_link(&stat)))
+    }
+
+    fn inner(&self) -> &str {
+        self.path.trim_start_matches('/')
     }
 }
 
@@ -534,8 +573,11 @@ fn has_prefix(rule: &str) -> bool {
     })
 }
 
-/// A path as a pattern that means just it.
+/// A path as a pattern that means just it. Where nothing in it is a wildcard, a backslash is one to rsync, as in names of units.
 fn escape(path: &str) -> String {
+    if !path.contains(['*', '?', '[']) {
+        return path.to_owned();
+    }
     let mut out = String::new();
     for c in path.chars() {
         if matches!(c, '*' | '?' | '[' | ']' | '\\') {
@@ -560,6 +602,7 @@ fn reanchor(rule: &str, at: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ident::tests::{ROOT_A, ROOT_B, to_b};
     use proptest::prelude::*;
     use std::cell::Cell;
     use std::collections::BTreeMap;
@@ -593,6 +636,95 @@ mod tests {
                 assert!(matches!(file.change(dir, &root), Change::Replace { path, .. } if path == expected), "{path}");
             }
         }
+    }
+
+    fn unit(uuid: &str) -> String {
+        format!("[Mount]\nWhat=/dev/disk/by-uuid/{uuid}\nWhere=/x\n")
+    }
+
+    #[test]
+    fn f14_units_are_rewritten_but_for_links_and_what_is_about_another_disk() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = Root::new(tmp.path());
+        let units = tmp.path().join("etc/systemd/system");
+        for dir in ["home.mount.d", "x.service.d", "local-fs.target.wants", "elsewhere"] {
+            fs::create_dir_all(units.join(dir)).unwrap();
+        }
+        let swap = format!("dev-disk-by\\x2duuid-{}.swap", ROOT_A.replace('-', "\\x2d"));
+        let files = [
+            "dev-zram0.swap",
+            "home.mount",
+            "home.mount.d/a.conf",
+            "mnt-root1.mount",
+            "srv-my\\x2ddata.mount",
+            &swap,
+            "home.automount",
+            "home.mount.d/notes",
+            "x.service",
+            "x.service.d/a.conf",
+            "elsewhere/a.conf",
+        ];
+        for name in files {
+            fs::write(units.join(name), unit(ROOT_A)).unwrap();
+        }
+        for (link, to) in [
+            ("masked.mount", "/dev/null"),
+            ("alias.mount", "home.mount"),
+            ("gone.swap", "/x"),
+            ("local-fs.target.wants/home.mount", "../home.mount"),
+            ("x.mount.d", "elsewhere"),
+            ("loop.mount.d", "loop.mount.d"),
+            ("home.mount.d/b.conf", "a.conf"),
+        ] {
+            symlink(to, units.join(link)).unwrap();
+        }
+        let mut paths: Vec<String> = files[..6].iter().map(|name| format!("/etc/systemd/system/{name}")).collect();
+        paths.sort();
+        let mut found = identifying_files(&root).unwrap();
+        found.sort();
+        assert_eq!(found, paths);
+        assert_eq!(links(&root, &[]).unwrap(), [""; 0]);
+        let spares = DirPath::parse("/mnt/root1").unwrap();
+        let new = rewritten(&root, &to_b(), None, |dir| dir.is_within(&spares)).unwrap();
+        paths.retain(|path| !path.contains("root1") && !path.contains("uuid"));
+        assert_eq!(new.iter().map(|file| &file.path).collect::<BTreeSet<_>>(), paths.iter().collect());
+        assert!(new.iter().all(|file| file.bytes == unit(ROOT_B).into_bytes()), "{new:?}");
+        // As where the whole configuration is made by something else.
+        fs::rename(&units, tmp.path().join("etc/static")).unwrap();
+        symlink("../static", &units).unwrap();
+        assert_eq!(identifying_files(&root).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn f14_a_unit_that_was_masked_becomes_one() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let path = "etc/systemd/system/home.mount";
+        for dir in [from.path(), to.path()] {
+            fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
+        }
+        fs::write(from.path().join(path), unit(ROOT_A)).unwrap();
+        symlink("/dev/null", to.path().join(path)).unwrap();
+        let file = Rewritten { path: format!("/{path}"), bytes: unit(ROOT_B).into_bytes() };
+        let (root, below) = (Root::new(from.path()), Below::open(to.path()).unwrap());
+        for _ in 0..2 {
+            file.write(&below, &root).unwrap();
+            assert!(file.is_in(&below).unwrap());
+            assert_eq!(below.read(path).unwrap(), Some(file.bytes.clone()));
+        }
+        fs::remove_file(to.path().join(path)).unwrap();
+        file.write(&below, &root).unwrap();
+        assert!(file.is_in(&below).unwrap());
+    }
+
+    #[test]
+    fn f12_what_is_written_apart_is_not_copied_whatever_it_is_called() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let names = ["srv-my\\x2ddata.mount", "[x]\\x2d*.conf", "plain"];
+        for name in names {
+            fs::write(from.path().join(name), "").unwrap();
+        }
+        copy(from.path(), to.path(), &[], &names.map(|name| Rewritten { path: format!("/{name}"), bytes: vec![] }));
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
     }
 
     fn copy(from: &std::path::Path, to: &std::path::Path, exclude: &[String], apart: &[Rewritten]) {

@@ -227,7 +227,7 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
         }
     }
     let texts = tree::identifying_texts(&machine.root, &machine.drafts)?;
-    match prove::root_files(&texts, names).first() {
+    match prove::root_files(&texts, names, |dir| machine.is_apart(dir)).first() {
         Some(fault) => bail!("{fault}; it is every disk's"),
         None => Ok(()),
     }

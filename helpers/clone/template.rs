@@ -31,8 +31,9 @@ use crate::log::Log;
 use crate::machine::refused;
 use crate::mounts;
 use crate::progress::Progress;
+use crate::prove;
 use crate::root::Root;
-use crate::tree::Tree;
+use crate::tree::{self, Tree};
 use crate::types::{DiskName, PartUuid, Role};
 
 /// What is asked for.
@@ -198,6 +199,11 @@ fn check_files(origin: &Origin, about: &About, plan: &Plan, places: &[(Role, &st
     let root = Root::new(dir);
     if let Some(fault) = system::links(&root)? {
         return Err(refused(format!("{fault}; nothing was done")));
+    }
+    let names = needed::finder(&about.ids)?;
+    let paths = tree::identifying_files(&root)?;
+    if let Some(fault) = paths.iter().find_map(|path| prove::unit_name(path, &names)) {
+        return Err(refused(format!("the template's {fault}; nothing was done")));
     }
     let top = Below::open(dir)?;
     for (_, place) in places {
@@ -527,6 +533,12 @@ mod tests {
         symlink("../x", tmp.path().join("etc/fstab")).unwrap();
         assert!(refusal().contains("/etc/fstab -> ../x of the template"));
         fs::remove_file(tmp.path().join("etc/fstab")).unwrap();
+        let units = tmp.path().join("etc/systemd/system");
+        let swap = format!("dev-disk-by\\x2dpartuuid-{}.swap", id(OLD, "root").to_string().replace('-', "\\x2d"));
+        fs::create_dir_all(&units).unwrap();
+        fs::write(units.join(&swap), "").unwrap();
+        assert!(refusal().starts_with("the template's /etc/systemd/system/dev-disk"));
+        fs::remove_file(units.join(&swap)).unwrap();
         fs::rename(tmp.path().join("boot"), tmp.path().join("x")).unwrap();
         symlink("/x", tmp.path().join("boot")).unwrap();
         assert!(refusal().contains("/boot is a symbolic link"));
