@@ -417,6 +417,8 @@ def begin(pair, mebibytes=0):
     pair.boot("A")
     pair.check_booted(pair.a, pair.kernels[0])
     machine.run("echo 'written on A' >/root/note")
+    if pair.own:
+        machine.run(f"printf '[Mount]\\nWhat=/dev/disk/by-uuid/{pair.a.uuid['esp']}\\nWhere=/srv/esp\\n' >/etc/systemd/system/srv-esp.mount")
     put_in(pair, "B", mebibytes)
 
 
@@ -433,6 +435,9 @@ def go_on(pair, initrd, name, disk, old):
     pair.check_booted(disk, pair.kernels[0])
     pair.check_nothing_waits()
     pair.report.equal("what was written on A is here", pair.machine.run("cat /root/note"), "written on A")
+    if pair.own:
+        found = pair.machine.run("systemctl start srv-esp.mount && findmnt -no PARTUUID /srv/esp && systemctl stop srv-esp.mount")
+        pair.report.equal("a mount unit that was A's names this disk", found, disk.partuuid["esp"])
     check_nothing_left(pair, old, initrd)
 
 
