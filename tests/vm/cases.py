@@ -559,4 +559,4 @@ CASES = {
 # With what else there is to do, tests/run has 45 minutes. These have to be asked for: most of what they show, others do on the
 # other release, or with another root.
 ON_REQUEST = ("own-xbootldr-12", "own-xbootldr-13", "own-btrfs-12", "own-esp-13", "one-ext4-13", "one-luks-12", "one-luks-13",
-              "one-shared-btrfs-12", "one-shared-btrfs-13", "one-xfs-13")
+              "one-shared-btrfs-12", "one-shared-btrfs-13", "one-xfs-13", "shared-btrfs-13")
