@@ -76,12 +76,15 @@ impl Mounted {
         self.at_work.len() < self.ids.len()
     }
 
-    /// The kinds of chunks of which some lie on one device only, as "data, single". btrfs is not mounted writable without that device.
+    /// The kinds of chunks of which some lie on one of several devices only, as "data, single". btrfs is not mounted writable without that.
     ///
     /// # Errors
     /// What the kernel shows can't be read.
     pub fn not_mirrored(&self, root: &Root) -> Result<Vec<String>> {
         let mut found = Vec::new();
+        if self.ids.len() < 2 {
+            return Ok(found);
+        }
         for kind in ["data", "metadata", "mixed", "system"] {
             for profile in ["single", "dup", "raid0"] {
                 let path = Path::new(BTRFS).join(self.uuid.to_string()).join(format!("allocation/{kind}/{profile}/total_bytes"));

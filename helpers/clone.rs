@@ -437,8 +437,7 @@ fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role
             luks::KEY
         );
     }
-    let paths = tree::identifying_files(&machine.root)?;
-    if let Some(fault) = paths.iter().find_map(|path| prove::unit_name(path, names)) {
+    if let Some(fault) = prove::named_unit(&machine.root, names)? {
         bail!("{fault}");
     }
     if let Some(fault) = beside(machine)? {

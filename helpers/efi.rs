@@ -137,6 +137,18 @@ impl EfiVars {
         Ok(self.value(&Variable::new(&number.boot_var_name()))?.map(|raw| BootOption::parse(number, raw)))
     }
 
+    /// BootCurrent: the number of the boot entry that the firmware has booted; None where there is no such variable.
+    ///
+    /// # Errors
+    /// A variable that can't be read, or of another length than two bytes.
+    pub fn boot_current(&self) -> Result<Option<u16>> {
+        let Some(value) = self.value(&Variable::new("BootCurrent"))? else { return Ok(None) };
+        let [low, high] = value[..] else {
+            bail!("the EFI variable BootCurrent has {} bytes, expected 2", value.len());
+        };
+        Ok(Some(u16::from_le_bytes([low, high])))
+    }
+
     /// BootOrder: the numbers of boot entries in the order that the firmware tries them; none where there is no such variable.
     ///
     /// # Errors
@@ -350,13 +362,9 @@ pub fn booted_esp(vars: &EfiVars) -> Result<PartUuid> {
     if let Some(value) = vars.value(&Variable::new_with_vendor("LoaderDevicePartUUID", LOADER))? {
         return loader_uuid(&value);
     }
-    let Some(current) = vars.value(&Variable::new("BootCurrent"))? else {
+    let Some(number) = vars.boot_current()? else {
         bail!("there is neither of the EFI variables LoaderDevicePartUUID and BootCurrent: expected a boot by systemd-boot");
     };
-    let [low, high] = current[..] else {
-        bail!("the EFI variable BootCurrent has {} bytes, expected 2", current.len());
-    };
-    let number = u16::from_le_bytes([low, high]);
     let name = number.boot_var_name();
     let no_loader = "the EFI variable LoaderDevicePartUUID is missing";
     let Some(option) = vars.boot_option(number)? else {
@@ -369,8 +377,7 @@ pub fn booted_esp(vars: &EfiVars) -> Result<PartUuid> {
 
 /// The file of the boot entry that the firmware says it has booted, where that is one on this ESP: with backslashes, as it is there.
 pub fn booted_file(vars: &EfiVars, esp: &PartUuid) -> Option<String> {
-    let current: [u8; 2] = vars.value(&Variable::new("BootCurrent")).ok()??.try_into().ok()?;
-    let option = vars.boot_option(u16::from_le_bytes(current)).ok()??;
+    let option = vars.boot_option(vars.boot_current().ok()??).ok()??;
     option.file.filter(|_| option.partition.as_ref() == Some(esp))
 }
 

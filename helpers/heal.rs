@@ -120,9 +120,8 @@ pub fn healed(root: &Directory) -> Result<()> {
         ));
     }
     // That balance passes over what a swap file in use lies in is no error to it (fs/btrfs/volumes.c, __btrfs_balance).
-    let single =
-        mounted.as_ref().filter(|mounted| mounted.ids.len() > 1).map(|mounted| mounted.not_mirrored(root)).transpose()?;
-    if let Some(kind) = single.unwrap_or_default().first() {
+    let single = mounted.as_ref().map_or(Ok(Vec::new()), |mounted| mounted.not_mirrored(root))?;
+    if let Some(kind) = single.first() {
         return Err(refused(format!(
             "one disk alone holds a part of the shared root ({kind}; 'btrfs filesystem df /'), which 'btrfs balance' left out, as it does \
              with what a swap file lies in; take such a file out of use ('swapoff'), remove it, and begin this again"

@@ -2,12 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use anyhow::{Context, Result};
+
 use crate::below::Content;
 use crate::bootfiles::{BootFiles, Class, fold};
 use crate::bootplan::Wanted;
 use crate::entry;
 use crate::fstab;
 use crate::ident::Rewriter;
+use crate::root::Root;
 use crate::types::{DirPath, Role};
 use crate::unitfile;
 
@@ -73,8 +76,16 @@ pub(crate) fn may_fail(line: &[u8]) -> bool {
     any(|option| matches!(option, b"nofail" | b"noauto")) && (is_certain || !is_made)
 }
 
+/// The first unit of a root that can't be rewritten, and why, as a sentence.
+///
+/// # Errors
+/// A directory that can't be read.
+pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<String>> {
+    Ok(unitfile::files(root).context("units can't be read")?.iter().find_map(|path| unit_name(path, rewriter)))
+}
+
 /// A unit that can't be rewritten, because it is called after what it names.
-pub fn unit_name(path: &str, rewriter: &Rewriter) -> Option<String> {
+fn unit_name(path: &str, rewriter: &Rewriter) -> Option<String> {
     let names = unitfile::named_after(path, rewriter);
     let fault = || {
         format!(

@@ -83,7 +83,9 @@ impl Target {
         }
         let joined = joined.filter(|_| device.unfinished().is_some()).unwrap_or_default();
         check(&device, config, joined)?;
-        device.check_booted(booted_esp(&Root::new("/")).ok().map(|(_, esp)| esp))?;
+        if let Ok((_, esp)) = booted_esp(&Root::new("/")) {
+            device.check_booted(esp)?;
+        }
         // A disk is in use as a whole by what uses a part of it.
         for part in device.all().into_iter().filter(|part| !part.is_among(joined) && (joined.is_empty() || part.r#type == "part"))
         {
@@ -178,14 +180,14 @@ impl Device {
     /// The ESP with the attribute that marks it; see [`crate::clone::plan::UNFINISHED`].
     fn unfinished(&self) -> Option<PartUuid> {
         let marked = self.children.iter().find(|part| part.partflags.as_deref().is_some_and(is_marked))?;
-        PartUuid::parse(marked.partuuid.as_deref()?).ok()
+        marked.partuuid()
     }
 
     /// The LUKS containers that a clone which was cut has left open: those of no disk of the pair.
     fn left_open(&self, config: Option<&Config>) -> Vec<PartUuid> {
         let parts = self.children.iter().filter(|part| disk_of(part, config).is_none());
         let open = |part: &Self| {
-            let partuuid = PartUuid::parse(part.partuuid.as_deref()?).ok()?;
+            let partuuid = part.partuuid()?;
             let is_ours =
                 |child: &Self| child.path == luks::mapping(&partuuid) && child.mountpoints.iter().flatten().next().is_none();
             part.children.iter().any(is_ours).then_some(partuuid)
@@ -194,13 +196,15 @@ impl Device {
     }
 
     /// The ESP may be mounted nowhere.
-    fn check_booted(&self, esp: Option<PartUuid>) -> Result<()> {
-        let is_it =
-            |part: &&Self| part.partuuid.as_deref().is_some_and(|uuid| PartUuid::parse(uuid).ok() == esp) && esp.is_some();
-        match self.all().into_iter().find(is_it) {
+    fn check_booted(&self, esp: PartUuid) -> Result<()> {
+        match self.all().into_iter().find(|part| part.partuuid() == Some(esp)) {
             Some(part) => Err(refused(format!("{} is the ESP that this machine was booted from; nothing was done", part.path))),
             None => Ok(()),
         }
+    }
+
+    fn partuuid(&self) -> Option<PartUuid> {
+        PartUuid::parse(self.partuuid.as_deref()?).ok()
     }
 
     fn is_among(&self, knames: &[String]) -> bool {
@@ -252,7 +256,7 @@ fn check(device: &Device, config: Option<&Config>, joined: &[String]) -> Result<
 
 /// The disk of the pair that a partition belongs to.
 fn disk_of(part: &Device, config: Option<&Config>) -> Option<DiskName> {
-    let partuuid = PartUuid::parse(part.partuuid.as_deref()?).ok()?;
+    let partuuid = part.partuuid()?;
     config?.disks.iter().find(|disk| disk.parts.values().any(|of| *of == partuuid)).map(|disk| disk.name)
 }
 
@@ -343,10 +347,10 @@ mod tests {
         let found = why(&disk(2), Some(&config));
         assert!(found.starts_with("/dev/sdb1 belongs to disk1 of the pair"), "{found}");
         check(&device(&disk(3)), Some(&config), &[]).unwrap();
-        let booted = |n| device(&disk(3)).check_booted(Some(PartUuid::parse(&id(n)).unwrap()));
+        let booted = |n| device(&disk(3)).check_booted(PartUuid::parse(&id(n)).unwrap());
         assert!(booted(3).unwrap_err().to_string().starts_with("/dev/sdb1 is the ESP that this machine was booted from"));
         booted(4).unwrap();
-        device(&node("/dev/sdb", "disk", "")).check_booted(None).unwrap();
+        device(&node("/dev/sdb", "disk", "")).check_booted(PartUuid::parse(&id(3)).unwrap()).unwrap();
     }
 
     #[test]

@@ -33,7 +33,7 @@ use crate::mounts;
 use crate::progress::Progress;
 use crate::prove;
 use crate::root::Root;
-use crate::tree::{self, Tree};
+use crate::tree::Tree;
 use crate::types::{DiskName, PartUuid, Role};
 
 /// What is asked for.
@@ -200,9 +200,7 @@ fn check_files(origin: &Origin, about: &About, plan: &Plan, places: &[(Role, &st
     if let Some(fault) = system::links(&root)? {
         return Err(refused(format!("{fault}; nothing was done")));
     }
-    let names = needed::finder(&about.ids)?;
-    let paths = tree::identifying_files(&root)?;
-    if let Some(fault) = paths.iter().find_map(|path| prove::unit_name(path, &names)) {
+    if let Some(fault) = prove::named_unit(&root, &needed::finder(&about.ids)?)? {
         return Err(refused(format!("the template's {fault}; nothing was done")));
     }
     let top = Below::open(dir)?;
