@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 
 use anyhow::{Context, Result};
+use dualroot::base::root::Root;
+use dualroot::base::types::{DirPath, DiskName};
+use dualroot::boot::efi::{self, EfiVars};
 use dualroot::conf::{Config, Layout};
-use dualroot::efi::{self, EfiVars};
-use dualroot::fstab;
-use dualroot::root::Root;
-use dualroot::types::{DirPath, DiskName};
+use dualroot::names::fstab;
 
 use crate::log::Level;
 

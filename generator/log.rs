@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 
-use dualroot::root::Root;
+use dualroot::base::root::Root;
 
 /// The kernel refuses records that are longer than about 1000 bytes.
 const LONGEST: usize = 900;

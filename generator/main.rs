@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use dualroot::root::Root;
+use dualroot::base::root::Root;
 
 use crate::facts::Found;
 use crate::log::{Level, Log};

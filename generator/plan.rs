@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result};
+use dualroot::base::types::{DirPath, PartUuid, Role, UnitName};
 use dualroot::conf::{Disk, Layout, SpareMount};
-use dualroot::types::{DirPath, PartUuid, Role, UnitName};
 
 use crate::facts::Facts;
 use crate::log::Level;

@@ -8,8 +8,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use dualroot::luks;
-use dualroot::types::{DirPath, PartUuid, UnitName};
+use dualroot::base::types::{DirPath, PartUuid, UnitName};
+use dualroot::devices::luks;
 
 use crate::plan::{Kind, Mount, Plan};
 

@@ -20,9 +20,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::Below;
-use crate::booted;
-use crate::bootfiles::BootFiles;
+use crate::base::log::Log;
+use crate::base::program;
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid, Role};
+use crate::boot::files::BootFiles;
+use crate::boot::nvram;
 use crate::clone::config::{Draft, Section};
 use crate::clone::container::Secret;
 use crate::clone::join::Shared;
@@ -30,26 +33,23 @@ use crate::clone::plan::{Plan, UNFINISHED};
 use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::Config;
-use crate::fstab;
-use crate::generation;
-use crate::ident::{DiskIds, Rewriter};
-use crate::inventory::{Inventory, Partition};
-use crate::layout::{self, DiskLayout};
-use crate::lineage::kernel_id;
-use crate::log::Log;
-use crate::luks;
-use crate::machine::{Machine, booted_disk, booted_esp, refused};
-use crate::mounts;
-use crate::nvram;
-use crate::opaque;
-use crate::program;
-use crate::prove;
-use crate::root::Root;
-use crate::searched::Searched;
-use crate::stacked;
+use crate::copy::generation;
+use crate::copy::tree::{self, Rewritten};
+use crate::devices::gpt::{self, DiskLayout};
+use crate::devices::inventory::{Inventory, Partition};
+use crate::devices::luks;
+use crate::devices::mounts;
+use crate::names::fstab;
+use crate::names::ident::{DiskIds, Rewriter};
+use crate::pair::booted;
+use crate::pair::lineage::kernel_id;
+use crate::pair::machine::{Machine, booted_disk, booted_esp, refused};
+use crate::proof::images;
+use crate::proof::prove;
+use crate::proof::searched::Searched;
+use crate::proof::waits;
 use crate::sync::{self, Options, Outcome};
-use crate::tree::{self, Rewritten};
-use crate::types::{DiskName, PartUuid, Role};
+use crate::write::below::Below;
 
 /// 1 MiB in bytes.
 pub(crate) const MIB: u64 = 1 << 20;
@@ -121,7 +121,7 @@ impl Job {
         let name = name(config.as_ref(), &inventory, wish)?;
         let mut source = match &wish.layout {
             Some(file) => {
-                let disk = layout::load(file, name).map_err(|e| refused(format!("{e:#}")))?;
+                let disk = gpt::load(file, name).map_err(|e| refused(format!("{e:#}")))?;
                 Source::shaped(disk, &file.display().to_string(), &inventory, &table, &roles, shared.is_some())?
             }
             None => Source::read(&inventory, &table, &roles, shared.is_some())?,
@@ -398,7 +398,7 @@ fn check_programs(plan: &Plan) -> Result<()> {
 fn look_into(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String>)> {
     let look = || -> Result<_> {
         let found = BootFiles::scan(&Below::open(place)?)?;
-        let faults = opaque::boot_partition(place, &found, names, &mut Searched::new(names)?)?;
+        let faults = images::boot_partition(place, &found, names, &mut Searched::new(names)?)?;
         Ok((found, faults.into_iter().next()))
     };
     look().with_context(|| place.display().to_string())
@@ -467,7 +467,7 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
              share the root"
         )
     });
-    let on_disk = stacked::on_booted_disk_only(machine, fstab)?;
+    let on_disk = waits::on_booted_disk_only(machine, fstab)?;
     let found = prove::root_files(&files, &names, |dir| machine.is_apart(dir));
     Ok(found.into_iter().chain(subvolumes).chain(on_disk).next())
 }
@@ -497,8 +497,8 @@ fn settle() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ident::PartIds;
-    use crate::types::DirPath;
+    use crate::base::types::DirPath;
+    use crate::names::ident::PartIds;
     use std::fs;
 
     #[test]

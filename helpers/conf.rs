@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use crate::base::root::Root;
+use crate::base::types::{DirPath, DiskName, PartUuid, Role};
 use crate::conf::syntax::{Line, MAIN, Place, boolean, sources, time_span};
-use crate::root::Root;
-use crate::types::{DirPath, DiskName, PartUuid, Role};
 
 /// When spares are mounted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

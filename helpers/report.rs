@@ -8,20 +8,20 @@ use anyhow::Result;
 use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
-use crate::below::Below;
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid, Role};
+use crate::boot::efi;
+use crate::boot::nvram;
 use crate::conf::{Config, Disk, Layout};
-use crate::efi;
-use crate::generation;
-use crate::heal;
-use crate::inventory::{Inventory, Partition};
-use crate::lineage::{Record, Relation, date, now};
-use crate::lock;
-use crate::machine::{booted_disk, booted_esp, refused};
-use crate::mounts::{self, Mount};
-use crate::nvram;
-use crate::root::Root;
-use crate::status::{End, Outcome, Reading, Seen, Standing, Status};
-use crate::types::{DiskName, PartUuid, Role};
+use crate::copy::generation;
+use crate::devices::inventory::{Inventory, Partition};
+use crate::devices::mounts::{self, Mount};
+use crate::pair::heal;
+use crate::pair::lineage::{Record, Relation, date, now};
+use crate::pair::lock;
+use crate::pair::machine::{booted_disk, booted_esp, refused};
+use crate::pair::status::{End, Outcome, Reading, Seen, Standing, Status};
+use crate::write::below::Below;
 
 mod text;
 
@@ -93,7 +93,7 @@ impl Facts {
     /// Looks at this machine; None where dualroot isn't configured.
     ///
     /// # Errors
-    /// [`crate::machine::Refused`] where it is not known which disk was booted; lsblk that fails.
+    /// [`crate::pair::machine::Refused`] where it is not known which disk was booted; lsblk that fails.
     pub fn gather() -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };

@@ -1,34 +1,37 @@
 //! Making every spare a bootable copy of the booted disk.
 //!
-//! The order is the point: root trees first, staged whole and then renamed; then the boot partitions, in the order of [`bootplan`];
+//! The order is the point: root trees first, staged whole and then renamed; then the boot partitions, in the order of [`order`];
 //! then what nothing needs any more; then the proof, and a second look at the source.
+
+pub mod entries;
+pub(crate) mod spare;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::{Below, Change};
+use crate::base::log::Log;
+use crate::base::types::{DiskName, Role};
+use crate::boot::known::Known;
 use crate::conf::Disk;
-use crate::fsck;
-use crate::fstab;
-use crate::generation;
-use crate::idstore;
-use crate::inventory::Partition;
-use crate::known::Known;
-use crate::layout;
-use crate::lineage::Record;
-use crate::log::Log;
-use crate::luks;
-use crate::machine::{Machine, Refused, refused, refused_for_age};
-use crate::mounts::Alone;
-use crate::settle;
-use crate::spare::{SOURCES, Spare};
-use crate::stage;
-use crate::state;
-use crate::status::Status;
-use crate::tree::{self, Tree};
-use crate::types::{DiskName, Role};
+use crate::copy::generation;
+use crate::copy::stage;
+use crate::copy::tree::{self, Tree};
+use crate::devices::fsck;
+use crate::devices::gpt;
+use crate::devices::inventory::Partition;
+use crate::devices::luks;
+use crate::devices::mounts::Alone;
+use crate::names::fstab;
+use crate::names::idstore;
+use crate::pair::lineage::Record;
+use crate::pair::machine::{Machine, Refused, refused, refused_for_age};
+use crate::pair::settle;
+use crate::pair::status::Status;
+use crate::sync::spare::{SOURCES, Spare};
+use crate::write::below::{Below, Change};
+use crate::write::state;
 
 /// A source that changes during this many syncs in a row is reported.
 const ROUNDS: u32 = 3;
@@ -58,7 +61,7 @@ pub enum Outcome {
 /// What came of a sync.
 #[derive(Debug)]
 pub struct Done {
-    /// [`crate::machine::Refused`] when nothing may be written; any other error is a failure, and names the spare. Of several spares'
+    /// [`crate::pair::machine::Refused`] when nothing may be written; any other error is a failure, and names the spare. Of several spares'
     /// errors it is one.
     pub outcome: Result<Outcome>,
     /// Whether a spare, or all, were refused because another disk than the booted one may be newer.
@@ -81,9 +84,9 @@ pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mu
     // Before anything is copied, as spares get it, too. Of a disk that isn't in force yet, nothing is kept.
     if !options.dry_run
         && machine.drafts.is_empty()
-        && let Err(e) = layout::save(&machine.root, &machine.config, &machine.inventory)
+        && let Err(e) = gpt::save(&machine.root, &machine.config, &machine.inventory)
     {
-        log.warning(&format!("{}/{} can't be kept up to date: {e:#}", state::DIRECTORY, layout::NAME));
+        log.warning(&format!("{}/{} can't be kept up to date: {e:#}", state::DIRECTORY, gpt::NAME));
     }
     let outcome = noted.and_then(|()| rounds(machine, options, &mut status, log));
     if let Err(e) = &outcome {

@@ -7,18 +7,18 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
+use dualroot::base::log::Log;
+use dualroot::base::program;
+use dualroot::base::root::Root;
+use dualroot::base::types::DiskName;
 use dualroot::clone::config::FILE;
 use dualroot::clone::container::Secret;
 use dualroot::clone::target::Target;
 use dualroot::clone::template::identity::HostName;
 use dualroot::clone::template::origin::Origin;
 use dualroot::clone::{Job, Wish, template};
-use dualroot::lock;
-use dualroot::log::Log;
-use dualroot::machine::{exit_status, nothing_done, refused};
-use dualroot::program;
-use dualroot::root::Root;
-use dualroot::types::DiskName;
+use dualroot::pair::lock;
+use dualroot::pair::machine::{exit_status, nothing_done, refused};
 
 /// Erase a disk, and make it a bootable copy of the booted disk.
 ///

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use dualroot::below::Below;
+use dualroot::base::log::Log;
+use dualroot::base::root::Root;
 use dualroot::conf::Config;
-use dualroot::log::Log;
-use dualroot::mounts::{self, Held};
-use dualroot::root::Root;
-use dualroot::stage::{self, Found};
+use dualroot::copy::stage::{self, Found};
+use dualroot::devices::mounts::{self, Held};
+use dualroot::write::below::Below;
 
 /// Complete what was being copied to this disk when that was cut.
 ///

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use dualroot::entries;
-use dualroot::log::Log;
-use dualroot::machine::{Machine, exit_status};
+use dualroot::base::log::Log;
+use dualroot::pair::machine::{Machine, exit_status};
+use dualroot::sync::entries;
 
 /// The mark that a path unit starts the sync for.
 const MARK: &str = "/run/dualroot/dirty";

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use dualroot::below::Below;
-use dualroot::log::Log;
-use dualroot::machine::exit_status;
+use dualroot::base::log::Log;
+use dualroot::pair::machine::exit_status;
 use dualroot::report::{Facts, Report};
+use dualroot::write::below::Below;
 
 /// Show how it stands with every disk, and what would happen if another one died now.
 ///

@@ -4,12 +4,17 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use dualroot::log::Log;
-use dualroot::machine::{Machine, exit_status, refused};
-use dualroot::root::Root;
+use dualroot::base::log::Log;
+use dualroot::base::root::Root;
+use dualroot::base::types::DiskName;
+use dualroot::boot::nvram;
+use dualroot::devices::mounts;
+use dualroot::pair::booted;
+use dualroot::pair::heal;
+use dualroot::pair::lock;
+use dualroot::pair::machine::{Machine, exit_status, refused};
+use dualroot::sync;
 use dualroot::sync::{Options, Outcome};
-use dualroot::types::DiskName;
-use dualroot::{booted, heal, lock, mounts, nvram, sync};
 
 /// Make every spare disk a bootable copy of the booted disk.
 ///

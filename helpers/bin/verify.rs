@@ -4,10 +4,12 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use dualroot::log::Log;
-use dualroot::machine::{Machine, exit_status};
-use dualroot::status::{Standing, Status};
-use dualroot::{lock, mounts, verify};
+use dualroot::base::log::Log;
+use dualroot::devices::mounts;
+use dualroot::pair::lock;
+use dualroot::pair::machine::{Machine, exit_status};
+use dualroot::pair::status::{Standing, Status};
+use dualroot::trial::verify;
 
 /// Read every boot file of the spare disks from the medium, and compare it with what the last sync left there.
 ///

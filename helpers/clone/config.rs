@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 
 use anyhow::{Context, Result};
 
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid, Role};
 use crate::conf::Config;
-use crate::machine::refused;
-use crate::root::Root;
-use crate::types::{DiskName, PartUuid, Role};
+use crate::pair::machine::refused;
 
 /// The file that is written.
 pub const FILE: &str = "/etc/dualroot.conf";
@@ -142,7 +142,7 @@ fn replaced(old: &str, name: DiskName, section: &Section) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Refused;
+    use crate::pair::machine::Refused;
     use std::fs;
 
     fn id(n: u32) -> PartUuid {

@@ -11,11 +11,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use uuid::Uuid;
 
-use crate::below::{Below, Change, Content};
-use crate::luks;
-use crate::machine::refused;
-use crate::program;
-use crate::root::Root;
+use crate::base::program;
+use crate::base::root::Root;
+use crate::devices::luks;
+use crate::pair::machine::refused;
+use crate::write::below::{Below, Change, Content};
 
 /// The key is as random as it is long: to make guesses slow is of no use.
 const QUICK: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];

@@ -8,26 +8,26 @@ use anyhow::{Context, Result, bail};
 use nix::sys::statvfs::statvfs;
 use uuid::Uuid;
 
-use crate::bootfiles::{BootFiles, Class, fold};
-use crate::btrfs::{Mounted, part_done};
+use crate::base::log::Log;
+use crate::base::program;
+use crate::base::progress;
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid, Role};
+use crate::boot::files::{BootFiles, Class, fold};
 use crate::clone::Wish;
 use crate::conf::{Config, Layout};
-use crate::fstab;
-use crate::heal;
-use crate::ident::{DiskIds, PartIds, Rewriter};
-use crate::inventory::{Inventory, Partition};
-use crate::layout;
-use crate::log::Log;
-use crate::machine::{Machine, refused};
-use crate::mounts;
-use crate::opaque;
-use crate::program;
-use crate::progress;
-use crate::prove;
-use crate::root::Root;
-use crate::state;
-use crate::tree::{self, Rewritten};
-use crate::types::{DiskName, PartUuid, Role};
+use crate::copy::tree::{self, Rewritten};
+use crate::devices::btrfs::{Mounted, part_done};
+use crate::devices::gpt;
+use crate::devices::inventory::{Inventory, Partition};
+use crate::devices::mounts;
+use crate::names::fstab;
+use crate::names::ident::{DiskIds, PartIds, Rewriter};
+use crate::pair::heal;
+use crate::pair::machine::{Machine, refused};
+use crate::proof::images;
+use crate::proof::prove;
+use crate::write::state;
 
 /// The file that says what is mounted at boot.
 pub const FSTAB: &str = "/etc/fstab";
@@ -120,7 +120,7 @@ impl Shared {
 
     /// How many bytes its device on the new disk has at least: what the one had that is lost, as far as that is known.
     pub fn least(&self, name: DiskName) -> Option<u64> {
-        let was = layout::load(&Path::new(state::DIRECTORY).join(layout::NAME), name).ok();
+        let was = gpt::load(&Path::new(state::DIRECTORY).join(gpt::NAME), name).ok();
         let was = was.filter(|_| matches!(self.way, Way::Replace(_)))?;
         was.partitions.iter().find(|part| part.role == Some(Role::Root)).map(|part| part.bytes)
     }
@@ -214,14 +214,14 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
                 bail!("{dir}/{}: the root is {id}, and not the UUID of the btrfs", entry.path);
             }
             // What has neither a root nor an initrd is no system: a test of the memory, a shell.
-            let is_system = roots().next().is_some() || !opaque::initrds(text).is_empty();
+            let is_system = roots().next().is_some() || !images::initrds(text).is_empty();
             if is_system && !mounts_alone(&place, text, found)? {
                 bail!("{dir}/{}: its initrd {WAITS}", entry.path);
             }
         }
         for image in found.of(Class::Uki) {
             let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
-            if opaque::uki(&bytes, &variable()?)?.is_empty() {
+            if images::uki(&bytes, &variable()?)?.is_empty() {
                 bail!("{dir}/{}: its initrd {WAITS}", image.path);
             }
         }
@@ -243,9 +243,9 @@ fn variable() -> Result<Rewriter> {
 /// Whether an initrd of an entry would.
 fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
     let names = variable()?;
-    for initrd in opaque::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
+    for initrd in images::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
         let file = File::open(place.join(&initrd.path)).with_context(|| initrd.path.clone())?;
-        if !opaque::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
+        if !images::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
             return Ok(true);
         }
     }
@@ -292,8 +292,8 @@ fn way(ids: &[u64], lost: &[u64], is_ours: bool) -> Result<Way, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::below::Below;
-    use crate::machine::{Refused, nothing_done};
+    use crate::pair::machine::{Refused, nothing_done};
+    use crate::write::below::Below;
 
     #[test]
     fn a_second_device_is_added_and_a_lost_one_replaced() {

@@ -6,10 +6,10 @@ use std::ffi::OsString;
 use anyhow::{Result, bail};
 use uuid::Uuid;
 
+use crate::base::types::{DiskName, PartUuid, Role};
 use crate::clone::source::{Content, Source};
 use crate::clone::{MIB, mib};
-use crate::layout::{self, DiskLayout, PartLayout};
-use crate::types::{DiskName, PartUuid, Role};
+use crate::devices::gpt::{self, DiskLayout, PartLayout};
 
 /// "Firmware must not produce EFI_BLOCK_IO_PROTOCOL for this partition" (UEFI specification, 5.3.3): from an ESP with this attribute,
 /// nothing is booted. It is the mark of a disk that isn't whole yet.
@@ -130,7 +130,7 @@ impl Plan {
                 _ => part.attributes.clone(),
             };
             let (at, size) = (start / self.sector, part.bytes / self.sector);
-            text += &layout::line(at, size, &part.kind, part.partuuid, part.name.as_deref(), &attributes);
+            text += &gpt::line(at, size, &part.kind, part.partuuid, part.name.as_deref(), &attributes);
             text.push('\n');
             start += part.bytes;
         }
@@ -418,9 +418,9 @@ mod tests {
             image.as_file().set_len(part.bytes).unwrap();
             let path = image.path().to_str().unwrap();
             let (program, arguments) = part.make(path, 512).unwrap();
-            crate::program::output(&program, arguments).unwrap_or_else(|e| panic!("{e:#}; the test needs it"));
+            crate::base::program::output(&program, arguments).unwrap_or_else(|e| panic!("{e:#}; the test needs it"));
             let found = |tag: &str| {
-                let said = crate::program::output("blkid", ["-p", "-s", tag, "-o", "value", path].map(Into::into)).unwrap();
+                let said = crate::base::program::output("blkid", ["-p", "-s", tag, "-o", "value", path].map(Into::into)).unwrap();
                 String::from_utf8(said).unwrap().trim().to_owned()
             };
             let (uuid, label) = match kind {

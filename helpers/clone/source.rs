@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::types::{DiskName, PartUuid, Role};
 use crate::conf::disk_role;
-use crate::inventory::{Inventory, Partition};
-use crate::layout::{DiskLayout, PartLayout};
-use crate::machine::refused;
-use crate::mounts::{self, Mount};
-use crate::types::{DiskName, PartUuid, Role};
+use crate::devices::gpt::{DiskLayout, PartLayout};
+use crate::devices::inventory::{Inventory, Partition};
+use crate::devices::mounts::{self, Mount};
+use crate::pair::machine::refused;
 
 /// What is made on a partition.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -297,7 +297,7 @@ fn used(mount: Option<&Mount>, part: &Partition) -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Refused;
+    use crate::pair::machine::Refused;
     use std::collections::BTreeSet;
 
     fn id(n: u32) -> PartUuid {

@@ -9,14 +9,14 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 use serde::Deserialize;
 
+use crate::base::program;
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid};
 use crate::clone::mib;
 use crate::conf::Config;
-use crate::inventory::ESP_TYPE;
-use crate::luks;
-use crate::machine::{booted_esp, refused};
-use crate::program;
-use crate::root::Root;
-use crate::types::{DiskName, PartUuid};
+use crate::devices::inventory::ESP_TYPE;
+use crate::devices::luks;
+use crate::pair::machine::{booted_esp, refused};
 
 /// A block device as lsblk shows it, with those that it consists of or is used by.
 #[derive(Clone, Debug, Deserialize)]
@@ -263,7 +263,7 @@ fn disk_of(part: &Device, config: Option<&Config>) -> Option<DiskName> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Refused;
+    use crate::pair::machine::Refused;
 
     fn device(json: &str) -> Device {
         parse(format!(r#"{{"blockdevices":[{json}]}}"#).as_bytes()).unwrap()

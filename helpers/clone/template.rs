@@ -15,7 +15,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::{Below, is_link};
+use crate::base::log::Log;
+use crate::base::progress::Progress;
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid, Role};
 use crate::clone::plan::Plan;
 use crate::clone::source::{self, Source};
 use crate::clone::target::Target;
@@ -24,17 +27,14 @@ use crate::clone::template::origin::{About, Listing, Origin};
 use crate::clone::template::system::{Names, New};
 use crate::clone::{NewDisk, check_programs, look_into, mib};
 use crate::conf::Config;
-use crate::ident::{DiskIds, PartIds, Rewriter};
-use crate::inventory::{Inventory, Partition};
-use crate::lineage::kernel_id;
-use crate::log::Log;
-use crate::machine::refused;
-use crate::mounts;
-use crate::progress::Progress;
-use crate::prove;
-use crate::root::Root;
-use crate::tree::Tree;
-use crate::types::{DiskName, PartUuid, Role};
+use crate::copy::tree::Tree;
+use crate::devices::inventory::{Inventory, Partition};
+use crate::devices::mounts;
+use crate::names::ident::{DiskIds, PartIds, Rewriter};
+use crate::pair::lineage::kernel_id;
+use crate::pair::machine::refused;
+use crate::proof::prove;
+use crate::write::below::{Below, is_link};
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -298,12 +298,12 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bootfiles::{BootFile, BootFiles, Class};
+    use crate::boot::files::{BootFile, BootFiles, Class};
     use crate::clone::MIB;
     use crate::clone::template::system::misnamed;
-    use crate::ident::ContainerIds;
-    use crate::layout::{DiskLayout, PartLayout};
-    use crate::machine::Refused;
+    use crate::devices::gpt::{DiskLayout, PartLayout};
+    use crate::names::ident::ContainerIds;
+    use crate::pair::machine::Refused;
     use std::fs;
     use std::os::unix::fs::symlink;
     use uuid::Uuid;

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde_ini::Item;
 use serde_ini::parse::OkIter;
 
-use crate::root::Root;
+use crate::base::root::Root;
 
 /// Where configuration lies, the most important directory first.
 const DIRS: [&str; 4] = ["/etc", "/run", "/usr/local/lib", "/usr/lib"];

@@ -1,5 +1,5 @@
 use super::*;
-use crate::status::Proof;
+use crate::pair::status::Proof;
 
 /// 2026-11-21 10:00:00 UTC.
 const T: u64 = 1_795_255_200;

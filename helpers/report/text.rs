@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use super::{DiskReport, Report, Space, first};
-use crate::lineage::date;
-use crate::status::Outcome;
+use crate::pair::lineage::date;
+use crate::pair::status::Outcome;
 
 /// A metric: its name, what it says, and its value for a disk, if it has one.
 type Metric = (&'static str, &'static str, fn(&DiskReport) -> Option<u64>);

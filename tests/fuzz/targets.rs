@@ -9,19 +9,19 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Component, Path};
 
-use dualroot::below::{Change, Content};
-use dualroot::bootfiles::{BootFile, BootFiles, Class, classify, fold};
-use dualroot::bootplan::{self, Part, Wanted};
+use dualroot::base::types::{DirPath, DiskName, PartUuid, Role};
+use dualroot::boot::efi::{self, BootOption, EfiVars};
+use dualroot::boot::entry::{self, EntryName, Titles};
+use dualroot::boot::files::{BootFile, BootFiles, Class, classify, fold};
+use dualroot::boot::order::{self, Part, Wanted};
 use dualroot::conf::Config;
-use dualroot::efi::{self, BootOption, EfiVars};
-use dualroot::entry::{self, EntryName, Titles};
-use dualroot::fstab;
-use dualroot::generation::{self, Generation};
-use dualroot::ident::{DiskIds, PartIds, Rewriter};
-use dualroot::lineage::Record;
-use dualroot::opaque;
-use dualroot::prove;
-use dualroot::types::{DirPath, DiskName, PartUuid, Role};
+use dualroot::copy::generation::{self, Generation};
+use dualroot::names::fstab;
+use dualroot::names::ident::{DiskIds, PartIds, Rewriter};
+use dualroot::pair::lineage::Record;
+use dualroot::proof::images;
+use dualroot::proof::prove;
+use dualroot::write::below::{Change, Content};
 use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 /// The other disk's long UUIDs: file systems, then partitions.
@@ -190,7 +190,7 @@ pub fn loader_conf(data: &[u8]) {
         }
         // What is written in its place says the same, and fills no more than is there where it is written in place.
         for size in [None, Some(0), Some(1), Some(511), Some(512), Some(513), Some(u64::MAX)] {
-            let bytes = match bootplan::text_change("loader/loader.conf", size, &new) {
+            let bytes = match order::text_change("loader/loader.conf", size, &new) {
                 Change::Overwrite { bytes, .. } => {
                     assert_eq!(Some(bytes.len() as u64), size);
                     bytes
@@ -307,11 +307,11 @@ pub fn device_paths(data: &[u8]) {
 /// A unified kernel image, a PE file; and what is taken for an initrd.
 pub fn images(data: &[u8]) {
     TO_DISK1.with(|rewriter| {
-        match opaque::uki(data, rewriter) {
+        match images::uki(data, rewriter) {
             Ok(faults) => faults.iter().for_each(|fault| one_line(fault)),
             Err(e) => one_line(&format!("{e:#}")),
         }
-        match opaque::initrd(data, rewriter) {
+        match images::initrd(data, rewriter) {
             Ok(found) => found.iter().for_each(|name| one_line(name)),
             Err(e) => one_line(&format!("{e:#}")),
         }
@@ -438,7 +438,7 @@ impl Fat {
 
 /// Whether the last part of a path is a name that a cut write leaves behind.
 fn is_temporary(path: &str) -> bool {
-    dualroot::below::is_temporary(path.rsplit('/').next().unwrap_or_default())
+    dualroot::write::below::is_temporary(path.rsplit('/').next().unwrap_or_default())
 }
 
 /// The directories of two boot partitions: records that end in a NUL, each a letter, a path and, behind `=`, a content. `s` is a file of
@@ -471,7 +471,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         Class::Entry => entry::rewrite(text, rewriter, &titles),
         _ => rewriter.rewrite(text),
     };
-    let wanted = |there: &BootFiles| bootplan::wanted(&source.scan(), Path::new("/source"), there, rewrite);
+    let wanted = |there: &BootFiles| order::wanted(&source.scan(), Path::new("/source"), there, rewrite);
     let wanted_files = match wanted(&there) {
         Ok(wanted) => wanted,
         Err(e) => return one_line(&format!("{e:#}")),
@@ -480,7 +480,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
     fn part<'a>(wanted: &[Wanted], spare: &'a BootFiles, known: &'a BTreeSet<String>) -> [Part<'a>; 1] {
         [Part { role: Role::Esp, wanted: wanted.to_vec(), spare, known }]
     }
-    let steps = match bootplan::plan(&part(&wanted_files, &there, known)) {
+    let steps = match order::plan(&part(&wanted_files, &there, known)) {
         Ok(steps) => steps,
         Err(e) => return one_line(&format!("{e:#}")),
     };
@@ -491,7 +491,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
     let mut own = source.scan();
     generation::keep_own(&mut own, "/dualroot/1");
     for (free, cluster) in [(0, 0), (0, 4096), (u64::MAX, 512)] {
-        bootplan::shortfall(&steps, &Role::Esp, &there, free, cluster);
+        order::shortfall(&steps, &Role::Esp, &there, free, cluster);
     }
     // A file on one disk where the other one has a directory: that is an error when it is met.
     let files = |fat: &Fat| fat.files.keys().cloned().collect::<BTreeSet<_>>();
@@ -504,7 +504,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         Content::File { .. } => true,
     };
     let source_is_whole = wanted_files.iter().filter(|file| classify(&file.path) == Class::Entry).all(is_complete);
-    let little = bootplan::plan_for_little_room(&part(&wanted_files, &there, known)).unwrap();
+    let little = order::plan_for_little_room(&part(&wanted_files, &there, known)).unwrap();
     for steps in [Some(steps), little].into_iter().flatten() {
         let mut spare = before.clone();
         for step in &steps {
@@ -543,7 +543,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
             }
         }
         // An entry that lacks a file goes before anything else, and comes again.
-        let again = bootplan::plan(&part(&wanted(&now).unwrap(), &now, known)).unwrap();
+        let again = order::plan(&part(&wanted(&now).unwrap(), &now, known)).unwrap();
         assert!(again.is_empty() || !source_is_whole, "something is left to do: {again:#?}");
         let proof = prove::Part { role: Role::Esp, wanted: &wanted_files, found: &now };
         for fault in prove::boot_partitions(&[proof], rewriter) {

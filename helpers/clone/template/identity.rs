@@ -5,9 +5,9 @@ use std::fmt;
 use anyhow::{Context, Result, bail};
 use uuid::Uuid;
 
-use crate::fstab;
-use crate::ident::{DiskIds, PartIds};
-use crate::types::{DirPath, PartUuid, Role};
+use crate::base::types::{DirPath, PartUuid, Role};
+use crate::names::fstab;
+use crate::names::ident::{DiskIds, PartIds};
 
 /// Where a system has its machine id (machine-id(5)).
 pub const MACHINE_ID: &str = "/etc/machine-id";
@@ -152,8 +152,8 @@ pub fn with_lines(old: &[u8], parts: &[(Option<&str>, PartUuid, &str)]) -> Vec<u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ident::Rewriter;
-    use crate::types::DiskName;
+    use crate::base::types::DiskName;
+    use crate::names::ident::Rewriter;
 
     #[test]
     fn host_names() {
@@ -223,7 +223,7 @@ mod tests {
         let named = rewriter.foreign(format!("/{a}/linux").as_bytes());
         assert!(matches!(&named[..], [name] if name.contains("/etc/machine-id of disk0")), "{named:?}");
         assert!(left_out(machine_id(a.as_bytes()).unwrap()).contains(&format!("- /var/log/journal/{a}")));
-        assert!(left_out(Uuid::from_u128(1)).contains(&format!("- {}", crate::luks::KEY)));
+        assert!(left_out(Uuid::from_u128(1)).contains(&format!("- {}", crate::devices::luks::KEY)));
     }
 
     #[test]

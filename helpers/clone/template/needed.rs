@@ -3,11 +3,11 @@
 
 use anyhow::Result;
 
-use crate::fstab::{self, Line};
-use crate::ident::{DiskIds, Rewriter};
-use crate::machine::refused;
-use crate::prove;
-use crate::types::DiskName;
+use crate::base::types::DiskName;
+use crate::names::fstab::{self, Line};
+use crate::names::ident::{DiskIds, Rewriter};
+use crate::pair::machine::refused;
+use crate::proof::prove;
 
 /// What a device is named by; and where one is, if not by that.
 const TAGS: [&[u8]; 4] = [b"UUID=", b"PARTUUID=", b"LABEL=", b"PARTLABEL="];
@@ -93,8 +93,8 @@ pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<Strin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ident::PartIds;
-    use crate::types::{PartUuid, Role};
+    use crate::base::types::{PartUuid, Role};
+    use crate::names::ident::PartIds;
 
     fn disk(name: &str, start: char, roles: &[Role]) -> DiskIds {
         let id = |n: usize| PartUuid::parse(&format!("{start}aaaaaaa-0000-4000-8000-00000000000{n}")).unwrap();

@@ -9,24 +9,24 @@ use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use crate::below::Below;
-use crate::bootfiles::{Class, classify};
+use crate::base::program;
+use crate::base::progress::Progress;
+use crate::base::root::Root;
+use crate::base::types::Role;
+use crate::boot::files::{Class, classify};
 use crate::clone::template::identity::{self, HOST_NAME, MACHINE_ID};
-use crate::ident::DiskIds;
-use crate::layout::{self, DiskLayout};
-use crate::machine::{nothing_done, refused};
-use crate::program;
-use crate::progress::Progress;
-use crate::root::Root;
-use crate::state;
-use crate::tree;
-use crate::types::Role;
+use crate::copy::tree;
+use crate::devices::gpt::{self, DiskLayout};
+use crate::names::ident::DiskIds;
+use crate::pair::machine::{nothing_done, refused};
+use crate::write::below::Below;
+use crate::write::state;
 
 const RUN: &str = "/run/dualroot";
 /// Where what another machine says of its template is kept while it is looked at.
 const PLACE: &str = "/run/dualroot/template";
 
-/// What dualroot has kept in a template of its disks: see [`layout`] and [`crate::idstore`].
+/// What dualroot has kept in a template of its disks: see [`gpt`] and [`crate::names::idstore`].
 const LAYOUT: &str = "/var/lib/dualroot/layout.json";
 const IDENTIFIERS: &str = "/var/lib/dualroot/identifiers.json";
 
@@ -215,7 +215,7 @@ impl About {
         let machine_id =
             id.map_err(|e| refused(format!("the template {shown}: {MACHINE_ID}: {e}; {}", what_to_do(MACHINE_ID))))?;
         let disks = match shape {
-            Some(file) => layout::load_all(file).map_err(|e| refused(format!("{e:#}")))?,
+            Some(file) => gpt::load_all(file).map_err(|e| refused(format!("{e:#}")))?,
             None => parse(LAYOUT, &has(LAYOUT)?, shown)?,
         };
         let ids: Vec<DiskIds> = parse(IDENTIFIERS, &has(IDENTIFIERS)?, shown)?;
@@ -322,7 +322,7 @@ const INODE: u64 = 256;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Refused;
+    use crate::pair::machine::Refused;
     use std::fs;
     use std::io::{Read, Seek};
 

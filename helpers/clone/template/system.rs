@@ -5,25 +5,25 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::below::{self, Below, Change, is_link};
-use crate::bootfiles::{BootFiles, Class};
-use crate::bootplan::{self, Wanted};
+use crate::base::root::Root;
+use crate::base::types::Role;
+use crate::boot::entry::{self, Titles};
+use crate::boot::files::{BootFiles, Class};
+use crate::boot::order::{self, Wanted};
 use crate::clone::plan::Plan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
 use crate::clone::template::needed;
 use crate::clone::template::origin::About;
-use crate::entry::{self, Titles};
-use crate::fstab;
-use crate::generation::{self, Base, Generation};
-use crate::ident::Rewriter;
-use crate::inventory::Partition;
-use crate::mounts::Held;
-use crate::opaque;
-use crate::prove;
-use crate::root::Root;
-use crate::searched::Searched;
-use crate::tree::{self, Rewritten};
-use crate::types::Role;
+use crate::copy::generation::{self, Base, Generation};
+use crate::copy::tree::{self, Rewritten};
+use crate::devices::inventory::Partition;
+use crate::devices::mounts::Held;
+use crate::names::fstab;
+use crate::names::ident::Rewriter;
+use crate::proof::images;
+use crate::proof::prove;
+use crate::proof::searched::Searched;
+use crate::write::below::{self, Below, Change, is_link};
 
 /// Where the new disk is mounted, in a namespace of one's own.
 const PLACES: &str = "/run/dualroot/new";
@@ -209,7 +209,7 @@ impl New {
         found.with_context(|| format!("{place} of the template, which has to be a directory and no link"))
     }
 
-    /// Fills the boot partitions with what the copied tree has for them, in the order of [`bootplan`]; returns what is to be there.
+    /// Fills the boot partitions with what the copied tree has for them, in the order of [`order`]; returns what is to be there.
     pub(super) fn write_boot_files(&self, places: &[(Role, &str)]) -> Result<BTreeMap<Role, Vec<Wanted>>> {
         let mut source = BTreeMap::new();
         for (role, place) in places {
@@ -224,17 +224,17 @@ impl New {
         let known = [].into();
         for (role, (files, dir)) in source {
             let spare = there.get(role).with_context(|| format!("{role}= was not read"))?;
-            let mut wanted = bootplan::wanted(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
+            let mut wanted = order::wanted(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
             for file in &mut wanted {
                 let path = String::from_utf8(self.names.rewriter.rewrite(file.path.as_bytes()));
                 file.path = path.with_context(|| file.path.clone())?;
             }
-            parts.push(bootplan::Part { role: role.clone(), wanted, spare, known: &known });
+            parts.push(order::Part { role: role.clone(), wanted, spare, known: &known });
         }
-        let steps = bootplan::plan(&parts)?;
+        let steps = order::plan(&parts)?;
         for part in &parts {
             let (free, cluster) = self.below_of(&part.role)?.free()?;
-            match bootplan::shortfall(&steps, &part.role, part.spare, free, cluster) {
+            match order::shortfall(&steps, &part.role, part.spare, free, cluster) {
                 0 => {}
                 short => bail!("{}= is too small, by {short} bytes; give a larger one by --layout", part.role),
             }
@@ -259,7 +259,7 @@ impl New {
         let mut searched = Searched::new(rewriter)?;
         for part in &parts {
             let place = self.held.get(&part.role).context("a boot partition has gone")?.place();
-            faults.extend(opaque::boot_partition(place, part.found, rewriter, &mut searched)?);
+            faults.extend(images::boot_partition(place, part.found, rewriter, &mut searched)?);
             faults.extend(misnamed(part.found, rewriter).map(|path| format!("{}: {path} bears the template's name", part.role)));
         }
         let texts: Vec<&[u8]> = parts.iter().flat_map(|p| p.found.of(Class::Entry)).filter_map(|f| f.text.as_deref()).collect();

@@ -1,0 +1,7 @@
+//! Types, the root that reads go through, programs, logging and progress.
+
+pub mod log;
+pub mod program;
+pub mod progress;
+pub mod root;
+pub mod types;

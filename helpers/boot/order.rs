@@ -1,0 +1,759 @@
+//! The order in which the boot partitions of a spare become those of the booted disk.
+//!
+//! The plan is data: a list of [`Step`]s, made from what lies on both disks and from nothing else. Its order keeps one promise: *at
+//! every write boundary, the entry that the boot loader would take unattended is whole, all old or all new.* So:
+//!
+//! 1. payloads (kernels, initrds, device trees) are written under names that no entry on the spare refers to. One that must keep its
+//!    name while its content changes is staged under a name of its own (`.dualroot-HASH-NAME`);
+//! 2. then entries are turned to what was written, each in one sector or by a rename; then loader.conf;
+//! 3. then entries that the booted disk doesn't have go: they may refer to names that get another content next;
+//! 4. then staged files get their own names, and the entries are turned back to them;
+//! 5. then the boot loaders, one after the other;
+//! 6. then files that nothing needs any more go.
+//!
+//! Between any two of these everything is flushed ([`Change::Barrier`]); facts about FAT that this rests on are in dualroot(7).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::base::types::Role;
+use crate::boot::entry::{self, EntryName};
+use crate::boot::files::{BootFile, BootFiles, Class, classify, fold};
+use crate::copy::generation;
+use crate::write::below::{Change, Content, TEMPORARY};
+
+/// A disk writes a sector of this many bytes whole or not at all.
+const SECTOR: usize = 512;
+
+/// One change to one of the spare's boot partitions.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// [`Role::Esp`] or [`Role::Xbootldr`].
+    pub role: Role,
+    /// The change.
+    pub change: Change,
+}
+
+/// A file as it is to be on the spare.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// Its path below the partition.
+    pub path: String,
+    /// What it holds.
+    pub content: Content,
+    /// The hash of that.
+    pub hash: blake3::Hash,
+}
+
+impl std::fmt::Debug for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.size())
+    }
+}
+
+/// One boot partition of the spare: what is to be on it, and what is.
+pub struct Part<'a> {
+    /// [`Role::Esp`] or [`Role::Xbootldr`].
+    pub role: Role,
+    /// What is to be there, as [`wanted`] says.
+    pub wanted: Vec<Wanted>,
+    /// What is there.
+    pub spare: &'a BootFiles,
+    /// Folded paths of files that came from the booted disk at earlier syncs. Nothing else of the spare's own goes, but entries, and
+    /// what only they referred to.
+    pub known: &'a BTreeSet<String>,
+}
+
+/// What of a boot partition of the booted disk is to be on the spare, under which name, with entries and loader.conf rewritten.
+///
+/// # Errors
+/// An entry's file name that the Boot Loader Specification doesn't allow.
+pub fn wanted(
+    source: &BootFiles,
+    mounted: &Path,
+    spare: &BootFiles,
+    rewrite: impl Fn(Class, &[u8]) -> Vec<u8>,
+) -> Result<Vec<Wanted>> {
+    let mut all = Vec::new();
+    for file in source.files.values() {
+        let class = classify(&file.path);
+        let Some(path) = name_on_spare(class, &file.path, spare)? else { continue };
+        let (content, hash) = match &file.text {
+            Some(text) => {
+                let text = rewrite(class, text);
+                let hash = blake3::hash(&text);
+                (Content::Bytes(text), hash)
+            }
+            None => (Content::File { source: mounted.join(&file.path), hash: file.hash, size: file.size }, file.hash),
+        };
+        all.push(Wanted { path, content, hash });
+    }
+    // The firmware falls back to EFI/BOOT when it has no entry for a disk: a boot loader has to be there.
+    if !all.iter().any(|w| fold(&w.path).starts_with("efi/boot/boot")) {
+        let found = all.iter().find_map(|w| {
+            let machine = fold(&w.path).strip_prefix("efi/systemd/systemd-boot")?.strip_suffix(".efi")?.to_uppercase();
+            Some(Wanted { path: format!("EFI/BOOT/BOOT{machine}.EFI"), ..w.clone() })
+        });
+        all.extend(found);
+    }
+    Ok(all)
+}
+
+/// The name that a file of the booted disk has on the spare, or None when it is not to be there.
+///
+/// Live boot counters never travel (failure mode 25): an entry that has used up its tries, or has failed one, is not copied, and one
+/// with all its tries left keeps the counters that it has on the spare.
+fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Result<Option<String>> {
+    if class == Class::Local {
+        return Ok(None);
+    }
+    if !matches!(class, Class::Entry | Class::Uki) {
+        return Ok(Some(path.to_owned()));
+    }
+    let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is no entry"))?;
+    if generation::is_offer(file) {
+        return Ok(None);
+    }
+    let name = EntryName::parse(file)?;
+    match (name.tries_left, name.tries_done) {
+        (None, _) => Ok(Some(path.to_owned())),
+        (Some(0), _) | (Some(_), Some(1..)) => Ok(None),
+        (Some(_), _) => {
+            let same = |other: &&BootFile| {
+                let (other_dir, other) = other.path.rsplit_once('/').unwrap_or_default();
+                fold(other_dir) == fold(dir) && EntryName::parse(other).is_ok_and(|o| fold(&o.id) == fold(&name.id))
+            };
+            // Two of one id are two files there, too.
+            let own = spare.files.get(&fold(path)).or_else(|| spare.of(class).find(same));
+            Ok(Some(own.map_or_else(|| path.to_owned(), |own| own.path.clone())))
+        }
+    }
+}
+
+/// The steps that make the parts what they are to be, in the order that the module's documentation gives.
+///
+/// # Errors
+/// Two wanted files of one name.
+pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
+    let works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
+    Ok(in_order(works, &phases()))
+}
+
+/// The steps for parts that can't hold old and new side by side (failure mode 19): what nothing needs any more goes first. None where no
+/// entry that the spare has whole would be left then, which is the one that it boots until the new ones are there.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_for_little_room(parts: &[Part<'_>]) -> Result<Option<Vec<Step>>> {
+    let works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
+    if !works.iter().any(Work::has_an_entry) {
+        return Ok(None);
+    }
+    let phases: Vec<Phase<'_>> =
+        [Work::sweep as Phase<'_>, Work::drop_entries, Work::drop_files].into_iter().chain(phases()).collect();
+    Ok(Some(in_order(works, &phases)))
+}
+
+fn phases<'a>() -> [Phase<'a>; 9] {
+    [
+        Work::sweep,
+        Work::payloads,
+        Work::entries,
+        Work::loader_conf,
+        Work::drop_entries,
+        Work::settle_names,
+        Work::entries,
+        Work::loaders,
+        Work::drop_files,
+    ]
+}
+
+fn in_order<'a>(mut works: Vec<Work<'a>>, phases: &[Phase<'a>]) -> Vec<Step> {
+    let mut steps = Steps::default();
+    for phase in phases {
+        for work in &mut works {
+            phase(work, &mut steps);
+        }
+        steps.barrier();
+    }
+    steps.list
+}
+
+type Phase<'a> = fn(&mut Work<'a>, &mut Steps);
+
+/// The steps, and which partitions have unflushed ones.
+#[derive(Default)]
+struct Steps {
+    list: Vec<Step>,
+    dirty: BTreeSet<Role>,
+}
+
+impl Steps {
+    fn push(&mut self, role: &Role, change: Change) {
+        self.dirty.insert(role.clone());
+        self.list.push(Step { role: role.clone(), change });
+    }
+
+    fn barrier(&mut self) {
+        for role in std::mem::take(&mut self.dirty) {
+            self.list.push(Step { role, change: Change::Barrier });
+        }
+    }
+}
+
+/// One partition while its plan is made: `files` is what would be on it after the steps so far.
+struct Work<'a> {
+    role: &'a Role,
+    wanted: BTreeMap<String, &'a Wanted>,
+    known: &'a BTreeSet<String>,
+    files: BTreeMap<String, BootFile>,
+    temporary: BTreeMap<String, BootFile>,
+    dirs: BTreeSet<String>,
+    /// Folded path of a payload → the name it is staged under.
+    staged: BTreeMap<String, String>,
+    /// Folded paths of what entries that went referred to.
+    orphans: BTreeSet<String>,
+}
+
+impl<'a> Work<'a> {
+    fn new(part: &'a Part<'a>) -> Result<Self> {
+        let mut wanted = BTreeMap::new();
+        for file in &part.wanted {
+            if wanted.insert(fold(&file.path), file).is_some() {
+                bail!("{} is there twice, with and without boot counters; remove one", file.path);
+            }
+        }
+        Ok(Self {
+            role: &part.role,
+            wanted,
+            known: part.known,
+            files: part.spare.files.clone(),
+            temporary: part.spare.temporary.clone(),
+            dirs: part.spare.dirs.iter().map(|d| fold(d)).collect(),
+            staged: BTreeMap::new(),
+            orphans: BTreeSet::new(),
+        })
+    }
+
+    fn wanted_of(&self, classes: &[Class]) -> Vec<&'a Wanted> {
+        self.wanted.values().copied().filter(|w| classes.contains(&classify(&w.path))).collect()
+    }
+
+    /// Folded paths that entries on the spare refer to now.
+    fn referred(&self) -> BTreeSet<String> {
+        let entries = self.files.values().filter(|f| classify(&f.path) == Class::Entry);
+        entries.filter_map(|f| f.text.as_deref()).flat_map(entry::files).map(|f| fold(&f)).collect()
+    }
+
+    fn has(&self, wanted: &Wanted) -> bool {
+        self.files.get(&fold(&wanted.path)).is_some_and(|f| f.hash == wanted.hash)
+    }
+
+    /// Whether an entry that is to be there in the end has all its files already, as they are to be.
+    fn has_an_entry(&self) -> bool {
+        let is_whole = |path: &String| self.wanted.get(&fold(path)).is_some_and(|file| self.has(file));
+        self.files.iter().any(|(key, file)| match (classify(key), self.wanted.get(key), &file.text) {
+            (Class::Entry, Some(_), Some(text)) => entry::files(text).iter().all(is_whole),
+            (Class::Uki, Some(wanted), _) => self.has(wanted),
+            _ => false,
+        })
+    }
+
+    fn make_parents(&mut self, steps: &mut Steps, path: &str) {
+        let Some((dir, _)) = path.rsplit_once('/') else { return };
+        if self.dirs.insert(fold(dir)) {
+            steps.push(self.role, Change::MakeDir(dir.to_owned()));
+            let mut upper = dir;
+            while let Some((parent, _)) = upper.rsplit_once('/') {
+                self.dirs.insert(fold(parent));
+                upper = parent;
+            }
+        }
+    }
+
+    fn note(&mut self, path: &str, content: &Content, hash: blake3::Hash) {
+        let text = match content {
+            Content::Bytes(bytes) => Some(bytes.clone()),
+            Content::File { .. } => None,
+        };
+        self.files.insert(fold(path), BootFile { path: path.to_owned(), size: content.size(), hash, text });
+    }
+
+    fn remove(&mut self, steps: &mut Steps, key: &str) {
+        if let Some(file) = self.files.remove(key).or_else(|| self.temporary.remove(key)) {
+            steps.push(self.role, Change::Remove(file.path));
+        }
+    }
+
+    /// Leftovers of interrupted syncs that no entry refers to; and entries that a payload which is still to be written would bring
+    /// to life while it is half there.
+    fn sweep(&mut self, steps: &mut Steps) {
+        let referred = self.referred();
+        for key in self.temporary.keys().filter(|k| !referred.contains(*k)).cloned().collect::<Vec<_>>() {
+            self.remove(steps, &key);
+        }
+        let dead = |file: &&BootFile| {
+            let lacks = |f: &String| !self.files.contains_key(&fold(f)) && !self.temporary.contains_key(&fold(f));
+            file.text.as_deref().is_some_and(|text| entry::files(text).iter().any(lacks))
+        };
+        let entries = self.files.values().filter(|f| classify(&f.path) == Class::Entry);
+        for key in entries.filter(dead).map(|f| fold(&f.path)).collect::<Vec<_>>() {
+            self.remove(steps, &key);
+        }
+    }
+
+    fn payloads(&mut self, steps: &mut Steps) {
+        let referred = self.referred();
+        for file in self.wanted_of(&[Class::Payload]) {
+            if self.has(file) {
+                continue;
+            }
+            self.make_parents(steps, &file.path);
+            if !referred.contains(&fold(&file.path)) {
+                steps.push(self.role, Change::Create { path: file.path.clone(), content: file.content.clone() });
+                self.note(&file.path, &file.content, file.hash);
+                continue;
+            }
+            let (dir, name) = match file.path.rsplit_once('/') {
+                Some((dir, name)) => (format!("{dir}/"), name),
+                None => (String::new(), file.path.as_str()),
+            };
+            let short: String = file.hash.to_hex().chars().take(16).collect();
+            let staged = format!("{dir}{TEMPORARY}{short}-{name}");
+            let whole = self.temporary.get(&fold(&staged)).is_some_and(|t| t.hash == file.hash);
+            if !whole {
+                steps.push(self.role, Change::Create { path: staged.clone(), content: file.content.clone() });
+            }
+            let there = BootFile { path: staged.clone(), size: file.content.size(), hash: file.hash, text: None };
+            self.temporary.insert(fold(&staged), there);
+            self.staged.insert(fold(&file.path), staged);
+        }
+    }
+
+    /// Entries as they are to be, but with staged payloads for those whose names are still taken.
+    fn entries(&mut self, steps: &mut Steps) {
+        for file in self.wanted_of(&[Class::Entry, Class::Uki]) {
+            match &file.content {
+                Content::Bytes(text) => {
+                    let text = entry::redirect(text, |path| self.staged.get(&fold(path)).cloned());
+                    self.put_text(steps, &file.path, &text);
+                }
+                Content::File { .. } if !self.has(file) => {
+                    self.make_parents(steps, &file.path);
+                    steps.push(self.role, Change::Replace { path: file.path.clone(), content: file.content.clone(), like: None });
+                    self.note(&file.path, &file.content, file.hash);
+                }
+                Content::File { .. } => {}
+            }
+        }
+    }
+
+    fn loader_conf(&mut self, steps: &mut Steps) {
+        for file in self.wanted_of(&[Class::LoaderConf]) {
+            if let Content::Bytes(text) = &file.content {
+                self.put_text(steps, &file.path, text);
+            }
+        }
+    }
+
+    fn put_text(&mut self, steps: &mut Steps, path: &str, text: &[u8]) {
+        let there = self.files.get(&fold(path));
+        if there.and_then(|f| f.text.as_deref()).is_some_and(|old| old.trim_ascii_end() == text.trim_ascii_end()) {
+            return;
+        }
+        let path = there.map_or(path, |f| f.path.as_str()).to_owned();
+        let change = text_change(&path, there.map(|f| f.size), text);
+        let bytes = match &change {
+            Change::Overwrite { bytes, .. } | Change::Replace { content: Content::Bytes(bytes), .. } => bytes.clone(),
+            _ => text.to_vec(),
+        };
+        let hash = blake3::hash(&bytes);
+        self.make_parents(steps, &path);
+        steps.push(self.role, change);
+        self.note(&path, &Content::Bytes(bytes), hash);
+    }
+
+    /// Staged payloads under their own names, which no entry refers to just now.
+    fn settle_names(&mut self, steps: &mut Steps) {
+        for key in std::mem::take(&mut self.staged).into_keys() {
+            let Some(file) = self.wanted.get(&key).copied() else { continue };
+            steps.push(self.role, Change::Create { path: file.path.clone(), content: file.content.clone() });
+            self.note(&file.path, &file.content, file.hash);
+        }
+    }
+
+    /// One boot loader after the other, each flushed before the next: the firmware's fallback comes last.
+    fn loaders(&mut self, steps: &mut Steps) {
+        let mut loaders = self.wanted_of(&[Class::Loader]);
+        loaders.sort_by_key(|w| fold(&w.path).starts_with("efi/boot/"));
+        for file in loaders {
+            if !self.has(file) {
+                self.make_parents(steps, &file.path);
+                let change = Change::Replace { path: file.path.clone(), content: file.content.clone(), like: None };
+                steps.push(self.role, change);
+                self.note(&file.path, &file.content, file.hash);
+            }
+        }
+    }
+
+    fn drop_entries(&mut self, steps: &mut Steps) {
+        let gone =
+            |f: &&BootFile| matches!(classify(&f.path), Class::Entry | Class::Uki) && !self.wanted.contains_key(&fold(&f.path));
+        for file in self.files.values().filter(gone).cloned().collect::<Vec<_>>() {
+            let key = fold(&file.path);
+            // What only this entry referred to goes with it, wherever it came from.
+            for path in file.text.as_deref().map(entry::files).unwrap_or_default() {
+                if classify(&path) == Class::Payload {
+                    self.orphans.insert(fold(&path));
+                }
+            }
+            self.remove(steps, &key);
+        }
+    }
+
+    fn drop_files(&mut self, steps: &mut Steps) {
+        let referred = self.referred();
+        let gone = |key: &&String| {
+            !self.wanted.contains_key(*key)
+                && classify(key) != Class::Local
+                && !referred.contains(*key)
+                && (self.known.contains(*key) || self.orphans.contains(*key))
+        };
+        let mut keys: Vec<_> = self.files.keys().filter(gone).cloned().collect();
+        keys.extend(self.temporary.keys().filter(|key| !referred.contains(*key)).cloned());
+        let mut emptied = BTreeSet::new();
+        for key in keys {
+            let path = self.files.get(&key).or(self.temporary.get(&key)).map(|f| f.path.clone()).unwrap_or_default();
+            self.remove(steps, &key);
+            let mut dir = path.as_str();
+            while let Some((parent, _)) = dir.rsplit_once('/') {
+                emptied.insert((std::cmp::Reverse(parent.matches('/').count()), parent.to_owned()));
+                dir = parent;
+            }
+        }
+        // Deepest first, and only what is empty then.
+        for (_, dir) in emptied {
+            let below = format!("{}/", fold(&dir));
+            if !self.files.keys().chain(self.temporary.keys()).any(|k| k.starts_with(&below)) {
+                // It is made again where something comes into it.
+                self.dirs.remove(&fold(&dir));
+                steps.push(self.role, Change::Remove(dir));
+            }
+        }
+    }
+}
+
+/// The change that gives a small text which the boot loader reads a new content: in place where it fits into the file's one sector, by
+/// a rename otherwise. Texts end in as many newlines as fill the sector, so that the next change can be made in place. `there` is the
+/// size in bytes of the file as it is.
+pub fn text_change(path: &str, there: Option<u64>, text: &[u8]) -> Change {
+    let text = text.trim_ascii_end();
+    let in_place = there.and_then(|size| usize::try_from(size).ok()).filter(|&size| size <= SECTOR && text.len() < size);
+    let mut bytes = text.to_vec();
+    bytes.push(b'\n');
+    bytes.resize(bytes.len().max(in_place.unwrap_or(SECTOR)), b'\n');
+    match in_place {
+        Some(_) => Change::Overwrite { path: path.to_owned(), bytes },
+        None => Change::Replace { path: path.to_owned(), content: Content::Bytes(bytes), like: None },
+    }
+}
+
+/// The least number of bytes that a partition has too little for the steps, or 0: what is free is followed from step to step.
+/// `free` and `cluster` are in bytes.
+pub fn shortfall(steps: &[Step], role: &Role, spare: &BootFiles, free: u64, cluster: u64) -> u64 {
+    let cluster = cluster.max(1);
+    let whole = |size: u64| i128::from(size.div_ceil(cluster) * cluster);
+    let mut sizes: BTreeMap<String, u64> =
+        spare.files.iter().chain(&spare.temporary).map(|(key, file)| (key.clone(), file.size)).collect();
+    let mut left = i128::from(free);
+    let mut least = left;
+    for step in steps.iter().filter(|s| s.role == *role) {
+        match &step.change {
+            Change::MakeDir(_) => left -= i128::from(cluster),
+            Change::Create { path, content } => {
+                left += whole(sizes.insert(fold(path), content.size()).unwrap_or(0)) - whole(content.size());
+            }
+            Change::Replace { path, content, .. } => {
+                left -= whole(content.size());
+                least = least.min(left);
+                left += whole(sizes.insert(fold(path), content.size()).unwrap_or(0));
+            }
+            Change::Remove(path) => left += whole(sizes.remove(&fold(path)).unwrap_or(0)),
+            Change::Overwrite { .. } | Change::Barrier => {}
+        }
+        least = least.min(left);
+    }
+    u64::try_from(-least).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::write::below::Below;
+    use std::fs;
+
+    const ENTRY: &str = "loader/entries/a.conf";
+
+    /// Two directories that stand for a boot partition of the booted disk and of the spare.
+    struct Disks {
+        tmp: tempfile::TempDir,
+        known: BTreeSet<String>,
+    }
+
+    impl Disks {
+        fn new(source: &[(&str, &str)], spare: &[(&str, &str)]) -> Self {
+            let disks = Self { tmp: tempfile::tempdir().unwrap(), known: BTreeSet::new() };
+            for (side, files) in [("source", source), ("spare", spare)] {
+                fs::create_dir(disks.tmp.path().join(side)).unwrap();
+                for (path, text) in files {
+                    let path = disks.tmp.path().join(side).join(path);
+                    fs::create_dir_all(path.parent().unwrap()).unwrap();
+                    fs::write(path, text).unwrap();
+                }
+            }
+            disks
+        }
+
+        fn below(&self, side: &str) -> Below {
+            Below::open(&self.tmp.path().join(side)).unwrap()
+        }
+
+        fn scan(&self, side: &str) -> BootFiles {
+            BootFiles::scan(&self.below(side)).unwrap()
+        }
+
+        fn plan(&self) -> Vec<Step> {
+            let spare = self.scan("spare");
+            let wanted = wanted(&self.scan("source"), &self.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+            plan(&[Part { role: Role::Esp, wanted, spare: &spare, known: &self.known }]).unwrap()
+        }
+
+        /// Makes the plan true step by step. After each, every entry on the spare has all its files, and they are those of one
+        /// generation: what an entry refers to begins with the same character.
+        fn sync(&self) -> Vec<Step> {
+            let steps = self.plan();
+            for step in &steps {
+                self.below("spare").apply(&step.change).unwrap();
+                self.check(&format!("after {:?} of {steps:#?}", step.change));
+            }
+            assert_eq!(self.plan(), [], "nothing is left to do");
+            steps
+        }
+
+        fn check(&self, when: &str) {
+            for file in self.scan("spare").of(Class::Entry) {
+                let generations: BTreeSet<char> = entry::files(file.text.as_ref().unwrap())
+                    .iter()
+                    .map(|path| {
+                        let text = fs::read_to_string(self.tmp.path().join("spare").join(path));
+                        text.unwrap_or_else(|e| panic!("{path}: {e} {when}")).chars().next().unwrap()
+                    })
+                    .collect();
+                assert_eq!(generations.len(), 1, "{} mixes generations {when}", file.path);
+            }
+        }
+
+        fn on_spare(&self) -> Vec<String> {
+            self.scan("spare").files.into_keys().collect()
+        }
+    }
+
+    const FIXED: &str = "title Arch\nlinux /vmlinuz-linux\ninitrd /initramfs-linux.img\n";
+
+    #[test]
+    fn f18_fixed_names_are_changed_as_a_pair() {
+        let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
+        let disks = Disks::new(&files("2 new"), &files("1 old"));
+        let steps = disks.sync();
+        assert_eq!(disks.on_spare(), ["initramfs-linux.img", ENTRY, "vmlinuz-linux"]);
+        assert!(steps.iter().any(|s| matches!(&s.change, Change::Create { path, .. } if path.starts_with(TEMPORARY))));
+    }
+
+    #[test]
+    fn f18_an_entry_that_goes_is_not_brought_to_other_files() {
+        let of = |name: &'static str, n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (name, FIXED)];
+        let disks = Disks::new(&of("loader/entries/b.conf", "2 new"), &of("loader/entries/a.conf", "1 old"));
+        disks.sync();
+        assert_eq!(disks.on_spare(), ["initramfs-linux.img", "loader/entries/b.conf", "vmlinuz-linux"]);
+    }
+
+    #[test]
+    fn f08_a_new_kernel_comes_before_its_entry_and_the_old_goes_behind_its_own() {
+        let of = |n: &str| format!("title Debian\nlinux /t/{n}/linux\ninitrd /t/{n}/initrd\n");
+        let (one, two) = (of("1"), of("2"));
+        let mut disks = Disks::new(
+            &[("t/2/linux", "2"), ("t/2/initrd", "2"), ("loader/entries/2.conf", &two), ("loader/loader.conf", "default 2.conf")],
+            &[("t/1/linux", "1"), ("t/1/initrd", "1"), ("loader/entries/1.conf", &one), ("loader/loader.conf", "default 1.conf")],
+        );
+        disks.known = ["t/1/linux", "t/1/initrd"].map(Into::into).into();
+        let steps = disks.sync();
+        let at = |wanted: &dyn Fn(&Change) -> bool| steps.iter().position(|s| wanted(&s.change)).unwrap();
+        let barrier = |from: usize, to: usize| steps[from..to].iter().any(|s| s.change == Change::Barrier);
+        let payload = at(&|c| matches!(c, Change::Create { path, .. } if path == "t/2/linux"));
+        let entry = at(&|c| matches!(c, Change::Replace { path, .. } if path == "loader/entries/2.conf"));
+        let conf = at(&|c| matches!(c, Change::Replace { path, .. } if path == "loader/loader.conf"));
+        let old_entry = at(&|c| *c == Change::Remove("loader/entries/1.conf".into()));
+        let old_payload = at(&|c| *c == Change::Remove("t/1/linux".into()));
+        for (first, then) in [(payload, entry), (entry, conf), (conf, old_entry), (old_entry, old_payload)] {
+            assert!(first < then && barrier(first, then), "{steps:#?}");
+        }
+        assert!(!disks.tmp.path().join("spare/t/1").exists());
+    }
+
+    #[test]
+    fn first_sync_writes_the_boot_loader_last() {
+        let disks = Disks::new(
+            &[
+                ("EFI/systemd/systemd-bootx64.efi", "sd"),
+                ("linux", "1"),
+                (ENTRY, "linux /linux\n"),
+                ("loader/random-seed", "secret"),
+            ],
+            &[],
+        );
+        let steps = disks.sync();
+        assert_eq!(
+            disks.on_spare(),
+            ["efi/boot/bootx64.efi", "efi/systemd/systemd-bootx64.efi", "linux", ENTRY],
+            "with the fallback, and without the random seed"
+        );
+        let first = steps.iter().position(|s| s.change.to_string().contains("EFI/")).unwrap();
+        assert!(
+            steps[first..].iter().all(|s| s.change == Change::Barrier || s.change.to_string().contains("EFI/")),
+            "{steps:#?}"
+        );
+    }
+
+    #[test]
+    fn f04_what_is_not_from_the_booted_disk_stays() {
+        let disks = Disks::new(
+            &[("linux", "1"), (ENTRY, "linux /linux\n"), ("EFI/BOOT/BOOTX64.EFI", "sd")],
+            &[
+                ("EFI/Microsoft/Boot/bootmgfw.efi", "w"),
+                ("notes.txt", "n"),
+                ("loader/random-seed", "r"),
+                ("loader/entries/b.conf", "linux /b\n"),
+                ("b", "1"),
+            ],
+        );
+        disks.sync();
+        assert_eq!(
+            disks.on_spare(),
+            ["efi/boot/bootx64.efi", "efi/microsoft/boot/bootmgfw.efi", "linux", ENTRY, "loader/random-seed", "notes.txt"],
+            "an entry that the booted disk doesn't have goes, with what only it referred to"
+        );
+    }
+
+    #[test]
+    fn f10_an_interrupted_sync_is_completed_from_wherever_it_stood() {
+        let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
+        let count = Disks::new(&files("2 new"), &files("1 old")).plan().len();
+        for stop in 0..count {
+            let disks = Disks::new(&files("2 new"), &files("1 old"));
+            for step in disks.plan().iter().take(stop) {
+                disks.below("spare").apply(&step.change).unwrap();
+            }
+            disks.sync();
+            assert_eq!(disks.on_spare(), ["initramfs-linux.img", ENTRY, "vmlinuz-linux"], "stopped after {stop} steps");
+            assert!(disks.scan("spare").temporary.is_empty(), "stopped after {stop} steps");
+        }
+    }
+
+    #[test]
+    fn f25_boot_counters_do_not_travel() {
+        for (source, spare, expected) in [
+            (&["a+0-3"][..], &[][..], &[][..]),
+            (&["a+2-1"], &[], &[]),
+            (&["a+3"], &[], &["a+3"]),
+            (&["a+3"], &["a+2-1"], &["a+2-1"]),
+            (&["a"], &["a+2-1"], &["a"]),
+            (&["a+3"], &["a"], &["a"]),
+        ] {
+            let path = |n: &&str| format!("loader/entries/{n}.conf");
+            let list = |names: &[&str]| names.iter().map(path).collect::<Vec<_>>();
+            let (source, spare) = (list(source), list(spare));
+            let with = |paths: &'_ [String]| -> Vec<(String, String)> {
+                paths.iter().map(|p| (p.clone(), "linux /linux\n".to_owned())).chain([("linux".into(), "1".into())]).collect()
+            };
+            let (source_files, spare_files) = (with(&source), with(&spare));
+            let borrow = |files: &'static [(String, String)]| -> Vec<(&str, &str)> {
+                files.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect()
+            };
+            let disks = Disks::new(&borrow(source_files.leak()), &borrow(spare_files.leak()));
+            disks.sync();
+            let entries: Vec<String> = disks.scan("spare").of(Class::Entry).map(|f| f.path.clone()).collect();
+            assert_eq!(entries, list(expected), "{source:?} onto {spare:?}");
+        }
+    }
+
+    #[test]
+    fn f26_entries_that_differ_only_in_counters_are_copied_again_and_again() {
+        let (one, two) = ("loader/entries/a+3.conf", "loader/entries/a+4.conf");
+        let disks = Disks::new(&[(one, "linux /linux\n"), (two, "linux /linux\n"), ("linux", "1")], &[]);
+        disks.sync();
+        assert_eq!(disks.on_spare(), ["linux", one, two]);
+    }
+
+    #[test]
+    fn f19_the_shortfall_is_known_before() {
+        let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
+        let disks = Disks::new(&files("2"), &files("1"));
+        let (steps, spare) = (disks.plan(), disks.scan("spare"));
+        // Two staged files and the entry's second copy, of a cluster each, are all that is needed at a time.
+        assert_eq!(shortfall(&steps, &Role::Esp, &spare, 3 * 4096, 4096), 0);
+        assert_eq!(shortfall(&steps, &Role::Esp, &spare, 4096, 4096), 2 * 4096);
+    }
+
+    #[test]
+    fn f19_what_goes_makes_room_where_there_is_none() {
+        let of = |n: &str| [format!("t/{n}/linux"), format!("loader/entries/{n}.conf"), format!("linux /t/{n}/linux\n")];
+        let ([l1, e1, t1], [l2, e2, t2], [l3, e3, t3]) = (of("1"), of("2"), of("3"));
+        let mut disks =
+            Disks::new(&[(&l2, "2"), (&e2, &t2), (&l3, "3"), (&e3, &t3)], &[(&l1, "1"), (&e1, &t1), (&l2, "2"), (&e2, &t2)]);
+        disks.known.insert(l1.clone());
+        let spare = disks.scan("spare");
+        let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let part = |wanted: &[Wanted]| Part { role: Role::Esp, wanted: wanted.to_vec(), spare: &spare, known: &disks.known };
+        // A directory for the new kernel, the kernel, and its entry; what goes is a directory, a kernel and an entry.
+        let short = |steps: &[Step]| shortfall(steps, &Role::Esp, &spare, 4096, 4096);
+        assert!(short(&plan(&[part(&wanted)]).unwrap()) > 0);
+        let steps = plan_for_little_room(&[part(&wanted)]).unwrap().unwrap();
+        assert_eq!(short(&steps), 0, "{steps:#?}");
+        for step in &steps {
+            disks.below("spare").apply(&step.change).unwrap();
+            disks.check(&format!("after {step:?}"));
+            assert!(disks.on_spare().contains(&e2), "there always is an entry");
+        }
+        assert_eq!(disks.plan(), []);
+        // With nothing in common there is nothing to boot meanwhile.
+        let new: Vec<Wanted> = wanted.into_iter().filter(|w| w.path.contains('3')).collect();
+        assert!(plan_for_little_room(&[part(&new)]).unwrap().is_none());
+    }
+
+    #[test]
+    fn f26_a_directory_that_went_to_make_room_is_made_again() {
+        let mut disks = Disks::new(
+            &[("linux", "1"), (ENTRY, "linux /linux\n"), ("t/2/new", "2")],
+            &[("linux", "1"), (ENTRY, "linux /linux\n"), ("t/2/old", "1")],
+        );
+        disks.known.insert("t/2/old".to_owned());
+        let spare = disks.scan("spare");
+        let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let part = Part { role: Role::Esp, wanted, spare: &spare, known: &disks.known };
+        for step in plan_for_little_room(&[part]).unwrap().unwrap() {
+            disks.below("spare").apply(&step.change).unwrap();
+        }
+        assert_eq!(disks.on_spare(), ["linux", ENTRY, "t/2/new"]);
+    }
+
+    #[test]
+    fn entries_change_in_place_within_a_sector() {
+        assert!(matches!(text_change("a", None, b"x\n"), Change::Replace { content: Content::Bytes(b), .. } if b.len() == 512));
+        let changed = text_change("a", Some(512), b"y\n");
+        assert!(matches!(changed, Change::Overwrite { bytes, .. } if bytes.len() == 512 && bytes.starts_with(b"y\n\n")));
+        assert!(matches!(text_change("a", Some(3), b"longer\n"), Change::Replace { .. }));
+        assert!(matches!(text_change("a", Some(1024), b"y\n"), Change::Replace { .. }));
+    }
+}

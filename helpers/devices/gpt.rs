@@ -1,0 +1,288 @@
+//! What the disks of the pair look like, kept so that one of them can be made again when nothing is left of it: partition tables in the
+//! form of sfdisk(8), and what is on the partitions.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::base::program;
+use crate::base::root::Root;
+use crate::base::types::{DiskName, PartUuid, Role};
+use crate::conf::{Config, Disk, Layout};
+use crate::devices::inventory::{Inventory, Partition};
+use crate::devices::mounts;
+use crate::write::state;
+
+/// The file's name in [`state::DIRECTORY`].
+pub const NAME: &str = "layout.json";
+
+/// A partition.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PartLayout {
+    /// The role that the configuration gives it; `root` also for a part of a shared root.
+    pub role: Option<Role>,
+    /// Its PARTUUID.
+    pub partuuid: PartUuid,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The GUID of its type, as sfdisk writes it.
+    pub kind: String,
+    /// Its name in the GPT.
+    pub name: Option<String>,
+    /// Its attributes in the GPT, as sfdisk writes them.
+    pub attributes: String,
+    /// The UUID of the LUKS container that it is. What follows is of what is in that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// The kind of what is on it, as blkid(8) has it: `ext4`, `swap`, …
+    pub fstype: Option<String>,
+    /// The UUID of that.
+    pub uuid: Option<String>,
+    /// The label of that.
+    pub label: Option<String>,
+}
+
+/// A disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskLayout {
+    /// What the configuration calls it.
+    pub name: DiskName,
+    /// The size of its sectors in bytes.
+    pub sector: u64,
+    /// Its partition table, by lines, as `sfdisk DISK` takes it. It names no device.
+    pub table: Vec<String>,
+    /// Its partitions, in their order on the disk.
+    pub partitions: Vec<PartLayout>,
+}
+
+/// What `sfdisk --json` prints.
+#[derive(Deserialize)]
+struct Printed {
+    partitiontable: Table,
+}
+
+#[derive(Deserialize)]
+struct Table {
+    label: String,
+    id: String,
+    #[serde(default = "usual_sector")]
+    sectorsize: u64,
+    #[serde(default)]
+    partitions: Vec<Row>,
+}
+
+#[derive(Deserialize)]
+struct Row {
+    start: u64,
+    size: u64,
+    r#type: String,
+    uuid: PartUuid,
+    name: Option<String>,
+    attrs: Option<String>,
+}
+
+fn usual_sector() -> u64 {
+    512
+}
+
+impl DiskLayout {
+    /// The disk with the ESP that is among these partitions with a role.
+    ///
+    /// # Errors
+    /// An ESP that isn't there; sfdisk that fails; a table that isn't GPT.
+    pub fn read(name: DiskName, inventory: &Inventory, roles: &BTreeMap<Role, PartUuid>) -> Result<Self> {
+        let esp = roles.get(&Role::Esp).context("there is no esp=")?;
+        let part = inventory.find(esp)?.with_context(|| format!("the ESP {esp} of {name} isn't there"))?;
+        let disk = part.disk().with_context(|| format!("{} is no partition", part.path))?;
+        let printed = program::output("sfdisk", ["--json", &format!("/dev/{disk}")].map(Into::into))?;
+        Self::parse(&printed, name, inventory, roles).with_context(|| format!("/dev/{disk}"))
+    }
+
+    pub(crate) fn parse(printed: &[u8], name: DiskName, inventory: &Inventory, roles: &BTreeMap<Role, PartUuid>) -> Result<Self> {
+        let printed: Printed = serde_json::from_slice(printed).context("what sfdisk printed can't be read")?;
+        let mut table = printed.partitiontable;
+        if table.label != "gpt" {
+            bail!("its partition table is of the kind {}, and not GPT", table.label);
+        }
+        table.partitions.sort_by_key(|row| row.start);
+        let mut lines = vec!["label: gpt".to_owned(), format!("label-id: {}", table.id)];
+        let mut partitions = Vec::new();
+        for row in table.partitions {
+            let (name, attributes) = (row.name.filter(|name| !name.is_empty()), row.attrs.unwrap_or_default());
+            lines.push(line(row.start, row.size, &row.r#type, row.uuid, name.as_deref(), &attributes));
+            let on_it = inventory.find(&row.uuid)?;
+            let of =
+                |value: fn(&Partition) -> &Option<String>| on_it.and_then(|part| value(part).clone()).filter(|v| !v.is_empty());
+            partitions.push(PartLayout {
+                role: roles.iter().find(|(_, named)| **named == row.uuid).map(|(role, _)| role.clone()),
+                partuuid: row.uuid,
+                bytes: row.size.saturating_mul(table.sectorsize),
+                kind: row.r#type,
+                name,
+                attributes,
+                container: on_it.and_then(|part| part.container.as_ref()?.ids.uuid.clone()),
+                fstype: of(|part| &part.fstype),
+                uuid: of(|part| &part.uuid),
+                label: of(|part| &part.label),
+            });
+        }
+        Ok(Self { name, sector: table.sectorsize, table: lines, partitions })
+    }
+
+    fn has(&self, partuuid: &PartUuid) -> bool {
+        self.partitions.iter().any(|part| part.partuuid == *partuuid)
+    }
+}
+
+/// The UUID of a root that all disks share.
+fn shared_root(config: &Config, inventory: &Inventory) -> Result<Option<String>> {
+    if config.layout() == Layout::OwnRoots {
+        return Ok(None);
+    }
+    let table = mounts::table()?;
+    let root = mounts::at(&table, Path::new("/")).and_then(|mount| inventory.all().find(|part| mount.is_on(part)));
+    Ok(root.and_then(|part| part.uuid.clone()))
+}
+
+/// A line of a partition table, as sfdisk writes and reads it: places in sectors.
+pub(crate) fn line(start: u64, size: u64, kind: &str, partuuid: PartUuid, name: Option<&str>, attributes: &str) -> String {
+    let mut text = format!("start={start}, size={size}, type={kind}, uuid={partuuid}");
+    if let Some(name) = name {
+        // sfdisk unescapes what begins with \x, and reads a line.
+        let plain = |c: char| -> String {
+            match c {
+                '"' | '\\' => format!("\\x{:02x}", u32::from(c)),
+                c if c.is_control() => String::new(),
+                c => c.to_string(),
+            }
+        };
+        text += &format!(", name=\"{}\"", name.chars().map(plain).collect::<String>());
+    }
+    if !attributes.is_empty() {
+        text += &format!(", attrs=\"{}\"", attributes.trim());
+    }
+    text
+}
+
+/// The disks in a file that [`save`] has written.
+///
+/// # Errors
+/// A file that can't be read, or is another one.
+pub fn load_all(file: &Path) -> Result<Vec<DiskLayout>> {
+    // Below a root, a relative path would be read there.
+    let absolute = std::path::absolute(file).with_context(|| file.display().to_string())?;
+    let bytes = Root::new("/").read(absolute).with_context(|| file.display().to_string())?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is no such file", file.display()))
+}
+
+/// The disk with this name in such a file.
+///
+/// # Errors
+/// A file that can't be read, or has no such disk.
+pub fn load(file: &Path, name: DiskName) -> Result<DiskLayout> {
+    let disks = load_all(file)?;
+    disks.into_iter().find(|disk| disk.name == name).with_context(|| format!("{} knows no {name}", file.display()))
+}
+
+/// Keeps what the disks that are there look like, and of the others what is known of them.
+///
+/// # Errors
+/// sfdisk that fails; a root that can't be written.
+pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
+    let path = format!("{}/{NAME}", state::DIRECTORY);
+    let stored = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
+    let stored: Vec<DiskLayout> = serde_json::from_slice(&stored).unwrap_or_default();
+    let root_uuid = shared_root(config, inventory)?;
+    let now = |disk: &Disk| -> Result<Option<DiskLayout>> {
+        let known = || stored.iter().find(|old| old.name == disk.name && old.has(&disk.esp())).cloned();
+        // What is in a container that isn't open can't be seen.
+        let closed = disk.parts.values().any(|part| inventory.is_closed(part));
+        match inventory.find(&disk.esp())?.filter(|_| !closed || known().is_none()) {
+            Some(esp) => {
+                let mut roles = disk.parts.clone();
+                // Of a shared root, no section names the parts.
+                let member = inventory.beside(esp).find(|part| root_uuid.is_some() && part.uuid == root_uuid);
+                roles.extend(member.and_then(Partition::partuuid).map(|partuuid| (Role::Root, partuuid)));
+                DiskLayout::read(disk.name, inventory, &roles).map(Some)
+            }
+            None => Ok(known()),
+        }
+    };
+    let disks = config.disks.iter().filter_map(|disk| now(disk).transpose()).collect::<Result<Vec<_>>>()?;
+    let mut bytes = serde_json::to_vec_pretty(&disks).context("it can't be written as JSON")?;
+    bytes.push(b'\n');
+    state::keep(NAME, bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ESP: &str = "aaaaaaaa-0000-4000-8000-000000000001";
+    const ROOT: &str = "aaaaaaaa-0000-4000-8000-000000000002";
+
+    fn inventory() -> Inventory {
+        let part = |kname: &str, partuuid: &str, fstype: &str| {
+            format!(
+                r#"{{"kname":"{kname}","pkname":"x","path":"/dev/{kname}","maj:min":"8:1","fstype":"{fstype}","uuid":"u-{kname}","label":"",
+                    "partuuid":"{partuuid}","partlabel":null,"parttype":null,"log-sec":512}}"#
+            )
+        };
+        let json = format!(r#"{{"blockdevices":[{},{}]}}"#, part("x1", ESP, "vfat"), part("x2", ROOT, "ext4"));
+        Inventory::parse(json.as_bytes(), BTreeMap::new(), std::collections::BTreeSet::new()).unwrap()
+    }
+
+    #[test]
+    fn a_table_can_be_made_again() {
+        let tmp = tempfile::tempdir().unwrap();
+        let disk = tmp.path().join("disk");
+        std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+        let node = || disk.clone().into_os_string();
+        let made = format!(
+            "label: gpt\nlabel-id: AAAAAAAA-0000-4000-8000-000000000009\n{}\n{}\n",
+            line(
+                2048,
+                2048,
+                "C12A7328-F81F-11D2-BA4B-00A0C93EC93B",
+                PartUuid::parse(ESP).unwrap(),
+                Some(r#"E"F\I"#),
+                " NoBlockIOProtocol"
+            ),
+            line(8192, 4096, "0FC63DAF-8483-4772-8E79-3D69D8477DE4", PartUuid::parse(ROOT).unwrap(), None, ""),
+        );
+        program::fed("sfdisk", ["-q".into(), node()], made.as_bytes()).unwrap();
+        let roles = [(Role::Esp, PartUuid::parse(ESP).unwrap()), (Role::Root, PartUuid::parse(ROOT).unwrap())].into();
+        let look = || {
+            let printed = program::output("sfdisk", ["--json".into(), node()]).unwrap();
+            DiskLayout::parse(&printed, DiskName::parse("disk1").unwrap(), &inventory(), &roles).unwrap()
+        };
+        let found = look();
+        assert_eq!(found.table.join("\n") + "\n", made.replace(" NoBlock", "NoBlock"));
+        let [esp, root] = &found.partitions[..] else { panic!("{found:?}") };
+        assert_eq!(
+            (esp.role.clone(), esp.name.as_deref(), esp.attributes.as_str()),
+            (Some(Role::Esp), Some(r#"E"F\I"#), "NoBlockIOProtocol")
+        );
+        assert_eq!(
+            (root.bytes, root.fstype.as_deref(), root.uuid.as_deref(), &root.label),
+            (2 << 20, Some("ext4"), Some("u-x2"), &None)
+        );
+        // What is kept is enough.
+        let kept = serde_json::to_vec(&found).unwrap();
+        let kept: DiskLayout = serde_json::from_slice(&kept).unwrap();
+        std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+        program::fed("sfdisk", ["-q".into(), node()], kept.table.join("\n").as_bytes()).unwrap();
+        assert_eq!(look(), found);
+    }
+
+    #[test]
+    fn a_relative_path_is_one_from_where_one_is() {
+        let tmp = tempfile::tempdir_in(".").unwrap();
+        let file = Path::new(tmp.path().file_name().unwrap()).join("shape");
+        assert!(file.is_relative());
+        std::fs::write(&file, "[]").unwrap();
+        assert_eq!(load_all(&file).unwrap(), []);
+    }
+}

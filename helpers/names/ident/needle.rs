@@ -1,0 +1,209 @@
+//! What is searched for: everything that names a partition of another disk, and what to write instead.
+
+use std::collections::BTreeMap;
+
+use super::{DiskIds, PartIds};
+use crate::base::types::{DiskName, Role};
+
+/// The four kinds of identifiers that have a tag and a directory below /dev/disk.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Kind {
+    Uuid,
+    PartUuid,
+    Label,
+    PartLabel,
+}
+
+impl Kind {
+    pub(super) fn tag(self) -> &'static str {
+        match self {
+            Self::Uuid => "UUID",
+            Self::PartUuid => "PARTUUID",
+            Self::Label => "LABEL",
+            Self::PartLabel => "PARTLABEL",
+        }
+    }
+
+    pub(super) fn dir(self) -> &'static str {
+        match self {
+            Self::Uuid => "by-uuid/",
+            Self::PartUuid => "by-partuuid/",
+            Self::Label => "by-label/",
+            Self::PartLabel => "by-partlabel/",
+        }
+    }
+}
+
+/// What stands before a value, and so how the value is recognised.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Form {
+    /// Nothing: the value stands for itself.
+    Bare,
+    /// `TAG=`, perhaps with a quote after it.
+    Tag(Kind),
+    /// `by-KIND/`.
+    Dir(Kind),
+    /// The value is a path.
+    Path,
+    /// The value is the name of a unit without its suffix, escaped already.
+    Unit,
+    /// The value is written byte for byte, whatever is around, but that `-` may stand for `_`.
+    Exact,
+}
+
+/// Something that names another disk.
+#[derive(Clone, Debug)]
+pub(super) struct Needle {
+    pub(super) form: Form,
+    pub(super) value: Vec<u8>,
+    pub(super) any_case: bool,
+    /// What to write instead; None if the target has nothing of the kind.
+    pub(super) new: Option<(Kind, String)>,
+    /// For people.
+    pub(super) shown: String,
+}
+
+/// Everything that names a partition of the others.
+pub(super) fn all(target: &DiskIds, others: Vec<&DiskIds>) -> Vec<Needle> {
+    let mut needles = Needles { target, others, list: Vec::new() };
+    needles.add_uuids();
+    needles.add_labels(Kind::Label, |ids| ids.label.clone(), |ids| ids.uuid.clone());
+    let container = |ids: &PartIds| ids.container.clone();
+    needles.add_labels(Kind::Label, |ids| container(ids)?.label, |ids| container(ids)?.uuid);
+    needles.add_labels(Kind::PartLabel, |ids| ids.partlabel.clone(), |_| None);
+    needles.add_paths();
+    needles.list
+}
+
+struct Needles<'a> {
+    target: &'a DiskIds,
+    others: Vec<&'a DiskIds>,
+    list: Vec<Needle>,
+}
+
+impl<'a> Needles<'a> {
+    fn parts(&self) -> Vec<(DiskName, &'a Role, &'a PartIds)> {
+        self.others.iter().flat_map(|disk| disk.parts.iter().map(|(role, ids)| (disk.name, role, ids))).collect()
+    }
+
+    fn push(&mut self, form: Form, value: impl Into<Vec<u8>>, any_case: bool, new: Option<(Kind, String)>, shown: &str) {
+        let value = value.into();
+        if !value.is_empty() {
+            self.list.push(Needle { form, value, any_case, new, shown: shown.to_owned() });
+        }
+    }
+
+    fn add_uuids(&mut self) {
+        for (disk, role, ids) in self.parts() {
+            let own = self.target.parts.get(role);
+            let pair = |of: fn(&PartIds) -> Option<String>| {
+                let own = own.and_then(of).filter(|u| !u.is_empty());
+                of(ids).map(|u| (Kind::Uuid, u, own))
+            };
+            let uuid = pair(|ids| ids.uuid.clone());
+            let container = pair(|ids| ids.container.as_ref()?.uuid.clone());
+            let partuuid = (Kind::PartUuid, ids.partuuid.to_string(), own.map(|own| own.partuuid.to_string()));
+            for (kind, value, new) in uuid.into_iter().chain(container).chain([partuuid]) {
+                let shown = format!("{}={} ({role} of {disk})", kind.tag(), value.escape_debug());
+                if is_long_uuid(&value) {
+                    let bare: String = value.chars().filter(|c| *c != '-').collect();
+                    let bare_new = new.as_ref().map(|n| (kind, n.chars().filter(|c| *c != '-').collect()));
+                    self.push(Form::Bare, bare, true, bare_new, &shown);
+                    self.push(Form::Bare, value, true, new.map(|n| (kind, n)), &shown);
+                } else {
+                    let new = new.map(|n| (kind, n));
+                    self.push(Form::Tag(kind), value.clone(), true, new.clone(), &shown);
+                    self.push(Form::Dir(kind), value, true, new, &shown);
+                }
+            }
+        }
+    }
+
+    /// Labels of one kind; where the target has none that can be written, the UUID is, or the PARTUUID.
+    fn add_labels(&mut self, kind: Kind, label: impl Fn(&PartIds) -> Option<String>, uuid: impl Fn(&PartIds) -> Option<String>) {
+        let label = |ids: &PartIds| label(ids).filter(|l| !l.is_empty());
+        let parts = self.parts();
+        let mut owners: BTreeMap<String, Vec<(DiskName, &Role)>> = BTreeMap::new();
+        for (disk, role, ids) in &parts {
+            if let Some(label) = label(ids) {
+                owners.entry(label).or_default().push((*disk, *role));
+            }
+        }
+        let own: Vec<String> = self.target.parts.values().filter_map(&label).collect();
+        for (value, owners) in &owners {
+            let new = one_role(owners).and_then(|role| {
+                let ids = self.target.parts.get(role)?;
+                let fit = |l: &String| {
+                    own.iter().filter(|o| *o == l).count() == 1
+                        && plain(l)
+                        && !parts.iter().any(|p| label(p.2).as_ref() == Some(l))
+                };
+                let uuid = uuid(ids).filter(|u| plain(u));
+                let partuuid = (Kind::PartUuid, ids.partuuid.to_string());
+                Some(label(ids).filter(fit).map(|l| (kind, l)).or(uuid.map(|u| (Kind::Uuid, u))).unwrap_or(partuuid))
+            });
+            let mut shown = format!("{}={} ({}", kind.tag(), value.escape_debug(), all_of(owners));
+            shown.push_str(
+                if own.contains(value) { format!(", but {} has it too)", self.target.name) } else { ")".into() }.as_str(),
+            );
+            let encoded = udev_encode(value);
+            for value in [Some(value.clone()), Some(encoded.clone()).filter(|e| e != value)].into_iter().flatten() {
+                self.push(Form::Tag(kind), value.clone(), false, new.clone(), &shown);
+                self.push(Form::Dir(kind), value, false, new.clone(), &shown);
+            }
+        }
+    }
+
+    fn add_paths(&mut self) {
+        let mut owners: BTreeMap<&str, Vec<(DiskName, &Role)>> = BTreeMap::new();
+        for (disk, role, ids) in self.parts() {
+            for path in &ids.paths {
+                owners.entry(path).or_default().push((disk, role));
+            }
+        }
+        let by_kind = ["by-uuid/", "by-partuuid/", "by-label/", "by-partlabel/"];
+        for (path, owners) in owners {
+            let known = path.strip_prefix("/dev/disk/").is_some_and(|rest| by_kind.iter().any(|kind| rest.starts_with(kind)));
+            if known || !path.starts_with("/dev/") || self.target.parts.values().any(|own| own.paths.contains(path)) {
+                continue;
+            }
+            let new = one_role(&owners).and_then(|role| self.target.parts.get(role));
+            let new = new.map(|own| (Kind::PartUuid, own.partuuid.to_string()));
+            let shown = format!("{} ({})", path.escape_debug(), all_of(&owners));
+            self.push(Form::Path, path, false, new.clone(), &shown);
+            self.push(Form::Unit, libsystemd::unit::escape_path(path), false, new, &shown);
+        }
+    }
+}
+
+/// The role that all owners have, or None where they differ.
+fn one_role<'r>(owners: &[(DiskName, &'r Role)]) -> Option<&'r Role> {
+    let (_, role) = owners.first()?;
+    owners.iter().all(|(_, r)| r == role).then_some(*role)
+}
+
+fn all_of(owners: &[(DiskName, &Role)]) -> String {
+    owners.iter().map(|(disk, role)| format!("{role} of {disk}")).collect::<Vec<_>>().join(", ")
+}
+
+fn is_long_uuid(text: &str) -> bool {
+    text.len() == 36 && uuid::Uuid::try_parse(text).is_ok()
+}
+
+/// Whether a label can be written everywhere without quotes or escapes.
+fn plain(label: &str) -> bool {
+    label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+}
+
+/// A label as udev writes it in names of links: what isn't in its list becomes `\xHH`.
+fn udev_encode(label: &str) -> String {
+    let mut out = String::new();
+    for c in label.chars() {
+        if c.is_ascii_alphanumeric() || !c.is_ascii() || "#+-.:=@_".contains(c) {
+            out.push(c);
+        } else {
+            out.push_str(&format!("\\x{:02x}", u32::from(c)));
+        }
+    }
+    out
+}

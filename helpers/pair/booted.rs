@@ -1,0 +1,57 @@
+//! Noting that a disk was booted. What is done on it from now on is on no other (failure mode 7), whatever else is out of order on the
+//! machine: so this asks for nothing but the disk's own ESP.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::base::root::Root;
+use crate::conf::Config;
+use crate::devices::mounts;
+use crate::pair::lineage::Record;
+use crate::pair::machine::{booted_esp, refused};
+use crate::write::below::Below;
+
+/// Where the ESP of a booted disk may be mounted (Boot Loader Specification, UAPI.1).
+const PLACES: [&str; 2] = ["/efi", "/boot"];
+
+/// Notes in the booted disk's record that it was booted, and which spares aren't there. Nothing where dualroot isn't configured.
+///
+/// # Errors
+/// An ESP that can't be told, isn't mounted, or can't be written; a record that can't be read.
+pub fn note(root: &Root) -> Result<()> {
+    // A configuration that is wrong is the sync's to complain of.
+    match Config::load(root) {
+        Ok(None) => Ok(()),
+        Ok(Some(config)) => note_with(root, Some(&config)),
+        Err(_) => note_with(root, None),
+    }
+}
+
+/// As [`note`], with the configuration.
+///
+/// # Errors
+/// As [`note`].
+pub fn note_with(root: &Root, config: Option<&Config>) -> Result<()> {
+    let (_, esp) = booted_esp(root)?;
+    let device = fs::metadata(esp.device_path()).with_context(|| format!("the booted ESP {esp} isn't there"))?.rdev();
+    let table = mounts::table()?;
+    let is_there = |dir: &&str| mounts::at(&table, Path::new(dir)).is_some_and(|mount| mount.is_of(device) && mount.root == "/");
+    let dir = PLACES.into_iter().find(is_there).ok_or_else(|| {
+        refused(format!("the booted ESP {esp} is mounted neither on /efi nor on /boot, so that the boot can't be noted on it"))
+    })?;
+    let below = Below::open(Path::new(dir))?;
+    let booted = config.and_then(|config| config.booted(&esp));
+    let (own, mut record) = Record::of_booted(&below, booted.map(|disk| disk.name)).with_context(|| dir.to_owned())?;
+    record.note_boot(root, own)?;
+    if let (Some(config), Some(booted)) = (config, booted) {
+        for (_, spare) in config.spares(booted) {
+            if !spare.parts.values().any(|part| Path::new(&part.device_path()).exists()) {
+                record.left_behind(own, spare.name);
+            }
+        }
+    }
+    record.save(&below)
+}

@@ -1,0 +1,6 @@
+//! Why a spare would not boot.
+
+pub mod images;
+pub mod prove;
+pub mod searched;
+pub mod waits;

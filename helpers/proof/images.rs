@@ -1,0 +1,381 @@
+//! What can't be rewritten for another disk, and so has to be reported by name: unified kernel images with a command line or an initrd
+//! that names the booted disk (failure mode 16), and initrds that do (failure mode 17).
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Cursor, Read, Write};
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use object::pe::IMAGE_DIRECTORY_ENTRY_SECURITY;
+use object::read::pe::PeFile64;
+use object::{LittleEndian, Object, ObjectSection};
+
+use crate::base::program;
+use crate::boot::entry;
+use crate::boot::files::{BootFiles, Class, classify, fold};
+use crate::names::ident::Rewriter;
+use crate::proof::searched::Searched;
+
+/// A kernel image or initrd is not larger, in bytes.
+const LARGEST: u64 = 4 << 30;
+
+/// Why entries of a boot partition would not boot on the rewriter's target, as far as images tell. `place` is where it is mounted,
+/// and `found` what was just read there: an image that was searched with the same content isn't read again.
+///
+/// # Errors
+/// Those of reading it.
+pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, searched: &mut Searched) -> Result<Vec<String>> {
+    let mut faults = Vec::new();
+    let texts = || found.of(Class::Entry).filter_map(|f| f.text.as_deref());
+    let mut initrds: Vec<String> = texts().flat_map(initrds).collect();
+    let named: BTreeSet<String> =
+        texts().flat_map(entry::files).filter(|path| !initrds.contains(path)).map(|p| fold(&p)).collect();
+    // Add-ons (systemd-stub(7)) hold command lines too, and an entry may name an image wherever it lies.
+    let may_hold = |key: &str| named.contains(key) || key.ends_with(".addon.efi") || classify(key) == Class::Uki;
+    for image in found.files.iter().filter(|(key, _)| may_hold(key)).map(|(_, image)| image) {
+        if searched.has(&image.hash) {
+            continue;
+        }
+        let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{} can't be read", image.path))?;
+        let names = uki(&bytes, rewriter)?;
+        if names.is_empty() {
+            searched.add(&bytes);
+        }
+        faults.extend(names.into_iter().map(|fault| format!("{}: {fault}", image.path)));
+    }
+    initrds.sort();
+    initrds.dedup();
+    for path in initrds {
+        // Only what was read there: another name may lead to a device, or off the partition.
+        let Some(file) = found.files.get(&fold(&path)).filter(|file| !searched.has(&file.hash)) else { continue };
+        let Ok(mut file) = File::open(place.join(&file.path)) else { continue };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(|| format!("{path} can't be read"))?;
+        let names = initrd(&*bytes, rewriter).with_context(|| path.clone())?;
+        if names.is_empty() {
+            searched.add(&bytes);
+        }
+        faults.extend(names.into_iter().map(|name| {
+            format!("{path} has {name} built in; configure the initrd's generator not to name disks (see dualroot(7)), and make it anew")
+        }));
+    }
+    Ok(faults)
+}
+
+/// The paths of the initrds that an entry names.
+pub fn initrds(text: &[u8]) -> Vec<String> {
+    let lines = text.split(|b| *b == b'\n').filter(|line| line.trim_ascii().starts_with(b"initrd"));
+    lines.flat_map(entry::files).collect()
+}
+
+/// What in a unified kernel image (UAPI.5) names another disk; nothing for what is no PE image.
+///
+/// # Errors
+/// A decompressor that fails.
+pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
+    let Ok(pe) = PeFile64::parse(image) else { return Ok(Vec::new()) };
+    let mut faults = Vec::new();
+    for section in pe.sections() {
+        let (Ok(name), Ok(data)) = (section.name(), section.data()) else { continue };
+        match name {
+            ".cmdline" => {
+                faults.extend(rewriter.foreign(data).into_iter().map(|id| format!("its embedded command line names {id}")))
+            }
+            ".initrd" => {
+                faults
+                    .extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
+            }
+            _ => {}
+        }
+    }
+    let signature = pe.data_directory(IMAGE_DIRECTORY_ENTRY_SECURITY).is_some_and(|dir| dir.size.get(LittleEndian) > 0);
+    if signature {
+        for fault in &mut faults {
+            fault.push_str(" (and it is signed: under Secure Boot nothing can override that)");
+        }
+    }
+    Ok(faults)
+}
+
+/// The initrd in a unified kernel image; None where there is none, and for what is no PE image.
+pub fn embedded(image: &[u8]) -> Option<&[u8]> {
+    let pe = PeFile64::parse(image).ok()?;
+    pe.section_by_name(".initrd")?.data().ok()
+}
+
+/// The programs that undo what the kernel can: by the bytes that the compressed data begin with.
+const COMPRESSED: [(&[u8], &str); 6] = [
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ", "xz"),
+    (b"\x5d\x00\x00", "xz"),
+    (b"\x02\x21\x4c\x18", "lz4"),
+    (b"BZh", "bzip2"),
+];
+
+/// What an initrd names of other disks: archives one behind the other, each plain (as that with the microcode) or compressed. The last
+/// compressed one ends the file, as initramfs-tools and dracut make them.
+///
+/// # Errors
+/// Those of reading; a compression that isn't known, or whose program isn't installed.
+pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut stream = BufReader::new(stream.take(LARGEST));
+    let mut found = Vec::new();
+    loop {
+        // Archives are padded with zeros.
+        let mut start = vec![0];
+        while start == [0] {
+            start.clear();
+            if (&mut stream).take(1).read_to_end(&mut start)? == 0 {
+                return Ok(found);
+            }
+        }
+        (&mut stream).take(5).read_to_end(&mut start)?;
+        if start.starts_with(b"07070") {
+            found.extend(plain(start, &mut stream, rewriter)?);
+            continue;
+        }
+        let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) else {
+            bail!("it begins with {}, which is no archive and no compression that is known", start.escape_ascii());
+        };
+        found.extend(compressed(program, Cursor::new(start).chain(stream), rewriter)?);
+        return Ok(found);
+    }
+}
+
+/// One cpio archive of the "newc" form, up to its trailer: every file's data is searched.
+fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    loop {
+        stream.take((110 - header.len()) as u64).read_to_end(&mut header)?;
+        let field = |n: usize| -> Result<u64> {
+            let at = 6 + n * 8;
+            let digits = header.get(at..at + 8).and_then(|d| std::str::from_utf8(d).ok());
+            digits.and_then(|d| u64::from_str_radix(d, 16).ok()).context("an archive in it is damaged")
+        };
+        let (size, name_size) = (field(6)?, field(11)?);
+        let mut name = Vec::new();
+        stream.take(name_size.min(4096)).read_to_end(&mut name)?;
+        io::copy(&mut stream.take((4 - (110 + name_size) % 4) % 4), &mut io::sink())?;
+        if name.strip_suffix(b"\0").unwrap_or(&name) == b"TRAILER!!!" {
+            return Ok(found);
+        }
+        // With what ends it, as where a compressed archive is searched.
+        found.extend(rewriter.foreign(&name));
+        found.extend(rewriter.foreign_in_stream(stream.take(size))?);
+        io::copy(&mut stream.take((4 - size % 4) % 4), &mut io::sink())?;
+        header.clear();
+    }
+}
+
+fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
+    let mut child = program::command(program)
+        .with_context(|| format!("it is compressed by {program} and can't be looked into; install {program}"))?
+        .arg("-dc")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("{program} can't be run"))?;
+    let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else { bail!("{program} has no pipes") };
+    let found = thread::scope(|scope| {
+        // The program may stop reading early, for garbage behind its data: then its exit status tells.
+        scope.spawn(move || io::copy(&mut stream, &mut input).and_then(|_| input.flush()).is_ok());
+        rewriter.foreign_in_stream(output)
+    });
+    let status = child.wait().with_context(|| format!("{program} can't be waited for"))?;
+    let found = found.with_context(|| format!("the output of {program} can't be read"))?;
+    // gzip passes over zeros behind its data; anything else there, which the kernel would unpack too, makes it end with 2.
+    if !status.success() {
+        bail!("{program} can't decompress it ({status}); make the initrd anew");
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
+
+    /// Runs a program with input and returns what it printed.
+    pub fn pipe(name: &str, args: &[&str], input: &[u8], dir: &Path) -> Vec<u8> {
+        let mut command = program::command(name).unwrap_or_else(|e| panic!("{e:#}; the test needs it: apt-get install {name}"));
+        let mut child = command.args(args).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut stdin, input) = (child.stdin.take().unwrap(), input.to_vec());
+        let writer = thread::spawn(move || stdin.write_all(&input));
+        let output = child.wait_with_output().unwrap();
+        writer.join().unwrap().unwrap();
+        assert!(output.status.success(), "{name}");
+        output.stdout
+    }
+
+    fn archive(content: &str) -> Vec<u8> {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::write(tmp.path().join("resume"), content).unwrap();
+        fs::write(tmp.path().join("odd"), "x").unwrap();
+        pipe("cpio", &["-o", "-H", "newc", "--quiet"], b"odd\nresume\n", tmp.path())
+    }
+
+    #[test]
+    fn f17_initrds_that_name_another_disk() {
+        let (bad, good) = (archive(&format!("RESUME=UUID={ROOT_A}\n")), archive(&format!("RESUME=UUID={ROOT_B}\n")));
+        let search = |bytes: &[u8]| initrd(bytes, &to_b()).unwrap();
+        assert_eq!(search(&bad), [format!("UUID={ROOT_A} (root of disk0)")]);
+        assert_eq!(search(&good), [""; 0]);
+        for (program, args) in [
+            ("gzip", &["-c"][..]),
+            ("zstd", &["-q", "-c"]),
+            ("xz", &["-c", "--check=crc32"]),
+            ("xz", &["-c", "--format=lzma"]),
+            ("lz4", &["-q", "-l", "-c"]),
+            ("bzip2", &["-c"]),
+        ] {
+            let pack = |bytes: &[u8]| pipe(program, args, bytes, Path::new("/"));
+            let with_microcode = [good.clone(), vec![0; 508], pack(&bad)].concat();
+            assert_eq!(search(&with_microcode).len(), 1, "{program} {args:?}");
+            assert_eq!(search(&[good.clone(), pack(&good)].concat()), [""; 0], "{program} {args:?}");
+            let name_in_first = [bad.clone(), vec![0; 4], pack(&good)].concat();
+            assert_eq!(search(&name_in_first).len(), 1, "{program} {args:?}");
+        }
+    }
+
+    #[test]
+    fn f26_damaged_initrds_are_errors() {
+        let good = archive("x");
+        assert!(initrd(&good[..100], &to_b()).is_err());
+        assert!(initrd(&b"not an archive"[..], &to_b()).is_err());
+        assert!(initrd(&b"\x1f\x8bnot gzip"[..], &to_b()).is_err());
+        assert_eq!(initrd(&b""[..], &to_b()).unwrap(), [""; 0]);
+    }
+
+    /// A PE image with these sections, as small as they come (PE format: DOS header, signature, COFF header, optional header).
+    pub fn image(sections: &[(&str, &[u8])], signed: bool) -> Vec<u8> {
+        let le = |n: usize| u32::try_from(n).unwrap().to_le_bytes();
+        let mut out = [b"MZ".to_vec(), vec![0; 58], le(64).to_vec(), b"PE\0\0".to_vec()].concat();
+        out.extend([0x64, 0x86, u8::try_from(sections.len()).unwrap(), 0]);
+        out.extend([0; 12]);
+        out.extend([240, 0, 0x22, 0]);
+        let mut optional = vec![0; 240];
+        optional[..2].copy_from_slice(&[0x0b, 0x02]);
+        optional[108] = 16;
+        if signed {
+            optional[112 + 4 * 8..][..8].copy_from_slice(&[le(4096), le(8)].concat());
+        }
+        out.extend(optional);
+        let mut at = out.len() + 40 * sections.len();
+        for (name, data) in sections {
+            let mut header = name.as_bytes().to_vec();
+            header.resize(8, 0);
+            for n in [data.len(), 0x1000, data.len(), at] {
+                header.extend(le(n));
+            }
+            header.resize(40, 0);
+            out.extend(header);
+            at += data.len();
+        }
+        for (_, data) in sections {
+            out.extend(*data);
+        }
+        out
+    }
+
+    #[test]
+    fn f16_images_that_name_another_disk() {
+        let bad = format!("root=UUID={ROOT_A} ro\0");
+        let found = uki(&image(&[(".osrel", b"ID=x"), (".cmdline", bad.as_bytes())], false), &to_b()).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with("its embedded command line names ") && found[0].contains("(root of disk0)"), "{found:?}");
+        let good = format!("root=UUID={ROOT_B} ro");
+        assert_eq!(uki(&image(&[(".cmdline", good.as_bytes())], true), &to_b()).unwrap(), [""; 0]);
+        let signed = uki(&image(&[(".cmdline", bad.as_bytes()), (".initrd", &archive(&bad))], true), &to_b()).unwrap();
+        assert_eq!(signed.len(), 2, "{signed:?}");
+        assert!(signed.iter().all(|f| f.contains("it is signed")) && signed[1].contains("embedded initrd"), "{signed:?}");
+    }
+
+    #[test]
+    fn f16_every_place_of_an_image_is_looked_at() {
+        let tmp = tempfile::tempdir().unwrap();
+        let bad = image(&[(".cmdline", format!("root=UUID={ROOT_A}").as_bytes())], false);
+        let paths = ["EFI/Linux/a.efi", "EFI/Linux/b.efi.extra.d/x.addon.efi", "loader/addons/y.addon.efi", "Debian/linux.efi"];
+        for path in paths {
+            fs::create_dir_all(tmp.path().join(path).parent().unwrap()).unwrap();
+            fs::write(tmp.path().join(path), &bad).unwrap();
+        }
+        fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("loader/entries/a.conf"), "linux /debian/Linux.efi\n").unwrap();
+        let found = BootFiles::scan(&crate::write::below::Below::open(tmp.path()).unwrap()).unwrap();
+        let faults = boot_partition(tmp.path(), &found, &to_b(), &mut Searched::new(&to_b()).unwrap()).unwrap();
+        for path in paths {
+            assert!(faults.iter().any(|f| f.starts_with(path)), "{path}: {faults:?}");
+        }
+    }
+
+    #[test]
+    fn f17_only_what_has_nothing_is_not_searched_again() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("loader/entries/a.conf"), "linux /linux\ninitrd /initrd\n").unwrap();
+        fs::write(tmp.path().join("linux"), "MZ").unwrap();
+        let look = |kept: &Searched| {
+            let found = BootFiles::scan(&crate::write::below::Below::open(tmp.path()).unwrap()).unwrap();
+            let mut searched = kept.for_the_next_sync();
+            (boot_partition(tmp.path(), &found, &to_b(), &mut searched).unwrap(), searched)
+        };
+        let (good, bad) = (archive(ROOT_B), archive(ROOT_A));
+        fs::write(tmp.path().join("initrd"), &bad).unwrap();
+        let (faults, kept) = look(&Searched::new(&to_b()).unwrap());
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert_eq!(look(&kept).0.len(), 1, "a finding is not forgotten");
+        fs::write(tmp.path().join("initrd"), &good).unwrap();
+        let (faults, mut kept) = look(&kept);
+        assert_eq!(faults, [""; 0]);
+        let mut kept_before = kept.for_the_next_sync();
+        assert!(kept_before.has(&blake3::hash(&good)) && kept_before.has(&blake3::hash(b"MZ")), "both are noted");
+        assert_eq!(good.len(), bad.len());
+        fs::write(tmp.path().join("initrd"), &bad).unwrap();
+        assert_eq!(look(&kept).0.len(), 1, "another content of the same size is searched");
+        // Noted as having nothing, it is not even opened.
+        kept.add(&bad);
+        assert_eq!(look(&kept).0, [""; 0]);
+    }
+
+    #[test]
+    fn f26_what_is_no_file_of_the_partition_is_not_opened() {
+        let tmp = tempfile::tempdir().unwrap();
+        let place = tmp.path().join("boot");
+        fs::create_dir_all(place.join("loader/entries")).unwrap();
+        fs::write(tmp.path().join("outside"), archive(ROOT_A)).unwrap();
+        std::os::unix::fs::symlink("../outside", place.join("link")).unwrap();
+        fs::write(place.join("loader/entries/a.conf"), "initrd /../outside\ninitrd /link\n").unwrap();
+        let found = BootFiles::scan(&crate::write::below::Below::open(&place).unwrap()).unwrap();
+        assert_eq!(boot_partition(&place, &found, &to_b(), &mut Searched::new(&to_b()).unwrap()).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn f17_what_follows_a_compressed_part_is_not_passed_over() {
+        let packed = pipe("gzip", &["-c"], &archive("x"), Path::new("/"));
+        assert!(initrd(&[packed.clone(), vec![0; 512]].concat()[..], &to_b()).is_ok());
+        assert!(initrd(&[packed, archive(ROOT_A)].concat()[..], &to_b()).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn f26_mutated_images_do_not_panic(at in 0usize..600, byte: u8, cut in 0usize..700) {
+            let mut image = image(&[(".cmdline", b"root=x"), (".initrd", &[0; 64])], true);
+            if let Some(b) = image.get_mut(at) {
+                *b = byte;
+            }
+            image.truncate(cut);
+            let _ = uki(&image, &to_b());
+        }
+    }
+
+    #[test]
+    fn f16_what_is_no_image_is_no_finding() {
+        assert_eq!(uki(b"MZ", &to_b()).unwrap(), [""; 0]);
+        assert_eq!(uki(ROOT_A.as_bytes(), &to_b()).unwrap(), [""; 0]);
+    }
+}

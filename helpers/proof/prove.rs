@@ -1,0 +1,181 @@
+//! The proof that a spare boots: what lies on it is read again and held against the booted disk, whoever wrote it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
+
+use crate::base::root::Root;
+use crate::base::types::{DirPath, Role};
+use crate::boot::entry;
+use crate::boot::files::{BootFiles, Class, fold};
+use crate::boot::order::Wanted;
+use crate::names::fstab;
+use crate::names::ident::Rewriter;
+use crate::names::unitfile;
+use crate::write::below::Content;
+
+/// One boot partition of the spare after the sync, and what was to be there.
+pub struct Part<'a> {
+    /// [`Role::Esp`] or [`Role::Xbootldr`].
+    pub role: Role,
+    /// What was to be there.
+    pub wanted: &'a [Wanted],
+    /// What is.
+    pub found: &'a BootFiles,
+}
+
+/// Why the spare would not boot as the booted disk does, as far as its boot partitions tell; nothing if it would.
+pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<String> {
+    let mut faults = Vec::new();
+    for part in parts {
+        for wanted in part.wanted {
+            match part.found.files.get(&fold(&wanted.path)) {
+                None => faults.push(format!("{}: {} is missing", part.role, wanted.path)),
+                Some(found) if !same(wanted, found) => {
+                    faults.push(format!("{}: {} is not what the booted disk has", part.role, wanted.path));
+                }
+                Some(_) => {}
+            }
+        }
+        for file in part.found.of(Class::Entry).chain(part.found.of(Class::LoaderConf)) {
+            let text = file.text.as_deref().unwrap_or_default();
+            for path in entry::files(text).iter().filter(|p| !part.found.files.contains_key(&fold(p))) {
+                faults.push(format!("{}: {} needs {path}, which is missing", part.role, file.path));
+            }
+            faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{}: {} names {id}", part.role, file.path)));
+        }
+    }
+    let any = |class: Class| parts.iter().any(|p| p.found.of(class).next().is_some());
+    if !any(Class::Entry) && !any(Class::Uki) {
+        faults.push("there is no boot loader entry".to_owned());
+    }
+    let fallback = |p: &Part<'_>| p.role == Role::Esp && p.found.files.keys().any(|k| k.starts_with("efi/boot/boot"));
+    if !parts.iter().any(fallback) {
+        faults.push("esp: EFI/BOOT holds no boot loader".to_owned());
+    }
+    faults
+}
+
+fn same(wanted: &Wanted, found: &crate::boot::files::BootFile) -> bool {
+    match (&wanted.content, &found.text) {
+        // Texts are padded with newlines.
+        (Content::Bytes(text), Some(there)) => text.trim_ascii_end() == there.trim_ascii_end(),
+        _ => wanted.hash == found.hash,
+    }
+}
+
+/// Whether it doesn't matter to a boot what is where a line of crypttab(5) looks: that isn't waited for. Swap space and file systems that
+/// are made anew at every boot are made of whatever has the path, and so matter (the warning in crypttab(5)).
+pub(crate) fn may_fail(line: &[u8]) -> bool {
+    let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).skip(1);
+    let (device, options) = (fields.next().unwrap_or_default(), fields.nth(1).unwrap_or_default());
+    let any = |of: fn(&[u8]) -> bool| options.split(|b| *b == b',').any(of);
+    let is_made = any(|option| matches!(option, b"swap" | b"tmp") || option.starts_with(b"tmp="));
+    let is_certain = [&b"UUID="[..], b"PARTUUID=", b"/dev/disk/by-uuid/", b"/dev/disk/by-partuuid/"];
+    let is_certain = is_certain.iter().any(|start| device.starts_with(start));
+    any(|option| matches!(option, b"nofail" | b"noauto")) && (is_certain || !is_made)
+}
+
+/// The first unit of a root that can't be rewritten, and why, as a sentence.
+///
+/// # Errors
+/// A directory that can't be read.
+pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<String>> {
+    Ok(unitfile::files(root).context("units can't be read")?.iter().find_map(|path| unit_name(path, rewriter)))
+}
+
+/// A unit that can't be rewritten, because it is called after what it names.
+fn unit_name(path: &str, rewriter: &Rewriter) -> Option<String> {
+    let names = unitfile::named_after(path, rewriter);
+    let fault = || {
+        format!(
+            "{path} is called after {}, and so can't be another one on each disk; remove it, and have a line of /etc/fstab for that instead \
+             (or for swap space, swap= in dualroot.conf)",
+            names.join(", ")
+        )
+    };
+    (!names.is_empty()).then(fault)
+}
+
+/// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system; units that mount something
+/// at a place that `keep` names are about another disk on purpose.
+pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (path, text) in files {
+        if path.starts_with("/etc/crypttab") {
+            // What boot doesn't wait for may be on another disk.
+            let lines = text.split(|b| *b == b'\n').filter(|line| !may_fail(line));
+            let names: BTreeSet<String> = lines.flat_map(|line| rewriter.foreign(line)).collect();
+            let hint =
+                "a line that boot can do without has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
+            faults.extend(names.into_iter().map(|id| format!("{path} names {id}; {hint}")));
+        } else if path == "/etc/fstab" {
+            let lines = fstab::boot_needs_foreign(text, rewriter);
+            let hint = "name the partition in dualroot.conf, or give the line nofail";
+            let fault = |line| format!("/etc/fstab would have the boot wait for another disk: {line}; {hint}");
+            faults.extend(lines.into_iter().map(fault));
+        } else if let Some(fault) = unit_name(path, rewriter) {
+            faults.push(fault);
+        } else if let Some(dir) = unitfile::dir(path) {
+            let names = rewriter.foreign(text);
+            // Here, too, what boot doesn't wait for may be on another disk.
+            if !names.is_empty() && !keep(&dir) && !unitfile::may_fail(text) {
+                faults.push(format!(
+                    "{path} would have the boot wait for another disk: it names {}; name the partition in dualroot.conf, remove the \
+                     unit, or give its Options= nofail",
+                    names.join(", ")
+                ));
+            }
+        } else {
+            faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{path} names {id}")));
+        }
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
+
+    fn faults(name: &str, text: &str) -> Vec<String> {
+        let spares = DirPath::parse("/mnt/root1").unwrap();
+        let files = BTreeMap::from([(format!("/etc/systemd/system/{name}"), text.as_bytes().to_vec())]);
+        root_files(&files, &to_b(), |dir| dir.is_within(&spares))
+    }
+
+    #[test]
+    fn f14_a_mount_unit_that_needs_another_disk() {
+        let what = |uuid: &str| format!("[Mount]\nWhat=/dev/disk/by-uuid/{uuid}\n");
+        for (name, text, expected) in [
+            ("home.mount", what(ROOT_A), 1),
+            ("home.mount.d/a.conf", what(ROOT_A), 1),
+            ("-.mount", what(ROOT_A) + "Options=nofail\n", 1),
+            ("home.mount", what(ROOT_B), 0),
+            ("home.mount", what(ROOT_A) + "Options=noatime,nofail\n", 0),
+            ("mnt-root1-home.mount", what(ROOT_A), 0),
+            ("mnt-root1.mount.d/a.conf", what(ROOT_A), 0),
+        ] {
+            let faults = faults(name, &text);
+            assert_eq!(faults.len(), expected, "{name} {text} {faults:?}");
+            assert!(faults.iter().all(|fault| fault.contains(&format!("{name} ")) && fault.contains(ROOT_A)), "{faults:?}");
+        }
+    }
+
+    #[test]
+    fn f13_a_swap_unit_is_called_after_its_disk() {
+        let by_uuid = |uuid: &str| format!("dev-disk-by\\x2duuid-{}.swap", uuid.replace('-', "\\x2d"));
+        let names =
+            [by_uuid(ROOT_A), by_uuid("AAAA-0001"), "dev-sda2.swap".into(), "dev-disk-by\\x2dlabel-root.swap.d/a.conf".into()];
+        for name in names {
+            for text in ["", "[Swap]\nWhat=/dev/sda2\nOptions=nofail\n"] {
+                let faults = faults(&name, text);
+                assert!(faults.len() == 1 && faults[0].contains("and have a line of /etc/fstab"), "{name} {faults:?}");
+            }
+        }
+        for name in [&by_uuid(ROOT_B), "dev-sdb2.swap", "dev-zram0.swap", "swapfile.swap"] {
+            assert_eq!(faults(name, "[Swap]\nWhat=/dev/sdb2\n"), [""; 0], "{name}");
+        }
+        assert_eq!(faults("dev-zram0.swap", "[Unit]\nAfter=dev-sda2.device\n").len(), 1);
+    }
+}

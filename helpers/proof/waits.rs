@@ -1,0 +1,142 @@
+//! What fstab has mounted that lies on partitions below something else: volumes of LVM, arrays of md, mappings. Where they lie, the kernel
+//! tells in `/sys/class/block/*/slaves` (Documentation/ABI/stable/sysfs-block).
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{Context, Result};
+
+use crate::base::root::Root;
+use crate::names::fstab::{self, Line};
+use crate::pair::machine::Machine;
+
+/// The lines of fstab that have the boot wait for what isn't there without the booted disk, one sentence each: what lies on nothing but
+/// partitions of that which no key names.
+///
+/// # Errors
+/// Those of reading what the kernel tells.
+pub(crate) fn on_booted_disk_only(machine: &Machine, fstab: &[u8]) -> Result<Vec<String>> {
+    let unnamed = unnamed(machine)?;
+    let mut faults = Vec::new();
+    for line in fstab::lines(fstab).filter(Line::is_needed_at_boot) {
+        let spec = line.spec.to_str_lossy();
+        let Some(device) = device(&machine.root, &spec) else { continue };
+        let below = below(&machine.root, device)?;
+        if !below.is_empty() && below.is_subset(&unnamed) {
+            faults.push(format!(
+                "/etc/fstab would have the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone; give the line nofail",
+                line.number,
+                line.file.to_str_lossy().escape_debug(),
+                spec.escape_debug(),
+                machine.booted.name
+            ));
+        }
+    }
+    Ok(faults)
+}
+
+/// The kernel's names of the partitions of the booted disk that no key names.
+fn unnamed(machine: &Machine) -> Result<BTreeSet<String>> {
+    let Some(esp) = machine.inventory.find(&machine.booted.esp())? else { return Ok(BTreeSet::new()) };
+    let is_named = |partuuid| machine.booted.parts.values().any(|named| *named == partuuid);
+    let beside = machine.inventory.beside(esp).filter(|part| !part.partuuid().is_some_and(is_named));
+    Ok(beside.map(|part| part.kname.clone()).collect())
+}
+
+/// The kernel's name of a device that is there, as fstab(5) names it. What is named by a partition isn't looked for.
+fn device(root: &Root, spec: &str) -> Option<String> {
+    let path = match spec.split_once('=') {
+        Some(("UUID", uuid)) => format!("/dev/disk/by-uuid/{}", uuid.trim_matches('"')),
+        Some(("LABEL", label)) => format!("/dev/disk/by-label/{}", label.trim_matches('"')),
+        None if spec.starts_with("/dev/") => spec.to_owned(),
+        _ => return None,
+    };
+    fs::canonicalize(root.path(path)).ok()?.file_name()?.to_str().map(str::to_owned)
+}
+
+/// What a device lies on in the end, if it isn't a disk or a partition itself.
+fn below(root: &Root, device: String) -> Result<BTreeSet<String>> {
+    let mut lowest = BTreeSet::new();
+    let mut seen = BTreeSet::from([device.clone()]);
+    let mut left = vec![device];
+    while let Some(device) = left.pop() {
+        let dir = format!("/sys/class/block/{device}/slaves");
+        let slaves = root.names(&dir).with_context(|| dir.clone())?;
+        if slaves.is_empty() && seen.len() > 1 {
+            lowest.insert(device);
+        }
+        let slaves = slaves.iter().filter_map(|name| name.to_str()).map(str::to_owned);
+        left.extend(slaves.filter(|name| seen.insert(name.clone())));
+    }
+    Ok(lowest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conf::Config;
+    use crate::devices::inventory::Inventory;
+    use std::collections::BTreeMap;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn f14_what_lies_on_the_booted_disk_alone_isn_t_waited_for() {
+        let id = |n: u32| format!("aaaaaaaa-0000-4000-8000-{n:012}");
+        let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(4), id(5));
+        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
+        let part = |disk: &str, part: &str, n| {
+            format!(
+                r#"{{"kname":"{disk}{part}","pkname":"{disk}","path":"/dev/{disk}{part}","maj:min":"8:{n}","fstype":null,"uuid":null,
+                    "label":null,"partuuid":"{}","partlabel":null,"parttype":null,"log-sec":512}}"#,
+                id(n)
+            )
+        };
+        let parts =
+            [part("a", "1", 1), part("a", "2", 2), part("a", "3", 3), part("a", "4", 7), part("b", "1", 4), part("b", "3", 6)];
+        let json = format!(r#"{{"blockdevices":[{}]}}"#, parts.join(","));
+        let tmp = tempfile::tempdir().unwrap();
+        let at = |path: &str| tmp.path().join(path);
+        for dir in ["dev/disk/by-uuid", "dev/mapper"] {
+            fs::create_dir_all(at(dir)).unwrap();
+        }
+        // A volume on two partitions of the booted disk, one on an array of both disks, and what is in the root's container.
+        for (device, slaves) in
+            [("dm-0", &["a3", "a4"][..]), ("dm-1", &["md0"]), ("md0", &["a4", "b3"]), ("dm-2", &["a2"]), ("a3", &[])]
+        {
+            fs::write(at(&format!("dev/{device}")), "").unwrap();
+            for slave in slaves {
+                fs::create_dir_all(at(&format!("sys/class/block/{device}/slaves/{slave}"))).unwrap();
+            }
+        }
+        for (link, to) in
+            [("mapper/vg-home", "../dm-0"), ("disk/by-uuid/of-home", "../../dm-0"), ("disk/by-uuid/both", "../../dm-1")]
+        {
+            symlink(to, at(&format!("dev/{link}"))).unwrap();
+        }
+        let machine = Machine {
+            root: Root::new(tmp.path()),
+            booted: config.disks[0].clone(),
+            config,
+            inventory: Inventory::parse(json.as_bytes(), BTreeMap::new(), [].into()).unwrap(),
+            ids: Vec::new(),
+            loader: None,
+            drafts: Vec::new(),
+        };
+        let found = |line: &str| on_booted_disk_only(&machine, format!("# one\n{line}\n").as_bytes()).unwrap();
+        for line in ["/dev/mapper/vg-home /home ext4", "UUID=of-home /home ext4 defaults 0 2", "UUID=\"of-home\" /home ext4"] {
+            let faults = found(line);
+            assert!(faults.len() == 1 && faults[0].contains("line 2 (/home) needs"), "{line}: {faults:?}");
+        }
+        for line in [
+            "/dev/mapper/vg-home /home ext4 nofail",
+            "UUID=both /home ext4",
+            "/dev/dm-2 / ext4",
+            "/dev/a3 /home ext4",
+            "UUID=absent /home ext4",
+            "tmpfs /tmp tmpfs",
+            "host:/x /x nfs",
+        ] {
+            assert_eq!(found(line), Vec::<String>::new(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Reading a spare again from its medium.
+
+pub mod verify;

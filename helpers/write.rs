@@ -1,0 +1,4 @@
+//! The only place that changes a disk: changes as data, and how each is made.
+
+pub mod below;
+pub mod state;

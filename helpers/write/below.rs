@@ -1,0 +1,822 @@
+//! Reading and writing below one directory handle.
+//!
+//! Everything that dualroot writes to a disk goes through [`Below`] (rsync, which stages trees below the same kind of handle,
+//! aside). Paths are resolved by the kernel with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV`
+//! (openat2(2)), so that nothing that is swapped, linked or mounted underneath can lead a write elsewhere.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{
+    AtFlags, OFlag, OpenHow, PosixFadviseAdvice, RenameFlags, ResolveFlag, openat2, posix_fadvise, renameat, renameat2,
+};
+use nix::sys::stat::{FileStat, Mode, fchmod, fstatat, futimens, mkdirat};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
+
+/// What the names of files that a write leaves behind when it is cut begin with. The boot loader skips names that begin with a dot.
+pub const TEMPORARY: &str = ".dualroot-";
+/// What they begin with on FAT when a cut has left only the short name (8.3) of the two that a file has there, in lower case.
+const SHORTENED: &str = "dualro~";
+
+/// Whether a name is one of a file that a write has left behind, or of what fsck.fat made of that: a chain of clusters without a name
+/// becomes FSCK0000.REC, the second file of a name FSCK0000.000.
+pub fn is_temporary(name: &str) -> bool {
+    let name = name.to_lowercase();
+    let salvaged = name.strip_prefix("fsck").and_then(|rest| rest.split_once('.')).is_some_and(|(number, kind)| {
+        let is_number = |text: &str, len| text.len() == len && text.bytes().all(|byte| byte.is_ascii_digit());
+        is_number(number, 4) && (kind == "rec" || is_number(kind, 3))
+    });
+    salvaged || name.starts_with(TEMPORARY) || name.starts_with(SHORTENED)
+}
+
+/// One change to a file system, by a path relative to the handle.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A directory, with its parents.
+    MakeDir(String),
+    /// A new file under a name that nothing needs yet; what stands there is removed first.
+    Create {
+        /// Where.
+        path: String,
+        /// What it is to hold.
+        content: Content,
+    },
+    /// The first bytes of a file, in place, with its size kept. Within one sector that is atomic.
+    Overwrite {
+        /// Where.
+        path: String,
+        /// Not more than the file holds.
+        bytes: Vec<u8>,
+    },
+    /// A whole new content for a file that may be there: written beside it, flushed, renamed over it, flushed. Owner, mode and
+    /// extended attributes stay as they are, or become those of the file `like`.
+    Replace {
+        /// Where.
+        path: String,
+        /// What it is to hold.
+        content: Content,
+        /// Whose attributes a file that is not there yet gets.
+        like: Option<PathBuf>,
+    },
+    /// A file or an empty directory goes; one that isn't there is no error.
+    Remove(String),
+    /// All that was written reaches the medium before anything that follows: syncfs(2), then fsync(2), because on vfat the former
+    /// doesn't flush the disk's own cache.
+    Barrier,
+}
+
+/// What a file is to hold.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Content {
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// The bytes of a file of the booted disk, which must have this BLAKE3 hash once copied.
+    File {
+        /// Its path.
+        source: PathBuf,
+        /// Its hash, as it was when the change was planned.
+        hash: blake3::Hash,
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+impl Content {
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File { size, .. } => *size,
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    /// One line for people, as `--dry-run` prints it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MakeDir(path) => write!(f, "make directory {path}"),
+            Self::Create { path, content } => write!(f, "write {path} ({} bytes)", content.size()),
+            Self::Overwrite { path, bytes } => write!(f, "overwrite {path} in place ({} bytes)", bytes.len()),
+            Self::Replace { path, content, .. } => write!(f, "replace {path} ({} bytes)", content.size()),
+            Self::Remove(path) => write!(f, "remove {path}"),
+            Self::Barrier => f.write_str("flush"),
+        }
+    }
+}
+
+impl fmt::Debug for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What a name in a directory is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A regular file of this size in bytes.
+    File(u64),
+    /// A directory.
+    Dir,
+    /// Anything else.
+    Other,
+}
+
+/// A directory that is held open.
+pub struct Below {
+    dir: OwnedFd,
+    shown: PathBuf,
+    from_medium: bool,
+}
+
+impl Below {
+    /// Takes hold of a directory. `path` is only followed now, and named in errors later.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open(path: &Path) -> Result<Self> {
+        let dir = nix::fcntl::open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+            .with_context(|| format!("{} can't be opened as a directory", path.display()))?;
+        Ok(Self { dir, shown: path.into(), from_medium: false })
+    }
+
+    /// The same handle, but what is read by it comes from the medium, and not from memory: after a write that failed, the kernel keeps
+    /// there what the medium hasn't got (fsync(2), NOTES).
+    #[must_use]
+    pub fn from_medium(self) -> Self {
+        Self { from_medium: true, ..self }
+    }
+
+    /// A path to the handle itself, for programs that are started here and for statistics.
+    pub fn proc_path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.dir.as_raw_fd()).into()
+    }
+
+    /// The handle.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// The number of the device that the directory lies on.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn device(&self) -> Result<u64> {
+        Ok(nix::sys::stat::fstat(&self.dir).with_context(|| format!("{}", self.shown.display()))?.st_dev)
+    }
+
+    /// Bytes that are free for writing, and the size of an allocation unit.
+    ///
+    /// # Errors
+    /// Those of fstatvfs(3).
+    pub fn free(&self) -> Result<(u64, u64)> {
+        let s = nix::sys::statvfs::fstatvfs(&self.dir).with_context(|| format!("{}", self.shown.display()))?;
+        Ok((s.blocks_available() * s.fragment_size(), s.fragment_size()))
+    }
+
+    fn how(flags: OFlag) -> OpenHow {
+        OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV)
+    }
+
+    /// Opens a file for reading, or says that there is none.
+    ///
+    /// # Errors
+    /// Everything but the absence of the file, symbolic links on the way among them.
+    pub fn file(&self, path: &str) -> Result<Option<File>> {
+        let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
+            Ok(fd) => fd,
+            Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+            Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
+        };
+        if self.from_medium {
+            posix_fadvise(&fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+                .with_context(|| format!("{} can't be dropped from memory", self.show(path)))?;
+        }
+        Ok(Some(fd.into()))
+    }
+
+    /// The contents of a file of at most 4 MiB, or None where there is none.
+    ///
+    /// # Errors
+    /// As [`Below::file`]; a larger file.
+    pub fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        const LARGEST: u64 = 4 << 20;
+        let Some(file) = self.file(path)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        file.take(LARGEST + 1).read_to_end(&mut bytes).with_context(|| format!("{} can't be read", self.show(path)))?;
+        if bytes.len() as u64 > LARGEST {
+            bail!("{} is larger than 4 MiB", self.show(path));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// The names in a directory (`"."` for the handle itself) with what they are, sorted; none where it doesn't exist.
+    /// Names that are not UTF-8 are an error: FAT is mounted with `utf8`.
+    ///
+    /// # Errors
+    /// Those of reading a directory.
+    pub fn list(&self, path: &str) -> Result<Vec<(String, Kind)>> {
+        let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY)) {
+            Ok(fd) => fd,
+            Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
+            Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
+        };
+        let mut found = Vec::new();
+        for name in names_in_order(&fd).with_context(|| format!("{} can't be read", self.show(path)))? {
+            let stat = fstatat(&fd, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+                .with_context(|| format!("{}/{}", self.show(path), name.to_string_lossy().escape_debug()))?;
+            let kind = match stat.st_mode & nix::libc::S_IFMT {
+                nix::libc::S_IFREG => Kind::File(u64::try_from(stat.st_size).unwrap_or_default()),
+                nix::libc::S_IFDIR => Kind::Dir,
+                _ => Kind::Other,
+            };
+            let name = name.into_string().ok().with_context(|| format!("{} holds a name that isn't UTF-8", self.show(path)))?;
+            found.push((name, kind));
+        }
+        found.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(found)
+    }
+
+    /// The BLAKE3 hash of a file, or None where there is none.
+    ///
+    /// # Errors
+    /// Those of reading it.
+    pub fn hash(&self, path: &str) -> Result<Option<blake3::Hash>> {
+        let Some(file) = self.file(path)? else { return Ok(None) };
+        let mut hasher = blake3::Hasher::new();
+        io::copy(&mut io::BufReader::with_capacity(1 << 17, file), &mut hasher)
+            .with_context(|| format!("{} can't be read", self.show(path)))?;
+        Ok(Some(hasher.finalize()))
+    }
+
+    /// A directory below this one, as a handle of its own; None where there is no directory.
+    ///
+    /// # Errors
+    /// Those of opening it, symbolic links on the way among them.
+    pub fn sub(&self, path: &OsStr) -> Result<Option<Self>> {
+        match self.dir(path) {
+            Ok(dir) => Ok(Some(Self { dir, shown: self.shown.join(path), from_medium: self.from_medium })),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("{} can't be opened", self.shown.join(path).display())),
+        }
+    }
+
+    /// The directory itself as a file, for its attributes.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn file_of(&self) -> Result<File> {
+        Ok(self.dir.try_clone().with_context(|| self.shown.display().to_string())?.into())
+    }
+
+    /// What bears this name, or None. What lies behind a symbolic link doesn't count as there.
+    ///
+    /// # Errors
+    /// Those of the system calls; a path that leads out.
+    pub fn stat(&self, path: &OsStr) -> Result<Option<FileStat>> {
+        self.at(path, |dir, name| fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))
+    }
+
+    /// Whether chattr(1) has made what bears this name (`"."` for the handle itself) immutable, or append-only: then it can't be
+    /// replaced or removed, nor what is in it.
+    ///
+    /// # Errors
+    /// As [`Below::stat`].
+    pub fn is_fixed(&self, path: &OsStr) -> Result<bool> {
+        use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, statx};
+        let look = |dir: &OwnedFd, name: &OsStr| {
+            let found = statx(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH, StatxFlags::empty());
+            let found = found.map_err(|e| Errno::from_raw(e.raw_os_error()))?;
+            Ok(found.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND))
+        };
+        match path == "." {
+            true => look(&self.dir, OsStr::new("")).with_context(|| self.shown.display().to_string()),
+            false => Ok(self.at(path, look)?.unwrap_or_default()),
+        }
+    }
+
+    /// The names in a directory (`"."` for the handle itself), whatever bytes are in them, sorted.
+    ///
+    /// # Errors
+    /// Those of reading a directory.
+    pub fn names(&self, path: &OsStr) -> Result<Vec<OsString>> {
+        let shown = || self.shown.join(path).display().to_string();
+        let mut names = names_in_order(&self.dir(path).with_context(shown)?).with_context(shown)?;
+        names.sort();
+        Ok(names)
+    }
+
+    /// Makes a directory that only its owner can enter.
+    ///
+    /// # Errors
+    /// Those of mkdirat(2), also where something of that name is there.
+    pub fn make_private(&self, path: &OsStr) -> Result<()> {
+        let make = || -> Result<()> {
+            let (dir, name) = self.parent(path)?;
+            Ok(mkdirat(&dir, name, Mode::S_IRWXU)?)
+        };
+        make().with_context(|| format!("{} can't be made", self.shown.join(path).display()))
+    }
+
+    /// Gives what bears the name `path` below `from` that name here, in one step: in the place of what isn't a directory either,
+    /// or in exchange with what is there. Where its directory isn't there, nothing is done.
+    ///
+    /// # Errors
+    /// Those of renameat2(2).
+    pub fn take(&self, from: &Self, path: &OsStr, exchange: bool) -> Result<()> {
+        let flags = if exchange { RenameFlags::RENAME_EXCHANGE } else { RenameFlags::empty() };
+        let take = || -> Result<()> {
+            let ((old, name), (new, _)) = (from.parent(path)?, self.parent(path)?);
+            Ok(renameat2(&old, name, &new, name, flags)?)
+        };
+        take()
+            .or_else(|e| if is_absent(&e) { Ok(()) } else { Err(e) })
+            .with_context(|| format!("{} can't be put into its place", self.shown.join(path).display()))
+    }
+
+    /// Removes a file, or a directory if it is empty. What isn't there, is not of that kind, or holds something is left as it is.
+    ///
+    /// # Errors
+    /// Those of unlinkat(2); a path that leads out.
+    pub fn unlink(&self, path: &OsStr, directory: bool) -> Result<()> {
+        let flag = if directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
+        let removed = self.at(path, |dir, name| match unlinkat(dir, name, flag) {
+            Err(Errno::EISDIR | Errno::ENOTEMPTY | Errno::EEXIST) => Ok(()),
+            // What unlink(2) says of a directory on some file systems.
+            Err(Errno::EPERM) if fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|s| is_dir(&s)) => Ok(()),
+            done => done,
+        });
+        removed.map(|_| ()).with_context(|| format!("{} can't be removed", self.shown.join(path).display()))
+    }
+
+    /// Removes whatever bears this name, with all that is in it. Symbolic links are removed, not followed.
+    ///
+    /// # Errors
+    /// Those of the system calls; something mounted in it.
+    pub fn clear(&self, path: &OsStr) -> Result<()> {
+        let mut dirs = Vec::new();
+        let mut found = vec![path.to_owned()];
+        while let Some(path) = found.pop() {
+            match self.stat(&path)? {
+                Some(stat) if is_dir(&stat) => {
+                    found.extend(self.names(&path)?.iter().map(|name| join(&path, name)));
+                    dirs.push(path);
+                }
+                Some(_) => self.unlink(&path, false)?,
+                None => {}
+            }
+        }
+        dirs.iter().rev().try_for_each(|dir| self.unlink(dir, true))
+    }
+
+    /// Gives the directory `path` (`"."` for the handle itself) the owner, mode and extended attributes of another directory, and
+    /// a time of change: seconds and nanoseconds. One that something is mounted on is left alone.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn dress(&self, path: &OsStr, like: &File, time: (i64, i64)) -> Result<()> {
+        let dress = || -> Result<()> {
+            let dir = match self.dir(path) {
+                Ok(dir) => File::from(dir),
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EXDEV) => return Ok(()),
+                Err(e) => return Err(e.into()),
+            };
+            use xattr::FileExt as _;
+            let wanted: Vec<OsString> = like.list_xattr().into_iter().flatten().collect();
+            // First: an ACL that goes would change what the mode means. Security labels can't be removed, only changed.
+            let unwanted = |name: &OsString| !wanted.contains(name) && !name.as_bytes().starts_with(b"security.");
+            for name in dir.list_xattr().into_iter().flatten().filter(unwanted) {
+                dir.remove_xattr(&name).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
+            }
+            copy_attributes(like, &dir)?;
+            Ok(futimens(&dir, &TimeSpec::UTIME_OMIT, &TimeSpec::new(time.0, time.1))?)
+        };
+        dress().with_context(|| format!("the attributes of {} can't be set", self.shown.join(path).display()))
+    }
+
+    /// Does something with the directory that holds `path` and the name in it; None if either isn't there.
+    fn at<T>(&self, path: &OsStr, act: impl FnOnce(&OwnedFd, &OsStr) -> nix::Result<T>) -> Result<Option<T>> {
+        let done: Result<T> = self.parent(path).and_then(|(dir, name)| Ok(act(&dir, name)?));
+        match done {
+            Ok(found) => Ok(Some(found)),
+            Err(e) if is_absent(&e) => Ok(None),
+            Err(e) => Err(e.context(self.shown.join(path).display().to_string())),
+        }
+    }
+
+    /// Makes one change. Whatever is interrupted in a [`Change::Create`] or [`Change::Replace`], no name ends up with half a
+    /// content that something relies on.
+    ///
+    /// # Errors
+    /// Those of the system calls; a source file that has changed since the plan was made.
+    pub fn apply(&self, change: &Change) -> Result<()> {
+        match change {
+            Change::MakeDir(path) => self.make_dir(path),
+            Change::Create { path, content } => self.create(path, content),
+            Change::Overwrite { path, bytes } => self.overwrite(path, bytes),
+            Change::Replace { path, content, like } => self.replace(path, content, like.as_deref()),
+            Change::Remove(path) => self.remove(path),
+            Change::Barrier => self.barrier(),
+        }
+        .with_context(|| format!("{}: {change}", self.shown.display()))
+    }
+
+    /// A whole new content for a file that everybody may read, whatever was there: flushed, and put into its place in one step. Not for
+    /// FAT, see [`Change::Replace`], and without flushing anything else.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn publish(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
+        let publish = || -> Result<()> {
+            let (dir, name) = self.parent(path)?;
+            let temporary = format!("{TEMPORARY}{}.new", name.to_str().context("a name that isn't UTF-8")?);
+            let fresh = self.write_new(&dir, &temporary, &Content::Bytes(bytes))?;
+            fchmod(&fresh, Mode::from_bits_truncate(0o644))?;
+            fresh.sync_all()?;
+            renameat(&dir, temporary.as_str(), &dir, name)?;
+            Ok(nix::unistd::fsync(&dir)?)
+        };
+        publish().with_context(|| format!("{} can't be written", self.show(path)))
+    }
+
+    fn show(&self, path: &str) -> String {
+        format!("{}/{path}", self.shown.display())
+    }
+
+    /// The directory that holds `path`, and the last component.
+    fn parent<'p>(&self, path: &'p (impl AsRef<OsStr> + ?Sized)) -> Result<(OwnedFd, &'p OsStr)> {
+        let path = path.as_ref().as_bytes();
+        let (dir, name) = match path.iter().rposition(|b| *b == b'/') {
+            Some(slash) => (path.get(..slash).unwrap_or_default(), path.get(slash + 1..).unwrap_or_default()),
+            None => (&b"."[..], path),
+        };
+        if matches!(name, b"" | b"." | b"..") {
+            bail!("'{}' names no file", path.escape_ascii());
+        }
+        Ok((self.dir(OsStr::from_bytes(dir))?, OsStr::from_bytes(name)))
+    }
+
+    fn dir(&self, path: &OsStr) -> nix::Result<OwnedFd> {
+        openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY))
+    }
+
+    fn make_dir(&self, path: &str) -> Result<()> {
+        let mut upto = String::new();
+        for part in path.split('/') {
+            if !upto.is_empty() {
+                upto.push('/');
+            }
+            upto.push_str(part);
+            let (dir, name) = self.parent(&upto)?;
+            match mkdirat(&dir, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_new(&self, dir: &OwnedFd, name: impl AsRef<OsStr>, content: &Content) -> Result<File> {
+        let name = name.as_ref();
+        match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let how = Self::how(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL).mode(Mode::from_bits_truncate(0o600));
+        let mut file = File::from(openat2(dir, name, how)?);
+        match content {
+            Content::Bytes(bytes) => file.write_all(bytes)?,
+            Content::File { source, hash, .. } => {
+                let mut from = File::open(source).with_context(|| format!("{} can't be opened", source.display()))?;
+                let mut hasher = blake3::Hasher::new();
+                let mut buffer = vec![0; 1 << 17];
+                loop {
+                    let n = from.read(&mut buffer).with_context(|| format!("{} can't be read", source.display()))?;
+                    let Some(part) = buffer.get(..n).filter(|p| !p.is_empty()) else { break };
+                    hasher.update(part);
+                    file.write_all(part)?;
+                }
+                if hasher.finalize() != *hash {
+                    bail!("{} changed while it was copied", source.display());
+                }
+            }
+        }
+        Ok(file)
+    }
+
+    fn create(&self, path: &str, content: &Content) -> Result<()> {
+        let (dir, name) = self.parent(path)?;
+        self.write_new(&dir, name, content)?;
+        Ok(())
+    }
+
+    fn overwrite(&self, path: &str, bytes: &[u8]) -> Result<()> {
+        let mut file = File::from(openat2(&self.dir, path, Self::how(OFlag::O_RDWR))?);
+        if bytes.len() as u64 > file.seek(SeekFrom::End(0))? {
+            bail!("the file is smaller than what is to be written in place");
+        }
+        file.write_all_at(bytes, 0)?;
+        file.sync_all()?;
+        Ok(())
+    }
+
+    fn replace(&self, path: &str, content: &Content, like: Option<&Path>) -> Result<()> {
+        let (dir, name) = self.parent(path)?;
+        let name = name.to_str().context("a name that isn't UTF-8")?;
+        let mut names = self.names_behind(&dir, name)?;
+        let temporary = names.pop().context("there is no temporary name")?;
+        let fresh = self.write_new(&dir, &temporary, content)?;
+        for name in names {
+            unlinkat(&dir, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
+        }
+        // Kept open until the rename has reached the medium: vfat then leaves its clusters alone.
+        let old = self.file(path)?;
+        let model = match (&old, like) {
+            (Some(old), _) => Some(old.try_clone()?),
+            (None, Some(like)) => Some(File::open(like).with_context(|| format!("{} can't be opened", like.display()))?),
+            (None, None) => None,
+        };
+        if let Some(model) = model {
+            copy_attributes(&model, &fresh)?;
+        }
+        fresh.sync_all()?;
+        self.barrier()?;
+        renameat(&dir, temporary.as_str(), &dir, name)?;
+        fresh.sync_all()?;
+        self.barrier()?;
+        drop(old);
+        Ok(())
+    }
+
+    /// Temporary names, of which the last is for what is to be renamed to `name`. On FAT both have the same clusters for a moment, and
+    /// fsck.fat(8) then empties the one that comes second in the directory: that has to be the temporary one. Where it comes is found out
+    /// by making it; the names before it in the list only keep the places in front taken. None ends in `.efi`: a cut can leave the short
+    /// name alone, and the boot loader would list that.
+    fn names_behind(&self, dir: &OwnedFd, name: &str) -> Result<Vec<String>> {
+        let mut tried = vec![format!("{TEMPORARY}{name}.new")];
+        if nix::sys::statfs::fstatfs(dir)?.filesystem_type() != nix::sys::statfs::MSDOS_SUPER_MAGIC {
+            return Ok(tried);
+        }
+        while let Some(last) = tried.last() {
+            self.write_new(dir, last, &Content::Bytes(Vec::new()))?;
+            let names = names_in_order(dir)?;
+            let place = |wanted: &str| names.iter().position(|name| name.eq_ignore_ascii_case(wanted));
+            if place(last) > place(name) {
+                break;
+            }
+            if tried.len() > 1000 {
+                bail!("no temporary file gets behind '{name}' in its directory; is the file system damaged?");
+            }
+            tried.push(format!("{TEMPORARY}{}-{name}.new", tried.len()));
+        }
+        Ok(tried)
+    }
+
+    fn remove(&self, path: &str) -> Result<()> {
+        let (dir, name) = match self.parent(path) {
+            Ok(found) => found,
+            Err(e) if e.downcast_ref::<Errno>() == Some(&Errno::ENOENT) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        match unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir) {
+            Err(Errno::EISDIR | Errno::EPERM) => match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
+                Ok(()) | Err(Errno::ENOENT | Errno::ENOTEMPTY) => Ok(()),
+                Err(e) => Err(e.into()),
+            },
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn barrier(&self) -> Result<()> {
+        syncfs(&self.dir)?;
+        match nix::unistd::fsync(&self.dir) {
+            // A directory that was opened before a read-only remount may not be synced; there is nothing to flush then.
+            Ok(()) | Err(Errno::EROFS) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// The names in a directory but `.` and `..`, as they follow each other there.
+fn names_in_order(dir: &OwnedFd) -> nix::Result<Vec<OsString>> {
+    let mut dir = Dir::openat(dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let names = dir.iter().map(|entry| entry.map(|entry| OsString::from_vec(entry.file_name().to_bytes().to_vec())));
+    names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).collect()
+}
+
+/// Whether something on the way to a path isn't there, or is no directory.
+fn is_absent(e: &anyhow::Error) -> bool {
+    matches!(e.downcast_ref(), Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP))
+}
+
+/// A name in a directory, as a path.
+pub fn join(dir: &OsStr, name: &OsStr) -> OsString {
+    if dir == "." { name.to_owned() } else { Path::new(dir).join(name).into_os_string() }
+}
+
+/// Whether it is a directory.
+pub fn is_dir(stat: &FileStat) -> bool {
+    stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFDIR
+}
+
+/// Whether it is a symbolic link.
+pub fn is_link(stat: &FileStat) -> bool {
+    stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFLNK
+}
+
+/// Attributes that IMA and EVM keep of a file's content and inode (evmctl(1)). No other file has them by right.
+const OF_ONE_FILE: [&str; 2] = ["security.ima", "security.evm"];
+
+/// Owner, mode and extended attributes (ACLs and security labels are among them) of `from`, put on `to`. A file system that has
+/// no such thing (FAT) is no error.
+fn copy_attributes(from: &File, to: &File) -> Result<()> {
+    let is_fat = nix::sys::statfs::fstatfs(to)?.filesystem_type() == nix::sys::statfs::MSDOS_SUPER_MAGIC;
+    let tolerated = |result: nix::Result<()>| match result {
+        Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+        Err(Errno::EPERM) if is_fat => Ok(()),
+        Err(e) => Err(e),
+    };
+    let meta: Metadata = from.metadata()?;
+    tolerated(fchown(to, Some(Uid::from_raw(meta.uid())), Some(Gid::from_raw(meta.gid()))))
+        .with_context(|| format!("owner {}:{}", meta.uid(), meta.gid()))?;
+    tolerated(fchmod(to, Mode::from_bits_truncate(meta.mode() & 0o7777))).with_context(|| format!("mode {:o}", meta.mode()))?;
+    if is_fat {
+        // What it seems to have are labels that a security module gives all of its files.
+        return Ok(());
+    }
+    use xattr::FileExt as _;
+    for name in from.list_xattr().into_iter().flatten().filter(|name| !OF_ONE_FILE.iter().any(|of_one| name == of_one)) {
+        if let Some(value) = from.get_xattr(&name)? {
+            to.set_xattr(&name, &value).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn bytes(text: &str) -> Content {
+        Content::Bytes(text.into())
+    }
+
+    #[test]
+    fn writes_reads_lists_and_removes() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        below.apply(&Change::MakeDir("a/b".into())).unwrap();
+        below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("one") }).unwrap();
+        below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("two!") }).unwrap();
+        assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"two!");
+        assert_eq!(below.list("a/b").unwrap(), [("c".to_owned(), Kind::File(4))]);
+        below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"six".into() }).unwrap();
+        assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"six!");
+        assert!(below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"longer".into() }).is_err());
+        below.apply(&Change::Remove("a/b".into())).unwrap();
+        assert!(below.read("a/b/c").unwrap().is_some(), "a directory that isn't empty stays");
+        below.apply(&Change::Remove("a/b/c".into())).unwrap();
+        below.apply(&Change::Remove("a/b/c".into())).unwrap();
+        below.apply(&Change::Remove("a/b".into())).unwrap();
+        below.apply(&Change::Remove("a/b/c".into())).unwrap();
+        assert!(below.list("a").unwrap().is_empty());
+        below.apply(&Change::Barrier).unwrap();
+    }
+
+    #[test]
+    fn replace_keeps_mode_and_leaves_nothing_behind() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::write(tmp.path().join("fstab"), "old").unwrap();
+        std::fs::set_permissions(tmp.path().join("fstab"), std::fs::Permissions::from_mode(0o640)).unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        below.apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None }).unwrap();
+        assert_eq!(std::fs::metadata(tmp.path().join("fstab")).unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(below.list(".").unwrap(), [("fstab".to_owned(), Kind::File(3))]);
+    }
+
+    #[test]
+    fn replace_keeps_attributes_but_those_of_the_content() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("fstab");
+        std::fs::write(&path, "old").unwrap();
+        std::os::unix::fs::chown(&path, Some(5), Some(6)).unwrap();
+        for name in ["security.ima", "security.evm", "security.other", "trusted.one", "user.one"] {
+            xattr::set(&path, name, name.as_bytes()).unwrap();
+        }
+        Below::open(tmp.path())
+            .unwrap()
+            .apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None })
+            .unwrap();
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (5, 6));
+        let mut names: Vec<_> = xattr::list(&path).unwrap().collect();
+        names.sort();
+        // Labels that this machine's kernel gives by itself aside.
+        names.retain(|name| name != "security.selinux");
+        assert_eq!(names, ["security.other", "trusted.one", "user.one"]);
+    }
+
+    /// As dualroot-entries.service does it: by root, without a capability.
+    #[test]
+    fn replace_without_capabilities_keeps_the_owner_or_fails() {
+        const NAME: &str = "below::tests::replace_without_capabilities_keeps_the_owner_or_fails";
+        const VARIABLE: &str = "DUALROOT_TEST_WITHOUT_CAPABILITIES";
+        if let Some(dir) = std::env::var_os(VARIABLE) {
+            let below = Below::open(Path::new(&dir)).unwrap();
+            let replace = |path: &str| below.apply(&Change::Replace { path: path.into(), content: bytes("new"), like: None });
+            replace("own").unwrap();
+            let error = format!("{:#}", replace("of-a-group").unwrap_err());
+            assert!(error.contains("owner 0:4: EPERM"), "{error}");
+            return;
+        }
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        for (name, group) in [("own", 0), ("of-a-group", 4)] {
+            std::fs::write(tmp.path().join(name), "old").unwrap();
+            std::os::unix::fs::chown(tmp.path().join(name), Some(0), Some(group)).unwrap();
+        }
+        let mut command = crate::base::program::command("setpriv").unwrap();
+        command.args(["--bounding-set=-all", "--inh-caps=-all"]).arg(std::env::current_exe().unwrap());
+        let done = command.args(["--exact", NAME]).env(VARIABLE, tmp.path()).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        let read = |name: &str| std::fs::read_to_string(tmp.path().join(name)).unwrap();
+        assert_eq!((read("own").as_str(), read("of-a-group").as_str()), ("new", "old"));
+    }
+
+    #[test]
+    fn f20_what_the_medium_lacks_was_never_written() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let (image, tmp) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
+        image.as_file().set_len(8 << 20).unwrap();
+        let run = |name: &str, args: &[&std::ffi::OsStr]| {
+            let done = crate::base::program::command(name).unwrap().args(args).output().unwrap();
+            assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        run("mke2fs", &["-qF".as_ref(), "-text4".as_ref(), image.path().as_ref()]);
+        crate::devices::mounts::enter_private_namespace().unwrap();
+        run("mount", &["-oloop".as_ref(), image.path().as_ref(), tmp.path().as_ref()]);
+        let cached = Below::open(tmp.path()).unwrap();
+        let medium = Below::open(tmp.path()).unwrap().from_medium();
+        let (new, old) = ([b'n'; 8192], [b'o'; 8192]);
+        cached.apply(&Change::Create { path: "linux".into(), content: Content::Bytes(new.to_vec()) }).unwrap();
+        cached.apply(&Change::Barrier).unwrap();
+        // As if the write had failed: the medium has something else.
+        let on_medium = std::fs::read(image.path()).unwrap();
+        let at = on_medium.windows(new.len()).position(|part| part == new).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(image.as_file(), &old, at as u64).unwrap();
+        assert_eq!(cached.hash("linux").unwrap(), Some(blake3::hash(&new)), "the kernel believes in it");
+        assert_eq!(medium.hash("linux").unwrap(), Some(blake3::hash(&old)));
+        assert_eq!(medium.sub("lost+found".as_ref()).unwrap().map(|below| below.from_medium), Some(true));
+        drop((cached, medium));
+        run("umount", &[tmp.path().as_ref()]);
+    }
+
+    #[test]
+    fn f26_no_path_leads_out() {
+        let tmp = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("file"), "kept").unwrap();
+        std::os::unix::fs::symlink(outside.path(), tmp.path().join("link")).unwrap();
+        std::os::unix::fs::symlink(outside.path().join("file"), tmp.path().join("filelink")).unwrap();
+        std::fs::create_dir(tmp.path().join("a")).unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        for path in ["../x", "/etc/x", "link/file", "a/../../x", "..", "."] {
+            assert!(below.apply(&Change::Create { path: path.into(), content: bytes("bad") }).is_err(), "{path}");
+            assert!(below.apply(&Change::Remove(path.into())).is_err(), "{path}");
+        }
+        assert!(below.apply(&Change::Overwrite { path: "filelink".into(), bytes: b"bad".into() }).is_err());
+        assert!(below.read("filelink").is_err());
+        assert_eq!(std::fs::read(outside.path().join("file")).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn a_source_that_changes_is_noticed() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::write(tmp.path().join("source"), "now this").unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        let content = Content::File { source: tmp.path().join("source"), hash: blake3::hash(b"planned"), size: 7 };
+        let error = below.apply(&Change::Create { path: "copy".into(), content }).unwrap_err();
+        assert!(format!("{error:#}").contains("changed while it was copied"), "{error:#}");
+    }
+}

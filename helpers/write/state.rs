@@ -1,0 +1,60 @@
+//! What dualroot keeps on the running system from one run to the next.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::write::below::{Below, Change, Content};
+
+/// Where that is. It may be on a file system of its own, or below one: `/var`.
+pub const DIRECTORY: &str = "/var/lib/dualroot";
+
+/// Keeps bytes in a file of [`DIRECTORY`].
+///
+/// # Errors
+/// A directory that can't be made or written.
+pub fn keep(name: &str, bytes: Vec<u8>) -> Result<()> {
+    keep_in(Path::new(DIRECTORY), name, bytes)
+}
+
+/// Opens a directory for what is kept, and makes it where it isn't there. Handles don't go from one file system into another, so that
+/// this is the directory itself and not the root.
+///
+/// # Errors
+/// A directory that can't be made or opened.
+pub fn open(dir: &Path) -> Result<Below> {
+    fs::create_dir_all(dir).with_context(|| format!("{} can't be made", dir.display()))?;
+    Below::open(dir)
+}
+
+fn keep_in(dir: &Path, name: &str, bytes: Vec<u8>) -> Result<()> {
+    let below = open(dir)?;
+    match below.read(name)?.is_some_and(|old| old == bytes) {
+        true => Ok(()),
+        false => below.apply(&Change::Replace { path: name.to_owned(), content: Content::Bytes(bytes), like: None }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn var_may_be_a_file_system_of_its_own() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let var = tmp.path().join("var");
+        fs::create_dir(&var).unwrap();
+        crate::devices::mounts::enter_private_namespace().unwrap();
+        nix::mount::mount(Some("none"), &var, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+        let dir = var.join("lib/dualroot");
+        for text in ["one", "another", "another"] {
+            keep_in(&dir, "file", text.into()).unwrap();
+            assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), text);
+        }
+        nix::mount::umount(&var).unwrap();
+    }
+}
