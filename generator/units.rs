@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use dualroot::base::types::{DirPath, PartUuid, UnitName};
-use dualroot::devices::luks;
 
 use crate::plan::{Kind, Mount, Plan};
 
@@ -87,7 +86,7 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
 fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
     let mut text = head(&mount.description, source);
     let device = UnitName::device(&mount.part)?;
-    let node = if mount.luks { luks::mapping(&mount.part) } else { mount.part.device_path() };
+    let node = if mount.luks { mount.part.mapping() } else { mount.part.device_path() };
     if mount.booted {
         // Wanted, not required: a boot without it goes on. It is waited for as long as systemd waits for any device: it is there.
         text.push_str("Before=local-fs.target\n");
@@ -146,7 +145,7 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
 
 /// The device unit of what an open container holds.
 fn mapping(part: &PartUuid) -> Result<UnitName> {
-    UnitName::from_path(&DirPath::parse(&luks::mapping(part))?, "device")
+    UnitName::from_path(&DirPath::parse(&part.mapping())?, "device")
 }
 
 /// What every unit begins with.

@@ -3,6 +3,13 @@
 pub mod efi;
 pub mod entry;
 pub mod files;
+pub mod initrd;
 pub mod known;
+pub mod load_option;
 pub mod nvram;
+pub mod offers;
 pub mod order;
+pub mod pe;
+pub mod room;
+pub mod roots;
+pub mod wanted;

@@ -20,12 +20,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::base::clock::kernel_id;
 use crate::base::log::Log;
 use crate::base::program;
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::boot::files::BootFiles;
-use crate::boot::nvram;
+use crate::boot::{nvram, offers, roots};
 use crate::clone::config::{Draft, Section};
 use crate::clone::container::Secret;
 use crate::clone::join::Shared;
@@ -33,21 +35,17 @@ use crate::clone::plan::{Plan, UNFINISHED};
 use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::Config;
-use crate::copy::generation;
-use crate::copy::tree::{self, Rewritten};
 use crate::devices::gpt::{self, DiskLayout};
 use crate::devices::inventory::{Inventory, Partition};
-use crate::devices::luks;
-use crate::devices::mounts;
-use crate::names::fstab;
-use crate::names::ident::{DiskIds, Rewriter};
-use crate::pair::booted;
-use crate::pair::lineage::kernel_id;
-use crate::pair::machine::{Machine, booted_disk, booted_esp, refused};
-use crate::proof::images;
-use crate::proof::prove;
+use crate::devices::{held, luks, mounts};
+use crate::names::files::Rewritten;
+use crate::names::ident::Rewriter;
+use crate::names::ids::DiskIds;
+use crate::names::{crypttab, files, fstab};
+use crate::pair::machine::{Machine, booted_disk, booted_esp};
+use crate::pair::{booted, lineage};
 use crate::proof::searched::Searched;
-use crate::proof::waits;
+use crate::proof::{images, prove, waits};
 use crate::sync::{self, Options, Outcome};
 use crate::write::below::Below;
 
@@ -153,7 +151,7 @@ impl Job {
         check_programs(&job.disk.plan)?;
         job.drafts.clone_from(&machine.drafts);
         // The first sync would find that, when the disk is erased.
-        sync::own_record(&machine)?;
+        lineage::own_record(&machine)?;
         check_source(machine, name, job.shared.as_ref(), Some(&job.disk.target))?;
         Ok(job)
     }
@@ -220,7 +218,7 @@ impl Job {
                 )
             })?;
         }
-        mounts::enter_private_namespace()?;
+        held::enter_private_namespace()?;
         // Somebody may have changed the files since.
         let mut machine = self.draft(root)?;
         if machine.booted.esp() != self.esp {
@@ -251,7 +249,7 @@ impl Job {
         // What is known of the disks, which nobody was to know before.
         self.sync(&mut machine, log)?;
         mounts::start_spares(log);
-        nvram::carry_out(&machine, log)?;
+        nvram::carry_out(&machine.firmware(), log)?;
         log.info(&format!("{} is {} now, and boots", self.disk.target.path(), self.name));
         Ok(())
     }
@@ -339,7 +337,7 @@ impl NewDisk {
                 self.target.check_same()?;
                 container::format(node, uuid, secret.context("there is no passphrase for it")?)?;
                 luks::open(&part.partuuid)?;
-                *node = luks::mapping(&part.partuuid);
+                *node = part.partuuid.mapping();
             }
             let Some((program, arguments)) = part.make(node, self.target.sector) else { continue };
             log.status(&format!("{node}: making {} for {}", part.content.told(), part.role));
@@ -431,10 +429,10 @@ fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>, d
 /// Whether the booted disk's root can be copied. What boots another one isn't, and is taken out of `files`.
 fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role, BootFiles>) -> Result<()> {
     let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
-    if let Some(line) = container::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
+    if let Some(line) = crypttab::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
         bail!(
             "/etc/crypttab opens the LUKS container {line}, which would not open that of the copy; have {} there, or none",
-            luks::KEY
+            crypttab::KEY
         );
     }
     if let Some(fault) = prove::named_unit(&machine.root, names)? {
@@ -444,10 +442,10 @@ fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role
         bail!("{fault}; that is not cloned");
     }
     let Some(running) = machine.subvolume()? else { return Ok(()) };
-    if let Some(why) = generation::no_source(&running, files) {
+    if let Some(why) = roots::no_source(&running, files) {
         bail!("on {}, {why}", machine.booted.name);
     }
-    files.values_mut().for_each(|files| generation::keep_own(files, &running));
+    files.values_mut().for_each(|files| offers::keep_own(files, &running));
     Ok(())
 }
 
@@ -456,7 +454,7 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
     let mut booted: Vec<DiskIds> = machine.ids.iter().filter(|ids| ids.name == machine.booted.name).cloned().collect();
     booted.iter_mut().for_each(|ids| ids.parts.retain(|role, _| !machine.booted.parts.contains_key(role)));
     let names = Rewriter::finder(&booted)?;
-    let files = tree::identifying_texts(&machine.root, &[])?;
+    let files = files::identifying_texts(&machine.root, &[])?;
     let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
     let root = machine.naming(&machine.booted, &Role::Root)?;
     let names_root = |spec: &[u8]| root.as_ref().is_some_and(|root| !root.foreign(spec).is_empty());
@@ -467,7 +465,7 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
              share the root"
         )
     });
-    let on_disk = waits::on_booted_disk_only(machine, fstab)?;
+    let on_disk = waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?;
     let found = prove::root_files(&files, &names, |dir| machine.is_apart(dir));
     Ok(found.into_iter().chain(subvolumes).chain(on_disk).next())
 }
@@ -496,10 +494,11 @@ fn settle() -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::base::types::DirPath;
-    use crate::names::ident::PartIds;
-    use std::fs;
+    use crate::names::ids::PartIds;
 
     #[test]
     fn f14_what_boot_waits_for_is_cloned_or_refused() {

@@ -463,9 +463,11 @@ fn plain(text: &str) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use proptest::prelude::*;
     use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
 
     const A: &str = "6ffd4e1c-0000-4000-8000-00000000000";
     const PAIR: &str = "[disk0]\nesp=6FFD4E1C-0000-4000-8000-000000000000\nroot=PARTUUID=6ffd4e1c-0000-4000-8000-000000000001\n\

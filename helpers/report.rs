@@ -8,19 +8,19 @@ use anyhow::Result;
 use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
+use crate::base::clock::{date, now};
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
-use crate::boot::efi;
-use crate::boot::nvram;
+use crate::boot::{load_option, nvram};
 use crate::conf::{Config, Disk, Layout};
-use crate::copy::generation;
 use crate::devices::inventory::{Inventory, Partition};
 use crate::devices::mounts::{self, Mount};
-use crate::pair::heal;
-use crate::pair::lineage::{Record, Relation, date, now};
-use crate::pair::lock;
-use crate::pair::machine::{booted_disk, booted_esp, refused};
+use crate::names::generation::Generation;
+use crate::pair::lineage::{Record, Relation};
+use crate::pair::machine::{booted_disk, booted_esp};
 use crate::pair::status::{End, Outcome, Reading, Seen, Standing, Status};
+use crate::pair::{heal, lock};
 use crate::write::below::Below;
 
 mod text;
@@ -93,7 +93,7 @@ impl Facts {
     /// Looks at this machine; None where dualroot isn't configured.
     ///
     /// # Errors
-    /// [`crate::pair::machine::Refused`] where it is not known which disk was booted; lsblk that fails.
+    /// [`crate::base::refusal::Refused`] where it is not known which disk was booted; lsblk that fails.
     pub fn gather() -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
@@ -117,7 +117,7 @@ impl Facts {
 struct Look {
     inventory: Inventory,
     table: Vec<Mount>,
-    options: Option<(Vec<efi::BootOption>, Vec<u16>)>,
+    options: Option<(Vec<load_option::BootOption>, Vec<u16>)>,
     status: Status,
 }
 
@@ -142,7 +142,7 @@ impl Look {
             present: !parts.is_empty(),
             missing: disk.parts.keys().filter(|role| !parts.contains_key(*role)).cloned().collect(),
             fault,
-            generation: at(Role::Root).and_then(|mount| generation::at(&mount.root)).map(|generation| generation.number()),
+            generation: at(Role::Root).and_then(|mount| Generation::at(&mount.root)).map(|generation| generation.number()),
             record: record(at(Role::Esp), disk.name),
             firmware: self.options.as_ref().map(|(options, order)| firmware(options, order, disk.esp())),
             space: found.iter().filter_map(|(role, mount)| space(role, mount)).collect(),
@@ -161,7 +161,7 @@ fn record(esp: Option<&Mount>, disk: DiskName) -> Lineage {
     }
 }
 
-fn firmware(options: &[efi::BootOption], order: &[u16], esp: PartUuid) -> (Vec<u16>, Option<usize>) {
+fn firmware(options: &[load_option::BootOption], order: &[u16], esp: PartUuid) -> (Vec<u16>, Option<usize>) {
     let numbers: Vec<u16> = nvram::entries_of(options, esp).collect();
     let place = order.iter().position(|number| numbers.contains(number)).map(|at| at + 1);
     (numbers, place)

@@ -12,25 +12,23 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use crate::base::log::Log;
+use crate::base::refusal::{Refused, refused, refused_for_age};
 use crate::base::types::{DiskName, Role};
 use crate::boot::known::Known;
+use crate::boot::offers;
 use crate::conf::Disk;
-use crate::copy::generation;
-use crate::copy::stage;
-use crate::copy::tree::{self, Tree};
-use crate::devices::fsck;
-use crate::devices::gpt;
+use crate::copy::tree::Tree;
+use crate::copy::{generation, modules, stage};
+use crate::devices::held::Alone;
 use crate::devices::inventory::Partition;
-use crate::devices::luks;
-use crate::devices::mounts::Alone;
-use crate::names::fstab;
-use crate::names::idstore;
-use crate::pair::lineage::Record;
-use crate::pair::machine::{Machine, Refused, refused, refused_for_age};
-use crate::pair::settle;
+use crate::devices::{fsck, gpt};
+use crate::names::{fstab, idstore};
+use crate::pair::lineage::{Record, own_record};
+use crate::pair::machine::Machine;
 use crate::pair::status::Status;
+use crate::pair::{containers, settle};
 use crate::sync::spare::{SOURCES, Spare};
-use crate::write::below::{Below, Change};
+use crate::write::change::Change;
 use crate::write::state;
 
 /// A source that changes during this many syncs in a row is reported.
@@ -61,7 +59,7 @@ pub enum Outcome {
 /// What came of a sync.
 #[derive(Debug)]
 pub struct Done {
-    /// [`crate::pair::machine::Refused`] when nothing may be written; any other error is a failure, and names the spare. Of several spares'
+    /// [`crate::base::refusal::Refused`] when nothing may be written; any other error is a failure, and names the spare. Of several spares'
     /// errors it is one.
     pub outcome: Result<Outcome>,
     /// Whether a spare, or all, were refused because another disk than the booted one may be newer.
@@ -77,7 +75,7 @@ pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mu
         Status::new(&machine.booted)
     });
     // They stay open, as spares stay mounted.
-    let noted = match luks::open_spares(machine, log) {
+    let noted = match containers::open_spares(machine, log) {
         true => noted.and_then(|()| machine.look_again()),
         false => noted,
     };
@@ -248,7 +246,7 @@ fn one(
     if spare.generations.is_some()
         && let Some(root) = machine.subvolume()?
     {
-        source.values_mut().for_each(|files| generation::keep_own(files, &root));
+        source.values_mut().for_each(|files| offers::keep_own(files, &root));
     }
     for path in spare.not_copied()? {
         log.warning(&format!("{}: {path} is a subvolume of its own; what is in it is not copied", disk.name));
@@ -334,7 +332,7 @@ fn one(
     }
     for tree in &trees {
         if !(tree.role == Role::Root && spare.generations.is_some()) {
-            tree::drop_old_modules(tree, spare.held(&tree.role)?.below()?)?;
+            modules::drop_old_modules(tree, spare.held(&tree.role)?.below()?)?;
         }
     }
     own.synced(machine.booted.name, disk.name, &mut of_spare);
@@ -374,14 +372,4 @@ fn report(disk: &Disk, kept: Vec<String>, log: &mut Log) {
             disk.name
         ));
     }
-}
-
-/// The booted disk's ESP, and its record.
-pub(crate) fn own_record(machine: &Machine) -> Result<(Below, Record)> {
-    let places = machine.booted.boot_places();
-    let (_, _, dir) = places.iter().find(|(role, _, _)| *role == Role::Esp).context("the booted disk has no ESP")?;
-    let esp = Below::open(Path::new(dir.as_str()))?;
-    let record = Record::load(&esp, machine.booted.name)
-        .map_err(|e| refused_for_age(format!("{dir}: {e:#}; remove that file, and the next sync asks which disk is newer")))?;
-    Ok((esp, record))
 }

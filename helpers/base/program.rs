@@ -74,13 +74,14 @@ fn check(name: &str, done: io::Result<Output>) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
+    use super::*;
+
     #[test]
     fn nothing_of_the_environment_reaches_a_program() {
-        const NAME: &str = "program::tests::nothing_of_the_environment_reaches_a_program";
+        const NAME: &str = "base::program::tests::nothing_of_the_environment_reaches_a_program";
         const VARIABLE: &str = "DUALROOT_TEST_HOSTILE";
         if let Some(file) = std::env::var_os(VARIABLE) {
             fs::write(file, output("env", []).unwrap()).unwrap();

@@ -37,6 +37,11 @@ impl PartUuid {
         format!("/dev/disk/by-partuuid/{self}")
     }
 
+    /// The device node of the file system in a LUKS container on the partition, once dualroot-luks@.service has opened it.
+    pub fn mapping(&self) -> String {
+        format!("/dev/mapper/dualroot-{self}")
+    }
+
     /// The UUID behind it, as in the mixed-endian layout of GPT and EFI device paths when asked for `to_bytes_le()`.
     pub fn uuid(&self) -> Uuid {
         self.0

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use dualroot::base::log::Log;
 use dualroot::base::program;
+use dualroot::base::refusal::{exit_status, nothing_done, refused};
 use dualroot::base::root::Root;
 use dualroot::base::types::DiskName;
 use dualroot::clone::config::FILE;
@@ -18,7 +19,6 @@ use dualroot::clone::template::identity::HostName;
 use dualroot::clone::template::origin::Origin;
 use dualroot::clone::{Job, Wish, template};
 use dualroot::pair::lock;
-use dualroot::pair::machine::{exit_status, nothing_done, refused};
 
 /// Erase a disk, and make it a bootable copy of the booted disk.
 ///

@@ -10,7 +10,9 @@ use dualroot::base::log::Log;
 use dualroot::base::root::Root;
 use dualroot::conf::Config;
 use dualroot::copy::stage::{self, Found};
-use dualroot::devices::mounts::{self, Held};
+use dualroot::devices::held;
+use dualroot::devices::held::Held;
+use dualroot::devices::mounts;
 use dualroot::write::below::Below;
 
 /// Complete what was being copied to this disk when that was cut.
@@ -44,7 +46,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<bool> {
         if mounts::at(&mounts::table()?, root).is_none() {
             bail!("nothing is mounted at {}", root.display());
         }
-        mounts::enter_private_namespace()?;
+        held::enter_private_namespace()?;
         let trees = [("/", root.clone()), ("/usr", root.join("usr"))];
         return Ok(all(trees, log, |(shown, dir)| mounted(Path::new(shown), dir, log)));
     }

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use dualroot::base::log::Log;
-use dualroot::pair::machine::{Machine, exit_status};
+use dualroot::base::refusal::exit_status;
+use dualroot::pair::machine::Machine;
 use dualroot::sync::entries;
 
 /// The mark that a path unit starts the sync for.

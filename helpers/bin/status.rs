@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use dualroot::base::log::Log;
-use dualroot::pair::machine::exit_status;
+use dualroot::base::refusal::exit_status;
 use dualroot::report::{Facts, Report};
 use dualroot::write::below::Below;
 

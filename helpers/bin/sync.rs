@@ -5,14 +5,13 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use dualroot::base::log::Log;
+use dualroot::base::refusal::{exit_status, refused};
 use dualroot::base::root::Root;
 use dualroot::base::types::DiskName;
 use dualroot::boot::nvram;
-use dualroot::devices::mounts;
-use dualroot::pair::booted;
-use dualroot::pair::heal;
-use dualroot::pair::lock;
-use dualroot::pair::machine::{Machine, exit_status, refused};
+use dualroot::devices::{held, mounts};
+use dualroot::pair::machine::Machine;
+use dualroot::pair::{booted, heal, lock};
 use dualroot::sync;
 use dualroot::sync::{Options, Outcome};
 
@@ -103,15 +102,15 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
         )));
     }
     if let Some(disk) = machine.config.disks.iter().find(|disk| Some(disk.name) == arguments.boot_next) {
-        for change in nvram::plan_next(&machine, disk)? {
+        for change in nvram::plan_next(&machine.firmware(), disk)? {
             match arguments.dry_run {
                 true => println!("firmware: {change}"),
-                false => nvram::apply(&machine, &change)?,
+                false => nvram::apply(&machine.firmware(), &change)?,
             }
         }
         return Ok(Outcome::Whole);
     }
-    mounts::enter_private_namespace()?;
+    held::enter_private_namespace()?;
     // The root's two halves are one matter, the boot partitions another.
     let root = heal::look(&machine.root, &machine.config)?;
     match root {
@@ -139,8 +138,8 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Outcome> {
     // Also after a failover to this disk with the other one half dead, but not for a disk that may be the older one.
     if !done.may_be_older {
         match arguments.dry_run {
-            true => nvram::plan(&machine)?.iter().for_each(|change| println!("firmware: {change}")),
-            false => nvram::carry_out(&machine, log)?,
+            true => nvram::plan(&machine.firmware())?.iter().for_each(|change| println!("firmware: {change}")),
+            false => nvram::carry_out(&machine.firmware(), log)?,
         }
     }
     match (root, done.outcome) {

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use dualroot::base::log::Log;
-use dualroot::devices::mounts;
+use dualroot::base::refusal::exit_status;
+use dualroot::devices::held;
 use dualroot::pair::lock;
-use dualroot::pair::machine::{Machine, exit_status};
+use dualroot::pair::machine::Machine;
 use dualroot::pair::status::{Standing, Status};
 use dualroot::trial::verify;
 
@@ -38,7 +39,7 @@ fn run(log: &Log) -> Result<Standing> {
         log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
         return Ok(Standing::Whole);
     };
-    mounts::enter_private_namespace()?;
+    held::enter_private_namespace()?;
     let mut status = Status::load(&machine.root, &machine.config, &machine.booted)?;
     let standing = verify::run(&machine, &mut status, log);
     if let Err(e) = status.save() {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use efivar::boot::{BootVarName, EFIHardDrive, EFIHardDriveType};
+use efivar::boot::BootVarName;
 use efivar::efi::{Variable, VariableFlags};
 use efivar::{VarReader, VarWriter};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
@@ -18,6 +18,7 @@ use uuid::{Uuid, uuid};
 
 use crate::base::root::Root;
 use crate::base::types::PartUuid;
+use crate::boot::load_option::BootOption;
 
 /// No variable that dualroot reads is larger; firmware commonly stops at 32 KiB.
 const LARGEST: usize = 64 << 10;
@@ -32,23 +33,6 @@ const GLOBAL: Uuid = uuid!("8be4df61-93ca-11d2-aa0d-00e098032b8c");
 #[derive(Clone, Debug)]
 pub struct EfiVars {
     dir: PathBuf,
-}
-
-/// A boot entry of the firmware: what a variable `Boot####` says.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct BootOption {
-    /// The number in the variable's name.
-    pub number: u16,
-    /// Whether the firmware tries it by itself (LOAD_OPTION_ACTIVE).
-    pub active: bool,
-    /// What the firmware's menu shows; bytes that aren't UTF-16 are replaced.
-    pub description: String,
-    /// The GPT partition that it boots from; None for entries that name none, as firmware makes them, and for MBR disks.
-    pub partition: Option<PartUuid>,
-    /// The file that it boots, with backslashes, as `\EFI\systemd\systemd-bootx64.efi`.
-    pub file: Option<String>,
-    /// The whole value.
-    pub raw: Vec<u8>,
 }
 
 impl EfiVars {
@@ -261,88 +245,6 @@ impl VarWriter for EfiVars {
     }
 }
 
-impl BootOption {
-    /// Reads an EFI_LOAD_OPTION (UEFI specification, 3.1.3). What is not well-formed leaves fields empty.
-    pub fn parse(number: u16, raw: Vec<u8>) -> Self {
-        let mut option = Self { number, active: false, description: String::new(), partition: None, file: None, raw };
-        let Some((attributes, rest)) = option.raw.split_first_chunk::<4>() else { return option };
-        let Some((paths_length, rest)) = rest.split_first_chunk::<2>() else { return option };
-        option.active = u32::from_le_bytes(*attributes) & 1 == 1;
-        let units = rest.as_chunks::<2>().0;
-        let Some(end) = units.iter().position(|unit| *unit == [0, 0]) else { return option };
-        option.description = utf16(units.iter().take(end));
-        let paths = rest.get(2 * end + 2..).and_then(|rest| rest.get(..usize::from(u16::from_le_bytes(*paths_length))));
-        let path = DevicePath::parse(paths.unwrap_or_default());
-        option.partition = path.partition;
-        option.file = (!path.file.is_empty()).then_some(path.file);
-        option
-    }
-
-    /// The value of a `Boot####` variable that boots `file` (with backslashes) from a partition, active, by the short device path
-    /// that begins with the partition's node, which firmware completes whatever the disk is connected to.
-    ///
-    /// # Errors
-    /// A file name too long for a device path.
-    pub fn encode(description: &str, drive: &EFIHardDrive, file: &str) -> Result<Vec<u8>> {
-        // The crate's own encoder panics on other disks and on what is too long.
-        if drive.sig_type != EFIHardDriveType::Gpt {
-            bail!("the partition of a boot entry is not a GPT partition");
-        }
-        if file.encode_utf16().count() > 1000 {
-            bail!("the file name of a boot entry is longer than 1000 characters");
-        }
-        let entry = efivar::boot::BootEntry {
-            attributes: efivar::boot::BootEntryAttributes::LOAD_OPTION_ACTIVE,
-            description: description.to_owned(),
-            file_path_list: Some(efivar::boot::FilePathList {
-                file_path: efivar::boot::FilePath { path: file.to_owned() },
-                hard_drive: drive.clone(),
-            }),
-            optional_data: Vec::new(),
-        };
-        Ok(entry.to_bytes())
-    }
-}
-
-/// What matters in a device path: the first GPT partition and the file, up to the first end node.
-#[derive(Default)]
-struct DevicePath {
-    partition: Option<PartUuid>,
-    file: String,
-}
-
-impl DevicePath {
-    fn parse(mut nodes: &[u8]) -> Self {
-        let mut path = Self::default();
-        while let Some(([kind, subkind, low, high], rest)) = nodes.split_first_chunk::<4>() {
-            let length = usize::from(u16::from_le_bytes([*low, *high]));
-            // The length counts the four bytes of the node's head.
-            let Some((mut data, next)) = length.checked_sub(4).and_then(|length| rest.split_at_checked(length)) else { break };
-            match (kind, subkind) {
-                // Hard drive.
-                (4, 1) if path.partition.is_none() => {
-                    path.partition = EFIHardDrive::parse(&mut data)
-                        .ok()
-                        .filter(|drive| drive.sig_type == EFIHardDriveType::Gpt && !drive.partition_sig.is_nil())
-                        .map(|drive| PartUuid::from(drive.partition_sig));
-                }
-                // File path, which may come in several parts.
-                (4, 4) => path.file.push_str(&utf16(data.as_chunks::<2>().0.iter().take_while(|unit| **unit != [0, 0]))),
-                // The end of the path, or of one of its instances.
-                (0x7f, _) => break,
-                _ => {}
-            }
-            nodes = next;
-        }
-        path
-    }
-}
-
-/// Text of UTF-16LE units; what isn't UTF-16 is replaced.
-fn utf16<'a>(units: impl Iterator<Item = &'a [u8; 2]>) -> String {
-    char::decode_utf16(units.map(|unit| u16::from_le_bytes(*unit))).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect()
-}
-
 /// The number of a boot entry by its file's name: `Boot`, four hexadecimal digits (upper case by the specification, but not by
 /// all firmware), and the namespace.
 fn boot_number(name: &str) -> Option<u16> {
@@ -414,10 +316,12 @@ fn loader_uuid(value: &[u8]) -> Result<PartUuid> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use efivar::boot::EFIHardDriveType;
     use proptest::prelude::*;
 
-    const ESP: &str = "6ffd4e1c-26a7-4d3e-a3af-cfb8f7cea339";
+    use super::*;
+    use crate::boot::load_option::tests::{ESP, drive, drive_option, wide};
+
     const LOADER_FILE: &str = "LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 
     fn vars(files: &[(&str, Vec<u8>)]) -> (tempfile::TempDir, EfiVars) {
@@ -433,21 +337,6 @@ mod tests {
     /// A variable's file: attributes, value.
     fn file(value: &[u8]) -> Vec<u8> {
         [&[6, 0, 0, 0], value].concat()
-    }
-
-    fn wide(text: &str) -> Vec<u8> {
-        text.encode_utf16().flat_map(u16::to_le_bytes).collect()
-    }
-
-    fn drive(sig_type: EFIHardDriveType) -> EFIHardDrive {
-        EFIHardDrive {
-            partition_number: 1,
-            partition_start: 2048,
-            partition_size: 4096,
-            partition_sig: Uuid::parse_str(ESP).unwrap(),
-            format: 2,
-            sig_type,
-        }
     }
 
     fn boot0001() -> Vec<u8> {
@@ -510,32 +399,6 @@ mod tests {
             let error = booted(&[current.clone(), ("Boot001A", file(&value))]);
             assert!(error.contains("the boot entry Boot001A names no GPT partition"), "{error}");
         }
-    }
-
-    fn drive_option(sig_type: EFIHardDriveType) -> Vec<u8> {
-        let mut node = drive(sig_type).to_bytes_encap();
-        node.extend([0x7f, 0xff, 4, 0]);
-        [&[1, 0, 0, 0, u8::try_from(node.len()).unwrap(), 0], &wide("x\0")[..], &node].concat()
-    }
-
-    #[test]
-    fn device_paths() {
-        let gpt = drive(EFIHardDriveType::Gpt).to_bytes_encap();
-        let path = |nodes: &[&[u8]]| {
-            let path = DevicePath::parse(&nodes.concat());
-            (path.partition.map(|p| p.to_string()), path.file)
-        };
-        let some = Some(ESP.to_owned());
-        let name = [&[4, 4, 10, 0][..], &wide("\\a\0")].concat();
-        assert_eq!(path(&[&[2, 1, 4, 0], &gpt, &name, &name, &[0x7f, 0xff, 4, 0]]), (some.clone(), "\\a\\a".to_owned()));
-        // Behind the end of the path there is another one, which isn't booted.
-        assert_eq!(path(&[&[0x7f, 0xff, 4, 0], &gpt]), (None, String::new()));
-        assert_eq!(path(&[&[0x7f, 1, 4, 0], &gpt]), (None, String::new()));
-        // A length that is too small, or too large, ends it.
-        assert_eq!(path(&[&[2, 1, 3, 0], &gpt]), (None, String::new()));
-        assert_eq!(path(&[&[2, 1, 255, 255], &gpt]), (None, String::new()));
-        assert_eq!(path(&[&gpt, &[4, 4, 255]]), (some, String::new()));
-        assert_eq!(path(&[&[4, 1, 8, 0, 1, 2, 3, 4], &gpt]).0, Some(ESP.to_owned()));
     }
 
     #[test]
@@ -612,12 +475,6 @@ mod tests {
         let vars = EfiVars::open(&Root::new(dir.path())).unwrap();
         assert!(booted_esp(&vars).is_err());
         assert_eq!(vars.boot_options().unwrap(), []);
-    }
-
-    #[test]
-    fn what_cannot_be_encoded() {
-        assert!(BootOption::encode("x", &drive(EFIHardDriveType::Unknown), "y").is_err());
-        assert!(BootOption::encode("x", &drive(EFIHardDriveType::Gpt), &"y".repeat(40_000)).is_err());
     }
 
     proptest! {

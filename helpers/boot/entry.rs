@@ -192,6 +192,15 @@ fn retitle(title: &[u8], titles: &Titles) -> Vec<u8> {
     }
 }
 
+/// What the ids of entries that boot older generations begin with. They have no sort key: so the boot loader puts them behind those
+/// that have one, and among the others the greatest name comes first, and nothing is less than a hyphen.
+pub(crate) const OFFER: &str = "-dualroot-";
+
+/// Whether this is the file name of an entry that boots an older generation: that of its own disk, so that it is never copied.
+pub fn is_offer(name: &str) -> bool {
+    name.starts_with(OFFER)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -154,8 +154,9 @@ fn check(path: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     #[test]
     fn f26_names_that_lead_elsewhere_are_refused() {

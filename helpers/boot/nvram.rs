@@ -11,12 +11,26 @@ use anyhow::{Context, Result, bail};
 use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 use crate::base::log::Log;
+use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
-use crate::boot::efi::{self, BootOption, EfiVars};
-use crate::conf::Disk;
-use crate::devices::inventory::Partition;
-use crate::pair::machine::Machine;
+use crate::boot::efi::{self, EfiVars};
+use crate::boot::load_option::BootOption;
+use crate::conf::{Config, Disk};
+use crate::devices::inventory::{Inventory, Partition};
 use crate::write::below::Below;
+
+/// The firmware of a machine, and what its boot entries follow from.
+#[derive(Clone, Copy)]
+pub struct Firmware<'a> {
+    /// The system's root, for the variables and /sys.
+    pub root: &'a Root,
+    /// The configuration.
+    pub config: &'a Config,
+    /// The booted disk.
+    pub booted: &'a Disk,
+    /// The partitions that are there.
+    pub inventory: &'a Inventory,
+}
 
 /// A change to the firmware's variables.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -57,28 +71,28 @@ impl fmt::Display for Change {
 ///
 /// # Errors
 /// Variables that can't be read; a booted ESP without a boot loader.
-pub fn plan(machine: &Machine) -> Result<Vec<Change>> {
-    if !machine.config.settings.efi_entries {
+pub fn plan(firmware: &Firmware<'_>) -> Result<Vec<Change>> {
+    if !firmware.config.settings.efi_entries {
         return Ok(Vec::new());
     }
-    let vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
-    let mut disks = vec![(machine.booted.name, machine.booted.esp(), true)];
-    for (_, spare) in machine.config.spares(&machine.booted) {
-        disks.push((spare.name, spare.esp(), machine.inventory.find(&spare.esp())?.is_some()));
+    let vars = EfiVars::open(firmware.root).context("there are no EFI variables")?;
+    let mut disks = vec![(firmware.booted.name, firmware.booted.esp(), true)];
+    for (_, spare) in firmware.config.spares(firmware.booted) {
+        disks.push((spare.name, spare.esp(), firmware.inventory.find(&spare.esp())?.is_some()));
     }
-    Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(machine, &vars)?))
+    Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(firmware, &vars)?))
 }
 
 /// What has the firmware boot this disk the next time.
 ///
 /// # Errors
 /// A disk that isn't there; otherwise as [`plan`].
-pub fn plan_next(machine: &Machine, disk: &Disk) -> Result<Vec<Change>> {
-    let vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
-    if machine.inventory.find(&disk.esp())?.is_none() {
+pub fn plan_next(firmware: &Firmware<'_>, disk: &Disk) -> Result<Vec<Change>> {
+    let vars = EfiVars::open(firmware.root).context("there are no EFI variables")?;
+    if firmware.inventory.find(&disk.esp())?.is_none() {
         bail!("{} is not there: no partition is its ESP, {}", disk.name, disk.esp());
     }
-    Ok(decide_next(&vars.boot_options()?, (disk.name, disk.esp()), &loader(machine, &vars)?))
+    Ok(decide_next(&vars.boot_options()?, (disk.name, disk.esp()), &loader(firmware, &vars)?))
 }
 
 fn decide_next(options: &[BootOption], (name, esp): (DiskName, PartUuid), file: &str) -> Vec<Change> {
@@ -108,11 +122,11 @@ fn create(number: u16, name: DiskName, esp: PartUuid, file: &str) -> Change {
 }
 
 /// The path of the boot loader that every disk has.
-fn loader(machine: &Machine, vars: &EfiVars) -> Result<String> {
-    let esp = machine.booted.boot_places().into_iter().find(|(role, _, _)| *role == Role::Esp);
+fn loader(firmware: &Firmware<'_>, vars: &EfiVars) -> Result<String> {
+    let esp = firmware.booted.boot_places().into_iter().find(|(role, _, _)| *role == Role::Esp);
     let (_, _, dir) = esp.context("the booted disk has no ESP")?;
     let below = Below::open(Path::new(dir.as_str()))?;
-    match find_loader(&below, efi::booted_file(vars, &machine.booted.esp()), efi::is_secure(vars))? {
+    match find_loader(&below, efi::booted_file(vars, &firmware.booted.esp()), efi::is_secure(vars))? {
         Some(path) => Ok(path),
         None => bail!("{dir} holds neither EFI/systemd/systemd-boot*.efi nor EFI/BOOT/BOOT*.EFI; run 'bootctl install'"),
     }
@@ -193,9 +207,9 @@ fn reorder(order: &[u16], of_disks: &[Vec<u16>]) -> Vec<u16> {
 ///
 /// # Errors
 /// As [`plan`].
-pub fn carry_out(machine: &Machine, log: &Log) -> Result<()> {
-    for change in plan(machine)? {
-        if let Err(e) = apply(machine, &change) {
+pub fn carry_out(firmware: &Firmware<'_>, log: &Log) -> Result<()> {
+    for change in plan(firmware)? {
+        if let Err(e) = apply(firmware, &change) {
             log.warning(&format!("the firmware's boot entries can't be written, so check them by hand (efibootmgr): {e:#}"));
         }
     }
@@ -206,12 +220,12 @@ pub fn carry_out(machine: &Machine, log: &Log) -> Result<()> {
 ///
 /// # Errors
 /// Variables that the firmware doesn't let be written; a partition that is gone.
-pub fn apply(machine: &Machine, change: &Change) -> Result<()> {
-    let mut vars = EfiVars::open(&machine.root).context("there are no EFI variables")?;
+pub fn apply(firmware: &Firmware<'_>, change: &Change) -> Result<()> {
+    let mut vars = EfiVars::open(firmware.root).context("there are no EFI variables")?;
     match change {
         Change::Create { number, description, esp, file } => {
-            let part = machine.inventory.find(esp)?.with_context(|| format!("the ESP {esp} is gone"))?;
-            vars.set_boot_option(*number, &BootOption::encode(description, &drive(machine, part, esp)?, file)?)
+            let part = firmware.inventory.find(esp)?.with_context(|| format!("the ESP {esp} is gone"))?;
+            vars.set_boot_option(*number, &BootOption::encode(description, &drive(firmware, part, esp)?, file)?)
         }
         Change::Order(order) => vars.set_boot_order(order),
         Change::Next(number) => vars.set_boot_next(*number),
@@ -219,10 +233,10 @@ pub fn apply(machine: &Machine, change: &Change) -> Result<()> {
 }
 
 /// The device path node of a partition, from sysfs, which counts in 512 bytes whatever the disk does.
-fn drive(machine: &Machine, part: &Partition, esp: &PartUuid) -> Result<EFIHardDrive> {
+fn drive(firmware: &Firmware<'_>, part: &Partition, esp: &PartUuid) -> Result<EFIHardDrive> {
     let number = |name: &str| -> Result<u64> {
         let path = format!("/sys/class/block/{}/{name}", part.kname);
-        let text = machine.root.read(&path).with_context(|| format!("{path} can't be read"))?;
+        let text = firmware.root.read(&path).with_context(|| format!("{path} can't be read"))?;
         std::str::from_utf8(&text).ok().and_then(|t| t.trim().parse().ok()).with_context(|| format!("{path} holds no number"))
     };
     let per_sector = (part.sector / 512).max(1);

@@ -14,123 +14,16 @@
 //! Between any two of these everything is flushed ([`Change::Barrier`]); facts about FAT that this rests on are in dualroot(7).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::base::types::Role;
-use crate::boot::entry::{self, EntryName};
-use crate::boot::files::{BootFile, BootFiles, Class, classify, fold};
-use crate::copy::generation;
-use crate::write::below::{Change, Content, TEMPORARY};
-
-/// A disk writes a sector of this many bytes whole or not at all.
-const SECTOR: usize = 512;
-
-/// One change to one of the spare's boot partitions.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Step {
-    /// [`Role::Esp`] or [`Role::Xbootldr`].
-    pub role: Role,
-    /// The change.
-    pub change: Change,
-}
-
-/// A file as it is to be on the spare.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Wanted {
-    /// Its path below the partition.
-    pub path: String,
-    /// What it holds.
-    pub content: Content,
-    /// The hash of that.
-    pub hash: blake3::Hash,
-}
-
-impl std::fmt::Debug for Content {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes", self.size())
-    }
-}
-
-/// One boot partition of the spare: what is to be on it, and what is.
-pub struct Part<'a> {
-    /// [`Role::Esp`] or [`Role::Xbootldr`].
-    pub role: Role,
-    /// What is to be there, as [`wanted`] says.
-    pub wanted: Vec<Wanted>,
-    /// What is there.
-    pub spare: &'a BootFiles,
-    /// Folded paths of files that came from the booted disk at earlier syncs. Nothing else of the spare's own goes, but entries, and
-    /// what only they referred to.
-    pub known: &'a BTreeSet<String>,
-}
-
-/// What of a boot partition of the booted disk is to be on the spare, under which name, with entries and loader.conf rewritten.
-///
-/// # Errors
-/// An entry's file name that the Boot Loader Specification doesn't allow.
-pub fn wanted(
-    source: &BootFiles,
-    mounted: &Path,
-    spare: &BootFiles,
-    rewrite: impl Fn(Class, &[u8]) -> Vec<u8>,
-) -> Result<Vec<Wanted>> {
-    let mut all = Vec::new();
-    for file in source.files.values() {
-        let class = classify(&file.path);
-        let Some(path) = name_on_spare(class, &file.path, spare)? else { continue };
-        let (content, hash) = match &file.text {
-            Some(text) => {
-                let text = rewrite(class, text);
-                let hash = blake3::hash(&text);
-                (Content::Bytes(text), hash)
-            }
-            None => (Content::File { source: mounted.join(&file.path), hash: file.hash, size: file.size }, file.hash),
-        };
-        all.push(Wanted { path, content, hash });
-    }
-    // The firmware falls back to EFI/BOOT when it has no entry for a disk: a boot loader has to be there.
-    if !all.iter().any(|w| fold(&w.path).starts_with("efi/boot/boot")) {
-        let found = all.iter().find_map(|w| {
-            let machine = fold(&w.path).strip_prefix("efi/systemd/systemd-boot")?.strip_suffix(".efi")?.to_uppercase();
-            Some(Wanted { path: format!("EFI/BOOT/BOOT{machine}.EFI"), ..w.clone() })
-        });
-        all.extend(found);
-    }
-    Ok(all)
-}
-
-/// The name that a file of the booted disk has on the spare, or None when it is not to be there.
-///
-/// Live boot counters never travel (failure mode 25): an entry that has used up its tries, or has failed one, is not copied, and one
-/// with all its tries left keeps the counters that it has on the spare.
-fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Result<Option<String>> {
-    if class == Class::Local {
-        return Ok(None);
-    }
-    if !matches!(class, Class::Entry | Class::Uki) {
-        return Ok(Some(path.to_owned()));
-    }
-    let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is no entry"))?;
-    if generation::is_offer(file) {
-        return Ok(None);
-    }
-    let name = EntryName::parse(file)?;
-    match (name.tries_left, name.tries_done) {
-        (None, _) => Ok(Some(path.to_owned())),
-        (Some(0), _) | (Some(_), Some(1..)) => Ok(None),
-        (Some(_), _) => {
-            let same = |other: &&BootFile| {
-                let (other_dir, other) = other.path.rsplit_once('/').unwrap_or_default();
-                fold(other_dir) == fold(dir) && EntryName::parse(other).is_ok_and(|o| fold(&o.id) == fold(&name.id))
-            };
-            // Two of one id are two files there, too.
-            let own = spare.files.get(&fold(path)).or_else(|| spare.of(class).find(same));
-            Ok(Some(own.map_or_else(|| path.to_owned(), |own| own.path.clone())))
-        }
-    }
-}
+use crate::boot::entry;
+use crate::boot::files::{BootFile, Class, classify, fold};
+use crate::boot::wanted::{Part, Step, Wanted};
+use crate::write::below::TEMPORARY;
+use crate::write::change::{Change, Content};
+use crate::write::sector::text_change;
 
 /// The steps that make the parts what they are to be, in the order that the module's documentation gives.
 ///
@@ -445,54 +338,15 @@ impl<'a> Work<'a> {
     }
 }
 
-/// The change that gives a small text which the boot loader reads a new content: in place where it fits into the file's one sector, by
-/// a rename otherwise. Texts end in as many newlines as fill the sector, so that the next change can be made in place. `there` is the
-/// size in bytes of the file as it is.
-pub fn text_change(path: &str, there: Option<u64>, text: &[u8]) -> Change {
-    let text = text.trim_ascii_end();
-    let in_place = there.and_then(|size| usize::try_from(size).ok()).filter(|&size| size <= SECTOR && text.len() < size);
-    let mut bytes = text.to_vec();
-    bytes.push(b'\n');
-    bytes.resize(bytes.len().max(in_place.unwrap_or(SECTOR)), b'\n');
-    match in_place {
-        Some(_) => Change::Overwrite { path: path.to_owned(), bytes },
-        None => Change::Replace { path: path.to_owned(), content: Content::Bytes(bytes), like: None },
-    }
-}
-
-/// The least number of bytes that a partition has too little for the steps, or 0: what is free is followed from step to step.
-/// `free` and `cluster` are in bytes.
-pub fn shortfall(steps: &[Step], role: &Role, spare: &BootFiles, free: u64, cluster: u64) -> u64 {
-    let cluster = cluster.max(1);
-    let whole = |size: u64| i128::from(size.div_ceil(cluster) * cluster);
-    let mut sizes: BTreeMap<String, u64> =
-        spare.files.iter().chain(&spare.temporary).map(|(key, file)| (key.clone(), file.size)).collect();
-    let mut left = i128::from(free);
-    let mut least = left;
-    for step in steps.iter().filter(|s| s.role == *role) {
-        match &step.change {
-            Change::MakeDir(_) => left -= i128::from(cluster),
-            Change::Create { path, content } => {
-                left += whole(sizes.insert(fold(path), content.size()).unwrap_or(0)) - whole(content.size());
-            }
-            Change::Replace { path, content, .. } => {
-                left -= whole(content.size());
-                least = least.min(left);
-                left += whole(sizes.insert(fold(path), content.size()).unwrap_or(0));
-            }
-            Change::Remove(path) => left += whole(sizes.remove(&fold(path)).unwrap_or(0)),
-            Change::Overwrite { .. } | Change::Barrier => {}
-        }
-        least = least.min(left);
-    }
-    u64::try_from(-least).unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::write::below::Below;
     use std::fs;
+
+    use super::*;
+    use crate::boot::files::BootFiles;
+    use crate::boot::room::shortfall;
+    use crate::boot::wanted::wanted;
+    use crate::write::below::Below;
 
     const ENTRY: &str = "loader/entries/a.conf";
 

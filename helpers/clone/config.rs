@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 
 use anyhow::{Context, Result};
 
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::conf::Config;
-use crate::pair::machine::refused;
 
 /// The file that is written.
 pub const FILE: &str = "/etc/dualroot.conf";
@@ -141,9 +141,10 @@ fn replaced(old: &str, name: DiskName, section: &Section) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::pair::machine::Refused;
     use std::fs;
+
+    use super::*;
+    use crate::base::refusal::Refused;
 
     fn id(n: u32) -> PartUuid {
         PartUuid::parse(&format!("{n:08}-0000-4000-8000-000000000000")).unwrap()

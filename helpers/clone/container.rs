@@ -1,7 +1,7 @@
 //! LUKS containers that are made: cryptsetup(8) does the work.
 //!
 //! Each opens by two keys: the passphrase, or whatever else, that opens the booted disk's, for whoever boots the disk; and
-//! [`luks::KEY`], for syncs, which the booted disk's container gets, too.
+//! [`crypttab::KEY`], for syncs, which the booted disk's container gets, too.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -12,10 +12,12 @@ use anyhow::{Context, Result};
 use uuid::Uuid;
 
 use crate::base::program;
+use crate::base::refusal::refused;
 use crate::base::root::Root;
-use crate::devices::luks;
-use crate::pair::machine::refused;
-use crate::write::below::{Below, Change, Content};
+use crate::clone::luks;
+use crate::names::crypttab;
+use crate::write::below::Below;
+use crate::write::change::{Change, Content};
 
 /// The key is as random as it is long: to make guesses slow is of no use.
 const QUICK: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
@@ -35,10 +37,10 @@ impl Secret {
     /// A refusal if not.
     pub fn check(&self, device: &str) -> Result<()> {
         // Such a copy could be opened by what is in the copy only.
-        if fs::read(luks::KEY).is_ok_and(|key| key == self.0) {
+        if fs::read(crypttab::KEY).is_ok_and(|key| key == self.0) {
             return Err(refused(format!(
                 "{} is for syncs: a disk is opened by something else when it is booted; nothing was done",
-                luks::KEY
+                crypttab::KEY
             )));
         }
         match program::fed("cryptsetup", test("-", device), &self.0) {
@@ -64,7 +66,7 @@ pub fn make_key(root: &Root) -> Result<()> {
     let mut key = Vec::new();
     let random = File::open("/dev/urandom").context("/dev/urandom")?;
     random.take(luks::LEAST).read_to_end(&mut key).context("/dev/urandom")?;
-    let path = Path::new(luks::KEY).strip_prefix("/").unwrap_or(Path::new(luks::KEY));
+    let path = Path::new(crypttab::KEY).strip_prefix("/").unwrap_or(Path::new(crypttab::KEY));
     let (dir, path) = (path.parent().context("the key is in no directory")?, path.to_str().context("not UTF-8")?);
     let below = Below::open(&root.path("/"))?;
     below.apply(&Change::MakeDir(dir.display().to_string()))?;
@@ -78,28 +80,10 @@ pub fn make_key(root: &Root) -> Result<()> {
 /// cryptsetup that fails.
 pub fn format(device: &str, uuid: &Uuid, secret: &Secret) -> Result<()> {
     let kind = ["luksFormat", "--batch-mode", "--type", "luks2", "--uuid"].map(OsString::from);
-    let rest = ["--key-file", luks::KEY, device].map(OsString::from);
+    let rest = ["--key-file", crypttab::KEY, device].map(OsString::from);
     program::output("cryptsetup", kind.into_iter().chain([uuid.to_string().into()]).chain(QUICK.map(Into::into)).chain(rest))?;
-    let add = ["luksAddKey", "--batch-mode", "--key-file", luks::KEY, device, "-"];
+    let add = ["luksAddKey", "--batch-mode", "--key-file", crypttab::KEY, device, "-"];
     program::fed("cryptsetup", add.map(Into::into), &secret.0).map(drop)
-}
-
-/// The lines of crypttab(5) that open the booted disk's containers by a file: the copy's would not be opened by it. `names` says whether
-/// a text names something of the booted disk.
-pub fn opened_by_files(crypttab: &[u8], names: impl Fn(&[u8]) -> bool) -> Vec<String> {
-    let is_file = |field: &str| !matches!(field, "none" | "-" | luks::KEY);
-    let mut found = Vec::new();
-    for line in crypttab.split(|b| *b == b'\n').filter(|line| !line.trim_ascii_start().starts_with(b"#")) {
-        let text = String::from_utf8_lossy(line);
-        let fields: Vec<&str> = text.split_ascii_whitespace().collect();
-        if let [name, spec, key, ..] = fields.as_slice()
-            && is_file(key)
-            && names(spec.as_bytes())
-        {
-            found.push(format!("{} by {}", name.escape_debug(), key.escape_debug()));
-        }
-    }
-    found
 }
 
 /// Has the key file open the booted disk's container on a device, unless it does.
@@ -107,23 +91,12 @@ pub fn opened_by_files(crypttab: &[u8], names: impl Fn(&[u8]) -> bool) -> Vec<St
 /// # Errors
 /// cryptsetup that fails.
 pub fn add_key(device: &str, secret: &Secret) -> Result<()> {
-    if program::output("cryptsetup", test(luks::KEY, device)).is_ok() {
+    if program::output("cryptsetup", test(crypttab::KEY, device)).is_ok() {
         return Ok(());
     }
     let first = ["luksAddKey", "--batch-mode", "--key-file", "-"].into_iter().chain(QUICK);
-    let all = first.chain([device, luks::KEY]).map(OsString::from);
-    program::fed("cryptsetup", all, &secret.0).map(drop).with_context(|| format!("{} can't be made a key of {device}", luks::KEY))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn containers_that_a_file_opens_are_known() {
-        let crypttab =
-            b"root UUID=a none luks\n# home UUID=a /key luks\nhome  UUID=a\t/key luks\nvar UUID=a\ndata UUID=a - luks\n\
-            other UUID=b /key luks\nsrv UUID=a /etc/cryptsetup-keys.d/dualroot.key luks\n";
-        assert_eq!(opened_by_files(crypttab, |spec| spec == b"UUID=a"), ["home by /key"]);
-    }
+    let all = first.chain([device, crypttab::KEY]).map(OsString::from);
+    program::fed("cryptsetup", all, &secret.0)
+        .map(drop)
+        .with_context(|| format!("{} can't be made a key of {device}", crypttab::KEY))
 }

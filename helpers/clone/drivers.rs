@@ -11,10 +11,10 @@ use anyhow::{Context, Result, bail};
 use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::boot::files::{BootFiles, Class, fold};
+use crate::boot::{initrd, pe};
 use crate::devices::inventory::Partition;
 use crate::names::ident::Rewriter;
 use crate::pair::machine::Machine;
-use crate::proof::images;
 
 /// The kernel modules that drive a disk, by its kernel name: it itself, its controller, and whatever is between and above; not
 /// what is built into the kernel. None of what is no device of its own, as a loop device.
@@ -58,7 +58,7 @@ pub fn check(machine: &Machine, disk: &str, files: &BTreeMap<Role, BootFiles>) -
         let Some(found) = files.get(&role) else { continue };
         let place = machine.root.path(dir.as_str());
         for entry in found.of(Class::Entry) {
-            let paths = images::initrds(entry.text.as_deref().unwrap_or_default());
+            let paths = initrd::initrds(entry.text.as_deref().unwrap_or_default());
             let initrds: Vec<_> = paths.iter().filter_map(|path| found.files.get(&fold(path))).collect();
             let mut lacking = needed.clone();
             for initrd in &initrds {
@@ -72,7 +72,7 @@ pub fn check(machine: &Machine, disk: &str, files: &BTreeMap<Role, BootFiles>) -
         }
         for image in found.of(Class::Uki) {
             let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
-            let Some(initrd) = images::embedded(&bytes) else { continue };
+            let Some(initrd) = pe::embedded(&bytes) else { continue };
             let mut lacking = needed.clone();
             take_out(&mut lacking, Cursor::new(initrd), &names).with_context(|| image.path.clone())?;
             if !lacking.is_empty() {
@@ -97,7 +97,7 @@ fn names(modules: &BTreeSet<String>) -> Rewriter {
 
 /// Takes what an initrd has out of what is lacking.
 fn take_out(lacking: &mut BTreeSet<String>, initrd: impl Read + Send, names: &Rewriter) -> Result<()> {
-    for module in images::initrd(initrd, names)? {
+    for module in initrd::initrd(initrd, names)? {
         lacking.remove(&module);
     }
     Ok(())

@@ -9,23 +9,23 @@ use nix::sys::statvfs::statvfs;
 use uuid::Uuid;
 
 use crate::base::log::Log;
-use crate::base::program;
-use crate::base::progress;
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
+use crate::base::{program, progress};
 use crate::boot::files::{BootFiles, Class, fold};
+use crate::boot::{initrd, pe};
 use crate::clone::Wish;
 use crate::conf::{Config, Layout};
-use crate::copy::tree::{self, Rewritten};
 use crate::devices::btrfs::{Mounted, part_done};
-use crate::devices::gpt;
 use crate::devices::inventory::{Inventory, Partition};
-use crate::devices::mounts;
-use crate::names::fstab;
-use crate::names::ident::{DiskIds, PartIds, Rewriter};
+use crate::devices::{gpt, mounts};
+use crate::names::files::Rewritten;
+use crate::names::ident::Rewriter;
+use crate::names::ids::{DiskIds, PartIds};
+use crate::names::{files, fstab};
 use crate::pair::heal;
-use crate::pair::machine::{Machine, refused};
-use crate::proof::images;
+use crate::pair::machine::Machine;
 use crate::proof::prove;
 use crate::write::state;
 
@@ -214,19 +214,19 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
                 bail!("{dir}/{}: the root is {id}, and not the UUID of the btrfs", entry.path);
             }
             // What has neither a root nor an initrd is no system: a test of the memory, a shell.
-            let is_system = roots().next().is_some() || !images::initrds(text).is_empty();
+            let is_system = roots().next().is_some() || !initrd::initrds(text).is_empty();
             if is_system && !mounts_alone(&place, text, found)? {
                 bail!("{dir}/{}: its initrd {WAITS}", entry.path);
             }
         }
         for image in found.of(Class::Uki) {
             let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
-            if images::uki(&bytes, &variable()?)?.is_empty() {
+            if pe::uki(&bytes, &variable()?)?.is_empty() {
                 bail!("{dir}/{}: its initrd {WAITS}", image.path);
             }
         }
     }
-    let texts = tree::identifying_texts(&machine.root, &machine.drafts)?;
+    let texts = files::identifying_texts(&machine.root, &machine.drafts)?;
     match prove::root_files(&texts, names, |dir| machine.is_apart(dir)).first() {
         Some(fault) => bail!("{fault}; it is every disk's"),
         None => Ok(()),
@@ -243,9 +243,9 @@ fn variable() -> Result<Rewriter> {
 /// Whether an initrd of an entry would.
 fn mounts_alone(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
     let names = variable()?;
-    for initrd in images::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
+    for initrd in initrd::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
         let file = File::open(place.join(&initrd.path)).with_context(|| initrd.path.clone())?;
-        if !images::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
+        if !initrd::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
             return Ok(true);
         }
     }
@@ -292,7 +292,7 @@ fn way(ids: &[u64], lost: &[u64], is_ours: bool) -> Result<Way, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pair::machine::{Refused, nothing_done};
+    use crate::base::refusal::{Refused, nothing_done};
     use crate::write::below::Below;
 
     #[test]

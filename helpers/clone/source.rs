@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::refusal::refused;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::conf::disk_role;
 use crate::devices::gpt::{DiskLayout, PartLayout};
 use crate::devices::inventory::{Inventory, Partition};
 use crate::devices::mounts::{self, Mount};
-use crate::pair::machine::refused;
 
 /// What is made on a partition.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -296,9 +296,10 @@ fn used(mount: Option<&Mount>, part: &Partition) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::pair::machine::Refused;
     use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::base::refusal::Refused;
 
     fn id(n: u32) -> PartUuid {
         PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap()

@@ -10,13 +10,14 @@ use nix::libc;
 use serde::Deserialize;
 
 use crate::base::program;
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid};
 use crate::clone::mib;
 use crate::conf::Config;
 use crate::devices::inventory::ESP_TYPE;
 use crate::devices::luks;
-use crate::pair::machine::{booted_esp, refused};
+use crate::pair::machine::booted_esp;
 
 /// A block device as lsblk shows it, with those that it consists of or is used by.
 #[derive(Clone, Debug, Deserialize)]
@@ -188,8 +189,7 @@ impl Device {
         let parts = self.children.iter().filter(|part| disk_of(part, config).is_none());
         let open = |part: &Self| {
             let partuuid = part.partuuid()?;
-            let is_ours =
-                |child: &Self| child.path == luks::mapping(&partuuid) && child.mountpoints.iter().flatten().next().is_none();
+            let is_ours = |child: &Self| child.path == partuuid.mapping() && child.mountpoints.iter().flatten().next().is_none();
             part.children.iter().any(is_ours).then_some(partuuid)
         };
         parts.filter_map(open).collect()
@@ -263,7 +263,7 @@ fn disk_of(part: &Device, config: Option<&Config>) -> Option<DiskName> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pair::machine::Refused;
+    use crate::base::refusal::Refused;
 
     fn device(json: &str) -> Device {
         parse(format!(r#"{{"blockdevices":[{json}]}}"#).as_bytes()).unwrap()

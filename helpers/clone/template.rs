@@ -15,8 +15,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use crate::base::clock::kernel_id;
 use crate::base::log::Log;
 use crate::base::progress::Progress;
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::clone::plan::Plan;
@@ -28,11 +30,10 @@ use crate::clone::template::system::{Names, New};
 use crate::clone::{NewDisk, check_programs, look_into, mib};
 use crate::conf::Config;
 use crate::copy::tree::Tree;
+use crate::devices::held;
 use crate::devices::inventory::{Inventory, Partition};
-use crate::devices::mounts;
-use crate::names::ident::{DiskIds, PartIds, Rewriter};
-use crate::pair::lineage::kernel_id;
-use crate::pair::machine::refused;
+use crate::names::ident::Rewriter;
+use crate::names::ids::{DiskIds, PartIds};
 use crate::proof::prove;
 use crate::write::below::{Below, is_link};
 
@@ -123,7 +124,7 @@ impl Job {
     pub fn run(self, root: &Root, name: &HostName, log: &Log) -> Result<()> {
         self.disk.partition(log)?;
         self.disk.make_file_systems(None, log)?;
-        mounts::enter_private_namespace()?;
+        held::enter_private_namespace()?;
         let inventory = Inventory::read()?;
         let parts = self.disk.parts(&inventory)?;
         let new = New::mount(&parts, self.names(&parts, root)?)?;
@@ -297,16 +298,18 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use uuid::Uuid;
+
     use super::*;
+    use crate::base::refusal::Refused;
     use crate::boot::files::{BootFile, BootFiles, Class};
     use crate::clone::MIB;
     use crate::clone::template::system::misnamed;
     use crate::devices::gpt::{DiskLayout, PartLayout};
-    use crate::names::ident::ContainerIds;
-    use crate::pair::machine::Refused;
-    use std::fs;
-    use std::os::unix::fs::symlink;
-    use uuid::Uuid;
+    use crate::names::ids::ContainerIds;
 
     const OLD: &str = "aaaaaaaa-0000-4000-8000-00000000000";
     const NEW: &str = "bbbbbbbb-0000-4000-8000-00000000000";

@@ -5,10 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt;
-use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::Duration;
+use std::{fmt, fs};
 
 use anyhow::{Context, Result, bail};
 use serde_ini::Item;
@@ -193,8 +192,9 @@ pub(super) fn time_span(text: &str) -> Result<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     #[test]
     fn time_spans() {

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,8 @@ use anyhow::{Context, Result, bail};
 use crate::base::types::Role;
 use crate::conf::Config;
 use crate::devices::mounts::{self, Mount};
-use crate::write::below::{Below, Change, Content, is_dir, is_link, join};
+use crate::write::below::{Below, is_dir, is_link, join};
+use crate::write::change::{Change, Content};
 
 /// Where everything is, at the top of a tree.
 pub const DIRECTORY: &str = ".dualroot";
@@ -310,29 +311,12 @@ fn left_in(table: &[Mount], dirs: BTreeSet<&str>) -> Result<Vec<(PathBuf, Below)
     Ok(found)
 }
 
-/// The bytes of the names in rsync's output, which writes some as `\#ooo`.
-pub fn unescape(text: &[u8]) -> OsString {
-    let mut out = Vec::new();
-    let mut rest = text;
-    while let [first, tail @ ..] = rest {
-        let byte = match rest {
-            [b'\\', b'#', digits @ ..] => {
-                let digits = digits.get(..3).filter(|d| d.iter().all(u8::is_ascii_digit));
-                digits.and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok())
-            }
-            _ => None,
-        };
-        out.push(byte.unwrap_or(*first));
-        rest = if byte.is_some() { rest.get(5..).unwrap_or_default() } else { tail };
-    }
-    OsString::from_vec(out)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
+
+    use super::*;
 
     /// A tree with something staged in it, and a directory that is none of its business.
     fn staged(plan: &[u8]) -> (tempfile::TempDir, Below) {
@@ -418,7 +402,7 @@ mod tests {
         for dir in ["dev", "etc", ".dualroot/new/dev", ".dualroot/new/etc"] {
             fs::create_dir(tmp.path().join("tree").join(dir)).unwrap();
         }
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         use nix::mount::{MsFlags, mount};
         mount(Some("none"), &tmp.path().join("tree/dev"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         let below = Below::open(&tmp.path().join("tree")).unwrap();
@@ -481,20 +465,5 @@ mod tests {
         let automount = Mount::parse(&format!("36 35 0:40 / {} rw - autofs systemd-1 rw", tree.display())).unwrap();
         assert!(found(&[automount]).is_empty(), "it isn't mounted for that");
         assert!(found(&table[1..]).is_empty(), "somebody's directory of that name in another file system");
-    }
-
-    #[test]
-    fn names_are_read_as_rsync_writes_them() {
-        for (text, bytes) in [
-            (&b"a b"[..], &b"a b"[..]),
-            (br"\#012x", b"\nx"),
-            (br"x\#134#012", br"x\#012"),
-            (br"\#377\#0", b"\xff\\#0"),
-            (br"\#999", br"\#999"),
-            // No number to rsync, which leaves it as it is.
-            (br"\#+12", br"\#+12"),
-        ] {
-            assert_eq!(unescape(text).as_bytes(), bytes);
-        }
     }
 }

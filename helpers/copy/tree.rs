@@ -1,27 +1,22 @@
 //! Copying root trees with rsync(1), and the files in them that name a disk.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, Metadata};
-use std::io::{BufRead, BufReader};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Stdio;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::base::program;
 use crate::base::progress::Progress;
-use crate::base::root::Root;
-use crate::base::types::{DirPath, Role};
-use crate::copy::generation::Generation;
-use crate::copy::stage::{self, Found, unescape};
-use crate::names::fstab;
-use crate::names::ident::Rewriter;
-use crate::names::unitfile;
-use crate::write::below::{Below, Change, Content, is_link};
+use crate::base::types::Role;
+use crate::copy::changes::{Changes, files, list};
+use crate::copy::rsync::{SHOWN, rsync, run_rsync_shown};
+use crate::copy::rules::{escape, has_prefix, reanchor};
+use crate::copy::stage::{self, Found};
+use crate::names::files::Rewritten;
+use crate::names::generation::Generation;
+use crate::write::below::Below;
 
 /// What is never copied, as rsync filter rules by the path in the running system. Rules of `exclude=` come between the first part
 /// and the second, so that they can bring something of the second back.
@@ -51,187 +46,6 @@ const USUALLY: [&str; 9] = [
 ];
 /// Kernel modules of the spare's old kernels stay until its boot partitions don't need them any more.
 const UNTIL_THE_END: [&str; 2] = ["P /usr/lib/modules/*", "P /lib/modules/*"];
-
-/// Files that name disks. Those of the first list stand alone; of the second, every file in the directory counts. Units come besides, see
-/// [`unitfile`].
-const FILES: [&str; 6] =
-    ["/etc/fstab", "/etc/crypttab", "/etc/crypttab.initramfs", "/etc/kernel/cmdline", "/etc/dracut.conf", "/etc/default/grub"];
-const DIRECTORIES: [&str; 4] = ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
-
-/// Every system has this one. A file that isn't there yet becomes like it: everybody may read it.
-const USUAL: &str = "/etc/os-release";
-
-/// Those that hold a kernel's command line, and nothing else.
-const COMMAND_LINES: [&str; 3] = ["/etc/kernel/cmdline", "/etc/kernel/cmdline.d/", "/etc/cmdline.d/"];
-
-/// A file of the booted root that is another one for another disk.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Rewritten {
-    /// Its path in the running system.
-    pub path: String,
-    /// What it is to hold.
-    pub bytes: Vec<u8>,
-}
-
-/// The files below `root` that name a disk other than the rewriter's target, as they have to be for the target. Lines of fstab and mount
-/// units whose mount point `keep` names are about another disk on purpose, and stay; so do units that are called after what they name,
-/// which the proof finds. With a generation, kernel command lines name that.
-///
-/// # Errors
-/// A file that is there but can't be read.
-pub fn rewritten(
-    root: &Root,
-    rewriter: &Rewriter,
-    generation: Option<Generation>,
-    keep: impl Fn(&DirPath) -> bool,
-) -> Result<Vec<Rewritten>> {
-    let mut found = Vec::new();
-    for path in identifying_files(root)? {
-        if unitfile::dir(&path).is_some_and(|dir| keep(&dir)) || !unitfile::named_after(&path, rewriter).is_empty() {
-            continue;
-        }
-        let Some(old) = root.read_opt(&path).with_context(|| format!("{path} can't be read"))? else { continue };
-        let bytes = match (path.as_str(), generation) {
-            ("/etc/fstab", None) => fstab::rewrite(&old, rewriter, &keep),
-            ("/etc/fstab", Some(_)) => fstab::any_subvolume(&fstab::rewrite(&old, rewriter, &keep)),
-            (path, Some(generation)) if COMMAND_LINES.iter().any(|start| path.starts_with(start)) => {
-                generation.boot(&rewriter.rewrite(&old))
-            }
-            _ => rewriter.rewrite(&old),
-        };
-        if bytes != old {
-            found.push(Rewritten { path, bytes });
-        }
-    }
-    Ok(found)
-}
-
-/// The paths of all files of a root that may name a disk and are there.
-///
-/// # Errors
-/// A directory that can't be read.
-pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
-    let mut paths: Vec<String> = FILES.iter().filter(|p| root.path(p).is_file()).map(|p| (*p).to_owned()).collect();
-    for dir in DIRECTORIES {
-        for name in root.names(dir).with_context(|| format!("{dir} can't be read"))? {
-            if let Some(name) = name.to_str() {
-                let path = format!("{dir}/{name}");
-                if root.path(&path).is_file() {
-                    paths.push(path);
-                }
-            }
-        }
-    }
-    paths.extend(unitfile::files(root).context("units can't be read")?);
-    Ok(paths)
-}
-
-/// What [`identifying_files`] hold, by their paths, once what is drafted is written.
-///
-/// # Errors
-/// A file that is there but can't be read.
-pub fn identifying_texts(root: &Root, drafts: &[Rewritten]) -> Result<BTreeMap<String, Vec<u8>>> {
-    let mut texts = BTreeMap::new();
-    for path in identifying_files(root)? {
-        let draft = drafts.iter().find(|draft| draft.path == path).map(|draft| draft.bytes.clone());
-        let text = draft.map_or_else(|| root.read_opt(&path), |bytes| Ok(Some(bytes)));
-        if let Some(text) = text.with_context(|| format!("{path} can't be read"))? {
-            texts.insert(path, text);
-        }
-    }
-    Ok(texts)
-}
-
-/// The files of a root that may name a disk, and these others, that lead through a symbolic link, as the link and where it leads: what is
-/// written there would be written elsewhere, or stand in its place. A link to /dev/null is none: it says that there is no such file.
-/// Nor are links among units: there they are usual, and what they lead to is not written.
-///
-/// # Errors
-/// A directory that can't be read.
-pub fn links(root: &Root, others: &[&str]) -> Result<Vec<String>> {
-    let mut found = BTreeSet::new();
-    let mut paths: Vec<PathBuf> = FILES.iter().chain(others).map(PathBuf::from).collect();
-    for dir in DIRECTORIES {
-        match link_on(root, Path::new(dir))? {
-            Some(link) => {
-                found.insert(link);
-            }
-            None => {
-                let names = root.names(dir).with_context(|| format!("{dir} can't be read"))?;
-                paths.extend(names.into_iter().map(|name| Path::new(dir).join(name)));
-            }
-        }
-    }
-    for path in paths {
-        found.extend(link_on(root, &path)?);
-    }
-    Ok(found.into_iter().collect())
-}
-
-/// The first link on the way to a path, and what it says.
-fn link_on(root: &Root, path: &Path) -> Result<Option<String>> {
-    let mut steps: Vec<&Path> = path.ancestors().filter(|step| *step != Path::new("/")).collect();
-    steps.reverse();
-    for step in steps {
-        let place = root.path(step);
-        match std::fs::symlink_metadata(&place) {
-            Ok(meta) if meta.is_symlink() => {
-                let to = std::fs::read_link(&place).with_context(|| place.display().to_string())?;
-                let shown = format!("{} -> {}", step.display(), to.display().to_string().escape_debug());
-                return Ok(Some(shown).filter(|_| to != Path::new("/dev/null")));
-            }
-            Ok(_) => {}
-            // Or a file where a directory was looked for.
-            Err(_) => return Ok(None),
-        }
-    }
-    Ok(None)
-}
-
-impl Rewritten {
-    /// The change that puts it on a disk, with owner, mode and attributes of the booted disk's file. The handle is that of the
-    /// directory `dir`: `""` for the root, or `/etc`, which all of them are in.
-    pub fn change(&self, dir: &str, root: &Root) -> Change {
-        Change::Replace {
-            path: self.path.strip_prefix(dir).unwrap_or(&self.path).trim_start_matches('/').to_owned(),
-            content: Content::Bytes(self.bytes.clone()),
-            like: Some(
-                [self.path.as_str(), USUAL].map(|path| root.path(path)).into_iter().find(|p| p.exists()).unwrap_or_default(),
-            ),
-        }
-    }
-
-    /// Whether a root has it already. A link in its place, such as that of a unit that was masked, is something else.
-    ///
-    /// # Errors
-    /// Those of reading there.
-    pub fn is_in(&self, root: &Below) -> Result<bool> {
-        Ok(!self.is_link_in(root)? && root.read(self.inner())?.as_ref() == Some(&self.bytes))
-    }
-
-    /// Writes it to a root that hasn't got it, as a [`Rewritten::change`] of the file of the booted root.
-    ///
-    /// # Errors
-    /// Those of writing there.
-    pub fn write(&self, root: &Below, booted: &Root) -> Result<()> {
-        if self.is_in(root)? {
-            return Ok(());
-        }
-        if self.is_link_in(root)? {
-            // It gives way to a file, which then gets its attributes.
-            root.publish(self.inner(), self.bytes.clone())?;
-        }
-        root.apply(&self.change("", booted))
-    }
-
-    fn is_link_in(&self, root: &Below) -> Result<bool> {
-        Ok(root.stat(self.inner().as_ref())?.is_some_and(|stat| is_link(&stat)))
-    }
-
-    fn inner(&self) -> &str {
-        self.path.trim_start_matches('/')
-    }
-}
 
 /// A tree that is copied: the root, or a partition that is mounted below it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -362,254 +176,24 @@ impl Tree {
     }
 }
 
-/// How many bytes rsync says that it has copied, as `--info=progress2` does: "  1048576  34%  9.43MB/s  0:00:02 (xfr#1, to-chk=2/5)".
-fn bytes_done(line: &[u8]) -> Option<u64> {
-    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
-    let done = words.next()?.parse().ok()?;
-    words.next()?.ends_with('%').then_some(done)
-}
-
-/// What rsync found to be different.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-struct Changes {
-    /// The paths that are to be staged, each with NUL behind it.
-    list: Vec<u8>,
-    /// Likewise, files of which nothing but attributes differs.
-    attributes: Vec<u8>,
-    /// Likewise, further names of files.
-    links: Vec<u8>,
-    /// What the source doesn't have: directories with a slash behind them, and after what is in them.
-    gone: Vec<OsString>,
-    /// Whether the attributes of the top directory differ.
-    top: bool,
-}
-
-impl Changes {
-    fn parse(said: &[u8]) -> Self {
-        let mut found = Self::default();
-        for line in said.split(|b| *b == b'\n') {
-            let Some([item, path, link]) = fields(line) else { continue };
-            let path = unescape(path);
-            match item {
-                [b'*', b'd', ..] => found.gone.push(path),
-                [b'*', ..] => {}
-                // Content, size and time are the same, and no name is new.
-                [b'.' | b'h', b'f', b'.', b'.', b'.', ..] if link.is_empty() => append(&mut found.attributes, &path),
-                [b'h', ..] => {
-                    append(&mut found.links, &path);
-                    // The first name is listed, too, although that file may be the same as before.
-                    append(&mut found.links, &unescape(link.strip_prefix(b" => ").unwrap_or_default()));
-                }
-                _ if path == "./" => found.top = true,
-                // By a slash, rsync would understand all that is in a directory.
-                _ => append(&mut found.list, OsStr::from_bytes(path.as_bytes().strip_suffix(b"/").unwrap_or(path.as_bytes()))),
-            }
-        }
-        found
-    }
-
-    /// The directories from which something goes, and which stay: their times change by that.
-    fn parents(&self, source: &Path) -> Vec<u8> {
-        let parents: BTreeSet<&Path> = self.gone.iter().filter_map(|path| Path::new(path).parent()).collect();
-        let gone: BTreeSet<&Path> = self.gone.iter().map(Path::new).collect();
-        let mut list = Vec::new();
-        for dir in parents.difference(&gone) {
-            // One that is something else now is listed already.
-            if source.join(dir).symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
-                append(&mut list, dir.as_os_str());
-            }
-        }
-        list
-    }
-
-    /// What is staged lies beside what it will replace.
-    fn check_room(&self, source: &Path, target: &Below) -> Result<()> {
-        let all = [&self.list, &self.attributes].into_iter().flat_map(|list| files(source, list));
-        let needed = all.fold(0u64, |sum, meta| sum.saturating_add(meta.len().min(meta.blocks().saturating_mul(512))));
-        let s = nix::sys::statvfs::fstatvfs(target.fd())?;
-        let free = s.fragment_size().saturating_mul(s.blocks_free());
-        if needed > free {
-            bail!(
-                "{needed} bytes are to be staged on the spare before anything there is replaced, but only {free} are free, {} too \
-                 few; nothing was changed; remove on the booted disk what isn't needed, or make the spare's partition larger, or \
-                 make a new file system there",
-                needed - free
-            );
-        }
-        Ok(())
-    }
-}
-
-/// The files among these paths. What has gone meanwhile is none.
-fn files(source: &Path, paths: &[u8]) -> impl Iterator<Item = Metadata> {
-    let paths = paths.split(|b| *b == 0).filter(|path| !path.is_empty());
-    paths.filter_map(|path| source.join(OsStr::from_bytes(path)).symlink_metadata().ok()).filter(Metadata::is_file)
-}
-
-/// Writes paths for rsync to read; None where there are none. The file can be read even when what is staged has been removed.
-fn list(paths: &[u8], name: &str, target: &Below) -> Result<Option<File>> {
-    if paths.is_empty() {
-        return Ok(None);
-    }
-    let path = format!("{}/{name}", stage::DIRECTORY);
-    target.apply(&Change::Create { path: path.clone(), content: Content::Bytes(paths.to_vec()) })?;
-    Ok(Some(target.file(&path)?.with_context(|| format!("{path} has gone"))?))
-}
-
-fn append(list: &mut Vec<u8>, path: &OsStr) {
-    if !path.is_empty() {
-        list.extend_from_slice(path.as_bytes());
-        list.push(0);
-    }
-}
-
-/// The fields of a line of [`Tree::comparison`]; other lines are messages.
-fn fields(line: &[u8]) -> Option<[&[u8]; 3]> {
-    let cut = |text: &'_ [u8]| text.windows(2).position(|two| two == b"//");
-    let line = line.strip_prefix(b"//")?;
-    let (item, rest) = line.split_at_checked(cut(line)?)?;
-    let rest = rest.get(2..)?;
-    let mut at = cut(rest)?;
-    // A directory's own slash comes first.
-    if rest.get(at + 2) == Some(&b'/') {
-        at += 1;
-    }
-    let (path, link) = rest.split_at_checked(at)?;
-    Some([item, path, link.get(2..)?])
-}
-
-/// Makes the modules directory of the spare's tree that of the booted disk, old kernels' modules gone.
-///
-/// # Errors
-/// As [`Tree::copy`].
-pub fn drop_old_modules(tree: &Tree, target: &Below) -> Result<()> {
-    for dir in ["/usr/lib/modules", "/lib/modules"] {
-        let Some(inner) = dir.strip_prefix(tree.at.as_str()).and_then(|d| d.strip_prefix('/')) else { continue };
-        let source = tree.source().join(inner);
-        // Where /lib is a link to usr/lib, it is the same directory.
-        if source.canonicalize().is_ok_and(|real| real == source) {
-            // Most syncs have none to remove, and rsync would read all modules of the others to find that.
-            let stays = |name: &OsString| source.join(name).symlink_metadata().is_ok();
-            let Some(there) = target.sub(OsStr::new(inner))? else { continue };
-            if there.names(OsStr::new("."))?.iter().all(stays) {
-                continue;
-            }
-            // What differs otherwise is for the next sync to stage.
-            let only = ["-aHAX", "--numeric-ids", "--one-file-system", "--delete", "--existing", "--ignore-existing"];
-            let mut args: Vec<OsString> = only.map(Into::into).into();
-            args.push(source.join("").into());
-            args.push(format!("./{inner}/").into());
-            rsync(args, Stdio::null(), Stdio::null(), target)
-                .with_context(|| format!("the removal of old kernels' modules from {dir}"))?;
-        }
-    }
-    Ok(())
-}
-
-/// Exit status of rsync when source files vanished before they could be transferred (rsync(1), EXIT VALUES).
-const VANISHED: i32 = 24;
-
-fn rsync(args: Vec<OsString>, input: Stdio, output: Stdio, target: &Below) -> Result<Vec<u8>> {
-    let mut command = program::command("rsync")?;
-    command.args(args).stdin(input).stdout(output);
-    run_rsync(command, target)
-}
-
-/// Runs rsync on the directory of a handle, and returns what it printed, if that is piped.
-///
-/// # Errors
-/// As [`Tree::copy`].
-pub fn run_rsync(mut command: Command, target: &Below) -> Result<Vec<u8>> {
-    end(spawn(&mut command, target)?)
-}
-
-/// Options that have rsync say how far it is.
-pub(crate) const SHOWN: [&str; 2] = ["--info=progress2", "--no-human-readable"];
-
-/// As [`run_rsync`], with [`SHOWN`] among its options, and shows what it says. Its own line has the time that is left in turns with the time that
-/// has gone, and in the share of the work only what it has found so far.
-///
-/// # Errors
-/// As [`Tree::copy`].
-pub(crate) fn run_rsync_shown(mut command: Command, target: &Below, mut progress: Progress) -> Result<()> {
-    let mut child = spawn(command.stdout(Stdio::piped()), target)?;
-    let lines = child.stdout.take().context("there is no pipe")?;
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            for line in BufReader::new(lines).split(b'\r').map_while(Result::ok) {
-                if let Some(done) = bytes_done(&line) {
-                    progress.show(done);
-                }
-            }
-        });
-        end(child)
-    })?;
-    Ok(())
-}
-
-fn spawn(command: &mut Command, target: &Below) -> Result<Child> {
-    // The child changes to the directory by our handle, before it becomes rsync: no path can lead it elsewhere.
-    command.stderr(Stdio::piped()).current_dir(target.proc_path()).spawn().context("rsync can't be run")
-}
-
-fn end(child: Child) -> Result<Vec<u8>> {
-    let done = child.wait_with_output().context("rsync can't be waited for")?;
-    match done.status.code() {
-        Some(0 | VANISHED) => Ok(done.stdout),
-        _ => {
-            let said = String::from_utf8_lossy(&done.stderr);
-            let said: Vec<&str> = said.lines().rev().take(8).collect();
-            let said: Vec<&str> = said.into_iter().rev().collect();
-            bail!("rsync failed ({}): {}", done.status, said.join("; "))
-        }
-    }
-}
-
-/// Whether a rule of `exclude=` is more than a pattern (rsync(1), FILTER RULES).
-fn has_prefix(rule: &str) -> bool {
-    rule.split_once(' ').is_some_and(|(op, _)| {
-        let short = op.split(',').next().unwrap_or_default();
-        matches!(short, "-" | "+" | "P" | "R" | "H" | "S" | "exclude" | "include" | "hide" | "show" | "protect" | "risk")
-    })
-}
-
-/// A path as a pattern that means just it. Where nothing in it is a wildcard, a backslash is one to rsync, as in names of units.
-fn escape(path: &str) -> String {
-    if !path.contains(['*', '?', '[']) {
-        return path.to_owned();
-    }
-    let mut out = String::new();
-    for c in path.chars() {
-        if matches!(c, '*' | '?' | '[' | ']' | '\\') {
-            out.push('\\');
-        }
-        out.push(c);
-    }
-    out
-}
-
-/// A rule by the path in the running system, as a rule for the transfer of the tree mounted at `at`; None if it is about something
-/// outside that tree.
-fn reanchor(rule: &str, at: &str) -> Option<String> {
-    let (op, pattern) = rule.split_once(' ')?;
-    if at.is_empty() || !pattern.starts_with('/') {
-        return Some(rule.to_owned());
-    }
-    let inner = pattern.strip_prefix(at).filter(|rest| rest.starts_with('/'))?;
-    Some(format!("{op} {inner}"))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
-    use proptest::prelude::*;
     use std::cell::Cell;
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::ffi::OsStr;
     use std::fs;
     use std::io::{Read, Seek, Write};
-    use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+    use std::path::Path;
     use std::time::{Duration, UNIX_EPOCH};
+
+    use anyhow::bail;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::copy::modules::drop_old_modules;
+    use crate::copy::rsync::bytes_done;
 
     #[test]
     fn rules_follow_the_tree() {
@@ -623,97 +207,6 @@ mod tests {
         let at = |rule: &str| tree.rules.iter().position(|r| r == rule).unwrap();
         assert!(at("+ /cache/dnf/keep") < at("- /cache/dnf/*"), "the configuration comes before what is usual");
         assert!(Tree::new(&Role::Swap, &[], &[], None).is_none() && Tree::new(&Role::Esp, &[], &[], None).is_none());
-    }
-
-    /// dualroot-entries.service can write nowhere else on the root.
-    #[test]
-    fn files_that_name_a_disk_are_in_etc() {
-        let root = Root::new("/");
-        for path in FILES.iter().chain(&DIRECTORIES) {
-            let file = Rewritten { path: (*path).to_owned(), bytes: vec![] };
-            let inner = path.strip_prefix("/etc/").unwrap();
-            for (dir, expected) in [("", format!("etc/{inner}")), ("/etc", inner.to_owned())] {
-                assert!(matches!(file.change(dir, &root), Change::Replace { path, .. } if path == expected), "{path}");
-            }
-        }
-    }
-
-    fn unit(uuid: &str) -> String {
-        format!("[Mount]\nWhat=/dev/disk/by-uuid/{uuid}\nWhere=/x\n")
-    }
-
-    #[test]
-    fn f14_units_are_rewritten_but_for_links_and_what_is_about_another_disk() {
-        let tmp = tempfile::tempdir().unwrap();
-        let root = Root::new(tmp.path());
-        let units = tmp.path().join("etc/systemd/system");
-        for dir in ["home.mount.d", "x.service.d", "local-fs.target.wants", "elsewhere"] {
-            fs::create_dir_all(units.join(dir)).unwrap();
-        }
-        let swap = format!("dev-disk-by\\x2duuid-{}.swap", ROOT_A.replace('-', "\\x2d"));
-        let files = [
-            "dev-zram0.swap",
-            "home.mount",
-            "home.mount.d/a.conf",
-            "mnt-root1.mount",
-            "srv-my\\x2ddata.mount",
-            &swap,
-            "home.automount",
-            "home.mount.d/notes",
-            "x.service",
-            "x.service.d/a.conf",
-            "elsewhere/a.conf",
-        ];
-        for name in files {
-            fs::write(units.join(name), unit(ROOT_A)).unwrap();
-        }
-        for (link, to) in [
-            ("masked.mount", "/dev/null"),
-            ("alias.mount", "home.mount"),
-            ("gone.swap", "/x"),
-            ("local-fs.target.wants/home.mount", "../home.mount"),
-            ("x.mount.d", "elsewhere"),
-            ("loop.mount.d", "loop.mount.d"),
-            ("home.mount.d/b.conf", "a.conf"),
-        ] {
-            symlink(to, units.join(link)).unwrap();
-        }
-        let mut paths: Vec<String> = files[..6].iter().map(|name| format!("/etc/systemd/system/{name}")).collect();
-        paths.sort();
-        let mut found = identifying_files(&root).unwrap();
-        found.sort();
-        assert_eq!(found, paths);
-        assert_eq!(links(&root, &[]).unwrap(), [""; 0]);
-        let spares = DirPath::parse("/mnt/root1").unwrap();
-        let new = rewritten(&root, &to_b(), None, |dir| dir.is_within(&spares)).unwrap();
-        paths.retain(|path| !path.contains("root1") && !path.contains("uuid"));
-        assert_eq!(new.iter().map(|file| &file.path).collect::<BTreeSet<_>>(), paths.iter().collect());
-        assert!(new.iter().all(|file| file.bytes == unit(ROOT_B).into_bytes()), "{new:?}");
-        // As where the whole configuration is made by something else.
-        fs::rename(&units, tmp.path().join("etc/static")).unwrap();
-        symlink("../static", &units).unwrap();
-        assert_eq!(identifying_files(&root).unwrap(), [""; 0]);
-    }
-
-    #[test]
-    fn f14_a_unit_that_was_masked_becomes_one() {
-        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let path = "etc/systemd/system/home.mount";
-        for dir in [from.path(), to.path()] {
-            fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
-        }
-        fs::write(from.path().join(path), unit(ROOT_A)).unwrap();
-        symlink("/dev/null", to.path().join(path)).unwrap();
-        let file = Rewritten { path: format!("/{path}"), bytes: unit(ROOT_B).into_bytes() };
-        let (root, below) = (Root::new(from.path()), Below::open(to.path()).unwrap());
-        for _ in 0..2 {
-            file.write(&below, &root).unwrap();
-            assert!(file.is_in(&below).unwrap());
-            assert_eq!(below.read(path).unwrap(), Some(file.bytes.clone()));
-        }
-        fs::remove_file(to.path().join(path)).unwrap();
-        file.write(&below, &root).unwrap();
-        assert!(file.is_in(&below).unwrap());
     }
 
     #[test]
@@ -1026,34 +519,6 @@ mod tests {
     }
 
     #[test]
-    fn links_in_the_place_of_files_that_name_disks_are_found() {
-        let tmp = tempfile::tempdir().unwrap();
-        let root = Root::new(tmp.path());
-        for dir in ["etc/dracut.conf.d", "etc/default", "usr/etc"] {
-            fs::create_dir_all(tmp.path().join(dir)).unwrap();
-        }
-        fs::write(tmp.path().join("etc/crypttab"), "").unwrap();
-        fs::write(tmp.path().join("etc/dracut.conf.d/a.conf"), "").unwrap();
-        symlink("/dev/null", tmp.path().join("etc/dracut.conf.d/masked.conf")).unwrap();
-        assert_eq!(links(&root, &["/etc/hostname"]).unwrap(), [""; 0]);
-        for (link, to) in [
-            ("etc/hostname", "x"),
-            ("etc/fstab", "/usr/etc/fstab"),
-            ("etc/dracut.conf.d/b.conf", "a.conf"),
-            ("etc/kernel", "../usr/kernel"),
-        ] {
-            symlink(to, tmp.path().join(link)).unwrap();
-        }
-        let expected = [
-            "/etc/dracut.conf.d/b.conf -> a.conf",
-            "/etc/fstab -> /usr/etc/fstab",
-            "/etc/hostname -> x",
-            "/etc/kernel -> ../usr/kernel",
-        ];
-        assert_eq!(links(&root, &["/etc/hostname"]).unwrap(), expected);
-    }
-
-    #[test]
     fn f18_links_lead_to_something_at_every_step() {
         let build = |pair: &Pair| {
             for (dir, files) in [
@@ -1218,7 +683,7 @@ mod tests {
         file.write_all_at(&vec![1; 1 << 20], 0).unwrap();
         let tmpfs = Path::new("/dev/shm");
         if nix::unistd::geteuid().is_root() && tmpfs.exists() {
-            crate::devices::mounts::enter_private_namespace().unwrap();
+            crate::devices::held::enter_private_namespace().unwrap();
             use nix::mount::{MsFlags, mount};
             mount(Some("none"), &pair.spare(), Some("tmpfs"), MsFlags::empty(), Some("size=2m")).unwrap();
             let below = Below::open(&pair.spare()).unwrap();
@@ -1234,7 +699,7 @@ mod tests {
             return;
         }
         let mut pair = Pair::new(&Vec::new(), &Vec::new());
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         use nix::mount::{MsFlags, mount};
         mount(Some("none"), &pair.spare(), Some("tmpfs"), MsFlags::empty(), Some("size=3m")).unwrap();
         pair.below = Below::open(&pair.spare()).unwrap();
@@ -1270,7 +735,7 @@ mod tests {
             fs::create_dir(dir.join("own")).unwrap();
         }
         fs::write(pair.source().join("file"), "new").unwrap();
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         use nix::mount::{MsFlags, mount};
         // As a subvolume of btrfs, such as systemd-tmpfiles makes of /var/lib/machines.
         mount(Some("none"), &pair.spare().join("own"), Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
@@ -1308,14 +773,14 @@ mod tests {
             fs::write(path(name), text).unwrap();
         }
         fs::create_dir(path("from/again")).unwrap();
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         let bind = |from: &str, to: &str| {
             use nix::mount::{MsFlags, mount};
             mount(Some(&path(from)), &path(to), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
         };
         bind("from/home", "from/again");
         bind("from/home", "from/mnt");
-        let alone = crate::devices::mounts::Alone::open(&path("from"), &path("alone")).unwrap();
+        let alone = crate::devices::held::Alone::open(&path("from"), &path("alone")).unwrap();
         let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
         tree.from = Some(alone.place().to_owned());
         let below = Below::open(&path("to")).unwrap();

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::base::program;
 use crate::base::types::{DirPath, DiskName, PartUuid, Role};
 use crate::conf::{Config, Disk};
-use crate::names::ident::{ContainerIds, DiskIds, PartIds};
+use crate::names::ids::{ContainerIds, DiskIds, PartIds};
 
 /// The GPT type of an EFI system partition (UEFI specification, 5.3.3).
 pub(crate) const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
@@ -362,10 +362,11 @@ fn spread(dir: &Path) -> BTreeSet<String> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::stat::makedev;
+
     use super::*;
     use crate::names::ident::Rewriter;
     use crate::proof::prove;
-    use nix::sys::stat::makedev;
 
     const CONF: &str = "[disk0]\nesp=aaaaaaaa-0000-4000-8000-000000000001\nroot=aaaaaaaa-0000-4000-8000-000000000002\n\
         [disk1]\nesp=bbbbbbbb-0000-4000-8000-000000000001\nroot=bbbbbbbb-0000-4000-8000-000000000002\n";

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::base::types::DirPath;
-use crate::copy::generation::names_subvolume;
+use crate::names::cmdline::names_subvolume;
 use crate::names::ident::Rewriter;
 
 /// A field of a line, where it stands and what it says.
@@ -267,9 +267,10 @@ fn octal(text: &[u8]) -> Option<(u8, &[u8])> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
-    use proptest::prelude::*;
 
     fn one(text: &str) -> Line<'_> {
         let mut all = lines(text.as_bytes());

@@ -27,54 +27,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 
 use anyhow::{Result, bail};
-use serde::{Deserialize, Serialize};
 
 use self::needle::{Form, Needle};
 use self::written::{BEHIND, Found, Quotes, match_at, replacement};
-use crate::base::types::{DiskName, PartUuid, Role};
-
-/// By what a LUKS container can be named.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct ContainerIds {
-    /// Its UUID.
-    pub uuid: Option<String>,
-    /// Its label.
-    pub label: Option<String>,
-}
-
-/// By what one partition can be named.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct PartIds {
-    /// The unique GUID of the partition.
-    pub partuuid: PartUuid,
-    /// The UUID of the file system (or swap space) on it, as blkid(8) prints it: of that in its LUKS container, if it is one.
-    pub uuid: Option<String>,
-    /// The label of that file system.
-    pub label: Option<String>,
-    /// The LUKS container.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub container: Option<ContainerIds>,
-    /// The name of the partition in the GPT.
-    pub partlabel: Option<String>,
-    /// Every path below /dev that leads to the partition: the kernel's name and udev's links.
-    pub paths: BTreeSet<String>,
-}
-
-impl PartIds {
-    /// A partition of which nothing else is known.
-    pub fn new(partuuid: PartUuid) -> Self {
-        Self { partuuid, uuid: None, label: None, container: None, partlabel: None, paths: BTreeSet::new() }
-    }
-}
-
-/// By what the partitions of one disk can be named.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct DiskIds {
-    /// The disk.
-    pub name: DiskName,
-    /// Its partitions, as far as they are known.
-    pub parts: BTreeMap<Role, PartIds>,
-}
+use crate::base::types::{DiskName, Role};
+use crate::names::ids::DiskIds;
 
 /// So many bytes more than the longest value, each perhaps written as five, can belong to a match.
 const AROUND: usize = 128;
@@ -287,8 +244,11 @@ fn check_uuids(target: &DiskIds, others: &[&DiskIds]) -> Result<()> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::base::types::PartUuid;
+    use crate::names::ids::{ContainerIds, PartIds};
 
     const A: &str = "aaaaaaaa-0000-4000-8000-00000000000";
     const B: &str = "bbbbbbbb-0000-4000-8000-00000000000";

@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 
 use crate::base::root::Root;
-use crate::names::ident::DiskIds;
+use crate::names::ids::DiskIds;
 use crate::write::state;
 
 const NAME: &str = "identifiers.json";
@@ -55,7 +55,7 @@ pub fn save(ids: &[DiskIds]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::base::types::{DiskName, PartUuid, Role};
-    use crate::names::ident::{ContainerIds, PartIds};
+    use crate::names::ids::{ContainerIds, PartIds};
 
     #[test]
     fn what_is_in_a_closed_container_is_remembered() {

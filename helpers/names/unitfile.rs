@@ -1,9 +1,8 @@
 //! Mount and swap units that an administrator wrote, and their drop-ins (systemd.mount(5), systemd.swap(5)): they name disks as lines of
 //! fstab(5) do. Automount units name none.
 
-use std::fs;
-use std::io;
 use std::path::Path;
+use std::{fs, io};
 
 use crate::base::root::Root;
 use crate::base::types::DirPath;

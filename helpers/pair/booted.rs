@@ -7,11 +7,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::conf::Config;
 use crate::devices::mounts;
 use crate::pair::lineage::Record;
-use crate::pair::machine::{booted_esp, refused};
+use crate::pair::machine::booted_esp;
 use crate::write::below::Below;
 
 /// Where the ESP of a booted disk may be mounted (Boot Loader Specification, UAPI.1).

@@ -12,12 +12,13 @@ use efivar::efi::{Variable, VariableFlags};
 use uuid::{Uuid, uuid};
 
 use crate::base::program;
+use crate::base::refusal::refused;
 use crate::base::root::Root as Directory;
 use crate::boot::efi::EfiVars;
 use crate::conf::{Config, Layout};
 use crate::devices::btrfs::Mounted;
-use crate::pair::machine::refused;
-use crate::write::below::{Below, Change};
+use crate::write::below::Below;
+use crate::write::change::Change;
 
 const NOW: &str = "/run/dualroot/degraded";
 const KEPT: &str = "/var/lib/dualroot/degraded";
@@ -109,7 +110,7 @@ pub fn note(root: &Directory) -> Result<bool> {
 /// Notes that every disk holds all of the root again. The record in the root goes last: what is cut here is begun again.
 ///
 /// # Errors
-/// [`crate::pair::machine::Refused`] while a disk is missing, or holds something that no other one does; a variable, or a record, that can't be
+/// [`crate::base::refusal::Refused`] while a disk is missing, or holds something that no other one does; a variable, or a record, that can't be
 /// removed.
 pub fn healed(root: &Directory) -> Result<()> {
     let mounted = Mounted::look(root)?;
@@ -149,10 +150,11 @@ pub fn start() -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::pair::machine::Refused;
     use std::fs;
     use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::base::refusal::Refused;
 
     const UUID: Uuid = uuid!("a8426465-b755-429d-9604-9c77c2838fda");
 

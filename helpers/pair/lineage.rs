@@ -10,17 +10,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use uuid::Uuid;
 
+use crate::base::clock::{date, kernel_id, now};
+use crate::base::refusal::refused_for_age;
 use crate::base::root::Root;
-use crate::base::types::DiskName;
+use crate::base::types::{DiskName, Role};
 use crate::boot::files::LINEAGE;
-use crate::boot::order::text_change;
-use crate::pair::machine::refused_for_age;
-use crate::write::below::{Below, Change};
+use crate::pair::machine::Machine;
+use crate::write::below::Below;
+use crate::write::change::Change;
+use crate::write::sector::text_change;
 
 /// The first line of a record.
 const HEAD: &str = "dualroot lineage 2";
@@ -81,21 +84,6 @@ impl Lead {
         let last = if self.since == 0 { String::new() } else { format!(", the last of {}", date(self.since)) };
         format!("{boots} of {} without {without}{last}", self.of)
     }
-}
-
-/// Seconds since 1970 as people write them, in UTC.
-pub fn date(seconds: u64) -> String {
-    let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
-    // It panics behind the year 9999.
-    match time.filter(|_| seconds < 253_402_300_800) {
-        Some(time) => humantime::format_rfc3339_seconds(time).to_string().replace('T', " ").replace('Z', " UTC"),
-        None => "a day that no clock shows".to_owned(),
-    }
-}
-
-/// Seconds since 1970 by this machine's clock.
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 impl Record {
@@ -356,19 +344,18 @@ impl Record {
     }
 }
 
-/// An id that the kernel gives (random(4)): `boot_id`, that of this boot, or `uuid`, another one each time.
-///
-/// # Errors
-/// A kernel that doesn't tell.
-pub fn kernel_id(root: &Root, name: &str) -> Result<Uuid> {
-    let path = format!("/proc/sys/kernel/random/{name}");
-    let text = root.read(&path).with_context(|| format!("{path} can't be read"))?;
-    let id = std::str::from_utf8(text.trim_ascii()).ok().and_then(|id| Uuid::try_parse(id).ok());
-    id.with_context(|| format!("{path} holds no id"))
-}
-
 fn hash(text: &str) -> String {
     blake3::hash(text.as_bytes()).to_hex().chars().take(16).collect()
+}
+
+/// The booted disk's ESP, and its record.
+pub(crate) fn own_record(machine: &Machine) -> Result<(Below, Record)> {
+    let places = machine.booted.boot_places();
+    let (_, _, dir) = places.iter().find(|(role, _, _)| *role == Role::Esp).context("the booted disk has no ESP")?;
+    let esp = Below::open(Path::new(dir.as_str()))?;
+    let record = Record::load(&esp, machine.booted.name)
+        .map_err(|e| refused_for_age(format!("{dir}: {e:#}; remove that file, and the next sync asks which disk is newer")))?;
+    Ok((esp, record))
 }
 
 #[cfg(test)]

@@ -5,15 +5,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::refusal::refused;
 use crate::base::root::Root;
-use crate::pair::machine::refused;
 
 const LOCK: &str = "/run/dualroot/lock";
 
 /// Takes the lock, which goes with the process, however that ends. Without `wait`, one that is held is a refusal.
 ///
 /// # Errors
-/// [`crate::pair::machine::Refused`] as said; a lock that can't be made.
+/// [`crate::base::refusal::Refused`] as said; a lock that can't be made.
 pub fn take(wait: bool) -> Result<File> {
     take_at(Path::new(LOCK), wait)
 }
@@ -52,9 +52,10 @@ pub fn is_held(root: &Root) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::pair::machine::Refused;
     use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::base::refusal::Refused;
 
     #[test]
     fn f23_one_at_a_time() {

@@ -2,70 +2,26 @@
 //! before anything is written is refused here.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DirPath, PartUuid, Role};
 use crate::boot::efi::{self, EfiVars};
 use crate::boot::entry::Titles;
+use crate::boot::nvram::Firmware;
 use crate::conf::{Config, Disk, Layout};
-use crate::copy::generation;
-use crate::copy::tree::Rewritten;
 use crate::devices::inventory::Inventory;
 use crate::devices::mounts::{self, Mount};
-use crate::names::ident::{DiskIds, Rewriter};
+use crate::devices::subvolume;
+use crate::names::files::Rewritten;
+use crate::names::ident::Rewriter;
+use crate::names::ids::DiskIds;
 use crate::names::idstore;
-
-/// An error that means: nothing was written, because something is not as it has to be. It makes exit status 3.
-#[derive(Debug)]
-pub struct Refused {
-    sentence: String,
-    /// Whether that is which disk is the newer one.
-    about_age: bool,
-}
-
-impl Refused {
-    /// Whether it was refused because another disk may be newer than the one that is booted.
-    pub fn is_about_age(&self) -> bool {
-        self.about_age
-    }
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)
-    }
-}
-
-impl std::error::Error for Refused {}
-
-/// A refusal with its one sentence.
-pub fn refused(sentence: impl Into<String>) -> anyhow::Error {
-    anyhow::Error::new(Refused { sentence: sentence.into(), about_age: false })
-}
-
-/// Whatever goes wrong before anything is written: a refusal, too.
-pub fn nothing_done(error: anyhow::Error) -> anyhow::Error {
-    match error.is::<Refused>() {
-        true => error,
-        false => refused(format!("{error:#}; nothing was done")),
-    }
-}
-
-/// A refusal because another disk may be newer.
-pub fn refused_for_age(sentence: impl Into<String>) -> anyhow::Error {
-    anyhow::Error::new(Refused { sentence: sentence.into(), about_age: true })
-}
-
-/// What a program exits with that ends with this error: 3 where something was [`Refused`], else 1.
-pub fn exit_status(error: &anyhow::Error) -> u8 {
-    if error.is::<Refused>() { 3 } else { 1 }
-}
 
 /// The firmware's variables, and the ESP that was booted, by what they say.
 ///
@@ -202,6 +158,11 @@ impl Machine {
         Ok(mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs").map(|mount| mount.root.clone()))
     }
 
+    /// The firmware, with what its boot entries follow from.
+    pub fn firmware(&self) -> Firmware<'_> {
+        Firmware { root: &self.root, config: &self.config, booted: &self.booted, inventory: &self.inventory }
+    }
+
     /// Where the booted disk's boot partitions are mounted.
     pub fn boot_dirs(&self) -> Vec<PathBuf> {
         self.booted.boot_places().into_iter().map(|(_, _, dir)| Path::new(dir.as_str()).to_owned()).collect()
@@ -248,12 +209,13 @@ impl Machine {
 
 /// Whether this is the top directory of a btrfs subvolume, and not one that is bound there.
 fn is_subvolume(dir: &Path) -> bool {
-    fs::metadata(dir).is_ok_and(|meta| meta.ino() == generation::TOP)
+    fs::metadata(dir).is_ok_and(|meta| meta.ino() == subvolume::TOP)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::refusal::Refused;
 
     fn machine() -> Machine {
         let part = |kname: &str, number: u32, partuuid: &str, fstype: &str| {

@@ -10,13 +10,13 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::base::clock::now;
+use crate::base::refusal::Refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::boot::files::{BootFiles, Class, classify, fold};
-use crate::boot::order::Wanted;
+use crate::boot::wanted::Wanted;
 use crate::conf::{Config, Disk};
-use crate::pair::lineage::now;
-use crate::pair::machine::Refused;
 use crate::write::below::Below;
 use crate::write::state;
 
@@ -257,12 +257,12 @@ impl Status {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
     use std::fs;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-    use crate::pair::machine::{refused, refused_for_age};
-    use crate::write::below::Content;
+    use super::*;
+    use crate::base::refusal::{refused, refused_for_age};
+    use crate::write::change::Content;
 
     pub(crate) const PAIR: &str = "[disk0]\nesp=aaaaaaaa-0000-4000-8000-000000000001\nroot=aaaaaaaa-0000-4000-8000-000000000002\n\
         [disk1]\nesp=bbbbbbbb-0000-4000-8000-000000000001\nroot=bbbbbbbb-0000-4000-8000-000000000002\n";

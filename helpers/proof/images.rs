@@ -3,24 +3,17 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, BufReader, Cursor, Read, Write};
+use std::io::Read;
 use std::path::Path;
-use std::process::Stdio;
-use std::thread;
 
-use anyhow::{Context, Result, bail};
-use object::pe::IMAGE_DIRECTORY_ENTRY_SECURITY;
-use object::read::pe::PeFile64;
-use object::{LittleEndian, Object, ObjectSection};
+use anyhow::{Context, Result};
 
-use crate::base::program;
 use crate::boot::entry;
 use crate::boot::files::{BootFiles, Class, classify, fold};
+use crate::boot::initrd::{initrd, initrds};
+use crate::boot::pe::uki;
 use crate::names::ident::Rewriter;
 use crate::proof::searched::Searched;
-
-/// A kernel image or initrd is not larger, in bytes.
-const LARGEST: u64 = 4 << 30;
 
 /// Why entries of a boot partition would not boot on the rewriter's target, as far as images tell. `place` is where it is mounted,
 /// and `found` what was just read there: an image that was searched with the same content isn't read again.
@@ -65,139 +58,14 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
     Ok(faults)
 }
 
-/// The paths of the initrds that an entry names.
-pub fn initrds(text: &[u8]) -> Vec<String> {
-    let lines = text.split(|b| *b == b'\n').filter(|line| line.trim_ascii().starts_with(b"initrd"));
-    lines.flat_map(entry::files).collect()
-}
-
-/// What in a unified kernel image (UAPI.5) names another disk; nothing for what is no PE image.
-///
-/// # Errors
-/// A decompressor that fails.
-pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
-    let Ok(pe) = PeFile64::parse(image) else { return Ok(Vec::new()) };
-    let mut faults = Vec::new();
-    for section in pe.sections() {
-        let (Ok(name), Ok(data)) = (section.name(), section.data()) else { continue };
-        match name {
-            ".cmdline" => {
-                faults.extend(rewriter.foreign(data).into_iter().map(|id| format!("its embedded command line names {id}")))
-            }
-            ".initrd" => {
-                faults
-                    .extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
-            }
-            _ => {}
-        }
-    }
-    let signature = pe.data_directory(IMAGE_DIRECTORY_ENTRY_SECURITY).is_some_and(|dir| dir.size.get(LittleEndian) > 0);
-    if signature {
-        for fault in &mut faults {
-            fault.push_str(" (and it is signed: under Secure Boot nothing can override that)");
-        }
-    }
-    Ok(faults)
-}
-
-/// The initrd in a unified kernel image; None where there is none, and for what is no PE image.
-pub fn embedded(image: &[u8]) -> Option<&[u8]> {
-    let pe = PeFile64::parse(image).ok()?;
-    pe.section_by_name(".initrd")?.data().ok()
-}
-
-/// The programs that undo what the kernel can: by the bytes that the compressed data begin with.
-const COMPRESSED: [(&[u8], &str); 6] = [
-    (b"\x1f\x8b", "gzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-    (b"\xfd7zXZ", "xz"),
-    (b"\x5d\x00\x00", "xz"),
-    (b"\x02\x21\x4c\x18", "lz4"),
-    (b"BZh", "bzip2"),
-];
-
-/// What an initrd names of other disks: archives one behind the other, each plain (as that with the microcode) or compressed. The last
-/// compressed one ends the file, as initramfs-tools and dracut make them.
-///
-/// # Errors
-/// Those of reading; a compression that isn't known, or whose program isn't installed.
-pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
-    let mut stream = BufReader::new(stream.take(LARGEST));
-    let mut found = Vec::new();
-    loop {
-        // Archives are padded with zeros.
-        let mut start = vec![0];
-        while start == [0] {
-            start.clear();
-            if (&mut stream).take(1).read_to_end(&mut start)? == 0 {
-                return Ok(found);
-            }
-        }
-        (&mut stream).take(5).read_to_end(&mut start)?;
-        if start.starts_with(b"07070") {
-            found.extend(plain(start, &mut stream, rewriter)?);
-            continue;
-        }
-        let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) else {
-            bail!("it begins with {}, which is no archive and no compression that is known", start.escape_ascii());
-        };
-        found.extend(compressed(program, Cursor::new(start).chain(stream), rewriter)?);
-        return Ok(found);
-    }
-}
-
-/// One cpio archive of the "newc" form, up to its trailer: every file's data is searched.
-fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Result<Vec<String>> {
-    let mut found = Vec::new();
-    loop {
-        stream.take((110 - header.len()) as u64).read_to_end(&mut header)?;
-        let field = |n: usize| -> Result<u64> {
-            let at = 6 + n * 8;
-            let digits = header.get(at..at + 8).and_then(|d| std::str::from_utf8(d).ok());
-            digits.and_then(|d| u64::from_str_radix(d, 16).ok()).context("an archive in it is damaged")
-        };
-        let (size, name_size) = (field(6)?, field(11)?);
-        let mut name = Vec::new();
-        stream.take(name_size.min(4096)).read_to_end(&mut name)?;
-        io::copy(&mut stream.take((4 - (110 + name_size) % 4) % 4), &mut io::sink())?;
-        if name.strip_suffix(b"\0").unwrap_or(&name) == b"TRAILER!!!" {
-            return Ok(found);
-        }
-        // With what ends it, as where a compressed archive is searched.
-        found.extend(rewriter.foreign(&name));
-        found.extend(rewriter.foreign_in_stream(stream.take(size))?);
-        io::copy(&mut stream.take((4 - size % 4) % 4), &mut io::sink())?;
-        header.clear();
-    }
-}
-
-fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
-    let mut child = program::command(program)
-        .with_context(|| format!("it is compressed by {program} and can't be looked into; install {program}"))?
-        .arg("-dc")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .with_context(|| format!("{program} can't be run"))?;
-    let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else { bail!("{program} has no pipes") };
-    let found = thread::scope(|scope| {
-        // The program may stop reading early, for garbage behind its data: then its exit status tells.
-        scope.spawn(move || io::copy(&mut stream, &mut input).and_then(|_| input.flush()).is_ok());
-        rewriter.foreign_in_stream(output)
-    });
-    let status = child.wait().with_context(|| format!("{program} can't be waited for"))?;
-    let found = found.with_context(|| format!("the output of {program} can't be read"))?;
-    // gzip passes over zeros behind its data; anything else there, which the kernel would unpack too, makes it end with 2.
-    if !status.success() {
-        bail!("{program} can't decompress it ({status}); make the initrd anew");
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::io::Write;
+    use std::process::Stdio;
+    use std::thread;
+
     use super::*;
+    use crate::base::program;
     use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
 
     /// Runs a program with input and returns what it printed.

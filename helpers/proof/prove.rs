@@ -8,11 +8,11 @@ use crate::base::root::Root;
 use crate::base::types::{DirPath, Role};
 use crate::boot::entry;
 use crate::boot::files::{BootFiles, Class, fold};
-use crate::boot::order::Wanted;
-use crate::names::fstab;
+use crate::boot::wanted::Wanted;
+use crate::names::crypttab::may_fail;
 use crate::names::ident::Rewriter;
-use crate::names::unitfile;
-use crate::write::below::Content;
+use crate::names::{fstab, unitfile};
+use crate::write::change::Content;
 
 /// One boot partition of the spare after the sync, and what was to be there.
 pub struct Part<'a> {
@@ -62,18 +62,6 @@ fn same(wanted: &Wanted, found: &crate::boot::files::BootFile) -> bool {
         (Content::Bytes(text), Some(there)) => text.trim_ascii_end() == there.trim_ascii_end(),
         _ => wanted.hash == found.hash,
     }
-}
-
-/// Whether it doesn't matter to a boot what is where a line of crypttab(5) looks: that isn't waited for. Swap space and file systems that
-/// are made anew at every boot are made of whatever has the path, and so matter (the warning in crypttab(5)).
-pub(crate) fn may_fail(line: &[u8]) -> bool {
-    let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty()).skip(1);
-    let (device, options) = (fields.next().unwrap_or_default(), fields.nth(1).unwrap_or_default());
-    let any = |of: fn(&[u8]) -> bool| options.split(|b| *b == b',').any(of);
-    let is_made = any(|option| matches!(option, b"swap" | b"tmp") || option.starts_with(b"tmp="));
-    let is_certain = [&b"UUID="[..], b"PARTUUID=", b"/dev/disk/by-uuid/", b"/dev/disk/by-partuuid/"];
-    let is_certain = is_certain.iter().any(|start| device.starts_with(start));
-    any(|option| matches!(option, b"nofail" | b"noauto")) && (is_certain || !is_made)
 }
 
 /// The first unit of a root that can't be rewritten, and why, as a sentence.

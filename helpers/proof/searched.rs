@@ -12,7 +12,8 @@ use anyhow::{Context, Result};
 
 use crate::base::types::DiskName;
 use crate::names::ident::Rewriter;
-use crate::write::below::{Below, Change, Content};
+use crate::write::below::Below;
+use crate::write::change::{Change, Content};
 
 const DIRECTORY: &str = "/run/dualroot";
 const PROGRAM: &str = "/proc/self/exe";

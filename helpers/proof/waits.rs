@@ -2,33 +2,32 @@
 //! tells in `/sys/class/block/*/slaves` (Documentation/ABI/stable/sysfs-block).
 
 use std::collections::BTreeSet;
-use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::base::root::Root;
+use crate::conf::Disk;
+use crate::devices::inventory::Inventory;
+use crate::devices::stack::Stack;
 use crate::names::fstab::{self, Line};
-use crate::pair::machine::Machine;
 
 /// The lines of fstab that have the boot wait for what isn't there without the booted disk, one sentence each: what lies on nothing but
 /// partitions of that which no key names.
 ///
 /// # Errors
 /// Those of reading what the kernel tells.
-pub(crate) fn on_booted_disk_only(machine: &Machine, fstab: &[u8]) -> Result<Vec<String>> {
-    let unnamed = unnamed(machine)?;
+pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &Disk, fstab: &[u8]) -> Result<Vec<String>> {
+    let unnamed = unnamed(inventory, booted)?;
     let mut faults = Vec::new();
     for line in fstab::lines(fstab).filter(Line::is_needed_at_boot) {
         let spec = line.spec.to_str_lossy();
-        let Some(device) = device(&machine.root, &spec) else { continue };
-        let below = below(&machine.root, device)?;
-        if !below.is_empty() && below.is_subset(&unnamed) {
+        if Stack::of(root, &spec)?.is_some_and(|stack| stack.is_layered_within(&unnamed)) {
             faults.push(format!(
                 "/etc/fstab would have the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone; give the line nofail",
                 line.number,
                 line.file.to_str_lossy().escape_debug(),
                 spec.escape_debug(),
-                machine.booted.name
+                booted.name
             ));
         }
     }
@@ -36,48 +35,21 @@ pub(crate) fn on_booted_disk_only(machine: &Machine, fstab: &[u8]) -> Result<Vec
 }
 
 /// The kernel's names of the partitions of the booted disk that no key names.
-fn unnamed(machine: &Machine) -> Result<BTreeSet<String>> {
-    let Some(esp) = machine.inventory.find(&machine.booted.esp())? else { return Ok(BTreeSet::new()) };
-    let is_named = |partuuid| machine.booted.parts.values().any(|named| *named == partuuid);
-    let beside = machine.inventory.beside(esp).filter(|part| !part.partuuid().is_some_and(is_named));
+fn unnamed(inventory: &Inventory, booted: &Disk) -> Result<BTreeSet<String>> {
+    let Some(esp) = inventory.find(&booted.esp())? else { return Ok(BTreeSet::new()) };
+    let is_named = |partuuid| booted.parts.values().any(|named| *named == partuuid);
+    let beside = inventory.beside(esp).filter(|part| !part.partuuid().is_some_and(is_named));
     Ok(beside.map(|part| part.kname.clone()).collect())
-}
-
-/// The kernel's name of a device that is there, as fstab(5) names it. What is named by a partition isn't looked for.
-fn device(root: &Root, spec: &str) -> Option<String> {
-    let path = match spec.split_once('=') {
-        Some(("UUID", uuid)) => format!("/dev/disk/by-uuid/{}", uuid.trim_matches('"')),
-        Some(("LABEL", label)) => format!("/dev/disk/by-label/{}", label.trim_matches('"')),
-        None if spec.starts_with("/dev/") => spec.to_owned(),
-        _ => return None,
-    };
-    fs::canonicalize(root.path(path)).ok()?.file_name()?.to_str().map(str::to_owned)
-}
-
-/// What a device lies on in the end, if it isn't a disk or a partition itself.
-fn below(root: &Root, device: String) -> Result<BTreeSet<String>> {
-    let mut lowest = BTreeSet::new();
-    let mut seen = BTreeSet::from([device.clone()]);
-    let mut left = vec![device];
-    while let Some(device) = left.pop() {
-        let dir = format!("/sys/class/block/{device}/slaves");
-        let slaves = root.names(&dir).with_context(|| dir.clone())?;
-        if slaves.is_empty() && seen.len() > 1 {
-            lowest.insert(device);
-        }
-        let slaves = slaves.iter().filter_map(|name| name.to_str()).map(str::to_owned);
-        left.extend(slaves.filter(|name| seen.insert(name.clone())));
-    }
-    Ok(lowest)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
     use super::*;
     use crate::conf::Config;
-    use crate::devices::inventory::Inventory;
-    use std::collections::BTreeMap;
-    use std::os::unix::fs::symlink;
 
     #[test]
     fn f14_what_lies_on_the_booted_disk_alone_isn_t_waited_for() {
@@ -113,16 +85,9 @@ mod tests {
         {
             symlink(to, at(&format!("dev/{link}"))).unwrap();
         }
-        let machine = Machine {
-            root: Root::new(tmp.path()),
-            booted: config.disks[0].clone(),
-            config,
-            inventory: Inventory::parse(json.as_bytes(), BTreeMap::new(), [].into()).unwrap(),
-            ids: Vec::new(),
-            loader: None,
-            drafts: Vec::new(),
-        };
-        let found = |line: &str| on_booted_disk_only(&machine, format!("# one\n{line}\n").as_bytes()).unwrap();
+        let (root, booted) = (Root::new(tmp.path()), &config.disks[0]);
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), [].into()).unwrap();
+        let found = |line: &str| on_booted_disk_only(&root, &inventory, booted, format!("# one\n{line}\n").as_bytes()).unwrap();
         for line in ["/dev/mapper/vg-home /home ext4", "UUID=of-home /home ext4 defaults 0 2", "UUID=\"of-home\" /home ext4"] {
             let faults = found(line);
             assert!(faults.len() == 1 && faults[0].contains("line 2 (/home) needs"), "{line}: {faults:?}");

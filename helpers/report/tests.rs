@@ -1,4 +1,5 @@
 use super::*;
+use crate::boot::load_option;
 use crate::pair::status::Proof;
 
 /// 2026-11-21 10:00:00 UTC.
@@ -250,7 +251,7 @@ fn times_past() {
 fn where_the_firmware_has_a_disk() {
     let [own, other] =
         ["aaaaaaaa", "bbbbbbbb"].map(|start| PartUuid::parse(&format!("{start}-0000-4000-8000-000000000001")).unwrap());
-    let option = |number, partition| efi::BootOption {
+    let option = |number, partition| load_option::BootOption {
         number,
         active: true,
         description: String::new(),

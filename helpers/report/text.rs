@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{DiskReport, Report, Space, first};
-use crate::pair::lineage::date;
+use crate::base::clock::date;
 use crate::pair::status::Outcome;
 
 /// A metric: its name, what it says, and its value for a disk, if it has one.

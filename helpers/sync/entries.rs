@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::boot::entry;
-use crate::boot::order::text_change;
-use crate::copy::tree;
+use crate::names::files;
 use crate::pair::machine::Machine;
-use crate::write::below::{Below, Change, Kind};
+use crate::write::below::{Below, Kind};
+use crate::write::change::Change;
+use crate::write::sector::text_change;
 
 /// The directory of the entries, and the boot loader's own configuration, on each boot partition.
 const ENTRIES: &str = "loader/entries";
@@ -34,7 +35,7 @@ pub fn plan(machine: &Machine) -> Result<Vec<Rewrite>> {
     let titles = machine.titles(&machine.booted);
     let mut changes = Vec::new();
     if machine.own_roots() {
-        for file in tree::rewritten(&machine.root, &rewriter, None, |dir| machine.is_apart(dir))? {
+        for file in files::rewritten(&machine.root, &rewriter, None, |dir| machine.is_apart(dir))? {
             changes.push(Rewrite { dir: ETC.into(), change: file.change(ETC, &machine.root) });
         }
     }

@@ -5,25 +5,30 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::base::refusal::refused;
 use crate::base::types::Role;
-use crate::boot::entry;
 use crate::boot::files::{BootFiles, Class, classify};
 use crate::boot::known::Known;
-use crate::boot::order::{self, Step, Wanted};
+use crate::boot::order;
+use crate::boot::wanted::{Step, Wanted};
+use crate::boot::{entry, offers, room, roots, wanted};
 use crate::conf::Disk;
-use crate::copy::generation::{self, Generation};
-use crate::copy::tree::{self, Rewritten, Tree};
+use crate::copy::generation;
+use crate::copy::tree::Tree;
+use crate::devices::held::{Alone, Held};
 use crate::devices::inventory::{Inventory, Partition};
-use crate::devices::luks;
-use crate::devices::mounts::{self, Alone, Held};
-use crate::names::fstab;
+use crate::devices::mounts;
+use crate::devices::subvolume;
+use crate::names::files::Rewritten;
+use crate::names::generation::Generation;
 use crate::names::ident::Rewriter;
-use crate::pair::machine::{Machine, refused};
-use crate::proof::images;
-use crate::proof::prove;
+use crate::names::{files, fstab};
+use crate::pair::containers;
+use crate::pair::machine::Machine;
 use crate::proof::searched::Searched;
-use crate::proof::waits;
-use crate::write::below::{Below, Change, Kind};
+use crate::proof::{images, prove, waits};
+use crate::write::below::{Below, Kind};
+use crate::write::change::Change;
 
 /// Where the booted disk's file systems are seen without what is mounted in them.
 pub(crate) const SOURCES: &str = "/run/dualroot/source";
@@ -57,7 +62,7 @@ impl<'a> Spare<'a> {
             )));
         }
         for (role, part) in parts {
-            luks::check(machine, role, part)?;
+            containers::check(machine, role, part)?;
         }
         let (rewriter, root_names) = (machine.rewriter(disk)?, machine.naming(disk, &Role::Root)?);
         Ok(Self { machine, disk, rewriter, root_names, held: BTreeMap::new(), generations: None, fresh: None })
@@ -113,7 +118,7 @@ impl<'a> Spare<'a> {
             )));
         }
         let Some(running) = running else { return Ok(None) };
-        if let Some(why) = generation::no_source(&running, source) {
+        if let Some(why) = roots::no_source(&running, source) {
             return Err(refused(format!("on {}, {why}", self.machine.booted.name)));
         }
         let top = self.held(&Role::Root)?.below()?;
@@ -122,8 +127,8 @@ impl<'a> Spare<'a> {
             Some(last) => self.differs(*last, &top.sub(last.subvolume().as_ref())?.context("a generation has gone")?)?,
             None => true,
         };
-        let base = generation::base(top, &found, there, is_new)?;
-        let booted = there.values().flat_map(generation::booted).collect();
+        let base = generation::base(top, &found, there.values().flat_map(roots::named), is_new)?;
+        let booted = there.values().flat_map(roots::booted).collect();
         Ok(Some(generation::plan(&found, &booted, base, changed, self.machine.config.settings.generations)))
     }
 
@@ -134,7 +139,7 @@ impl<'a> Spare<'a> {
         let seen = Alone::open(Path::new("/"), &Path::new(SOURCES).join("root"))?;
         let here = Below::open(seen.place())?;
         let mut found = Vec::new();
-        for path in generation::subvolumes_of(&here, root.trim_matches('/'))? {
+        for path in subvolume::subvolumes_of(&here, root.trim_matches('/'))? {
             if here.names(path.as_ref()).is_ok_and(|names| !names.is_empty()) {
                 found.push(format!("/{path}"));
             }
@@ -167,7 +172,7 @@ impl<'a> Spare<'a> {
     /// copied: what that is, is returned. The offers of those that go are removed first, also from `now`, what the boot partitions hold.
     pub(crate) fn drop_generations(&self, now: &mut BTreeMap<Role, BootFiles>) -> Result<Vec<String>> {
         let Some(generations) = &self.generations else { return Ok(Vec::new()) };
-        let booted: BTreeSet<Generation> = now.values().flat_map(generation::booted).collect();
+        let booted: BTreeSet<Generation> = now.values().flat_map(roots::booted).collect();
         let top = self.held(&Role::Root)?.below()?;
         let found = generation::found(top)?;
         let gone = generations.gone_of(&found, &booted);
@@ -178,7 +183,7 @@ impl<'a> Spare<'a> {
         generation::show(top, *stays)?;
         for (role, files) in now {
             let below = self.held(role)?.below()?;
-            for path in generation::take_offers(files, &gone) {
+            for path in offers::take_offers(files, &gone) {
                 below.apply(&Change::Remove(path))?;
             }
             below.apply(&Change::Barrier)?;
@@ -243,7 +248,7 @@ impl<'a> Spare<'a> {
         for (role, files) in source {
             let found = there.get(role).with_context(|| format!("{role}= was not read"))?;
             let mounted = places.get(role).context("a boot partition has no place")?;
-            wanted.insert(role.clone(), order::wanted(files, mounted, found, rewrite)?);
+            wanted.insert(role.clone(), wanted::wanted(files, mounted, found, rewrite)?);
         }
         let boots = |w: &Wanted| matches!(classify(&w.path), Class::Entry | Class::Uki);
         if !wanted.values().flatten().any(boots) {
@@ -279,10 +284,10 @@ impl<'a> Spare<'a> {
     /// What is wanted, and the entries for older generations. The modules of their kernels have to be theirs, and not on a /usr apart.
     fn with_offers(&self, wanted: &AllWanted, there: &BTreeMap<Role, BootFiles>) -> AllWanted {
         let mut all = wanted.clone();
-        let can = generation::can_be_offered(self.machine.loader.as_deref()) && !self.disk.parts.contains_key(&Role::Usr);
+        let can = offers::can_be_offered(self.machine.loader.as_deref()) && !self.disk.parts.contains_key(&Role::Usr);
         if let Some(generations) = self.generations.as_ref().filter(|_| can) {
             for (role, files) in &mut all {
-                let offers = there.get(role).map(|found| generation::offers(found, files, &generations.kept));
+                let offers = there.get(role).map(|found| offers::offers(found, files, &generations.kept));
                 files.extend(offers.unwrap_or_default());
             }
         }
@@ -290,10 +295,10 @@ impl<'a> Spare<'a> {
     }
 
     /// The first boot partition that has not enough room for the steps, and how many bytes it lacks.
-    fn shortfall(&self, parts: &[order::Part<'_>], steps: &[Step]) -> Result<Option<(Role, u64)>> {
+    fn shortfall(&self, parts: &[wanted::Part<'_>], steps: &[Step]) -> Result<Option<(Role, u64)>> {
         for part in parts {
             let (free, cluster) = self.held(&part.role)?.below()?.free()?;
-            let short = order::shortfall(steps, &part.role, part.spare, free, cluster);
+            let short = room::shortfall(steps, &part.role, part.spare, free, cluster);
             if short > 0 {
                 return Ok(Some((part.role.clone(), short)));
             }
@@ -305,7 +310,7 @@ impl<'a> Spare<'a> {
         match self.machine.own_roots() {
             true => {
                 let keep = |dir: &_| self.machine.is_apart(dir);
-                let mut files = tree::rewritten(&self.machine.root, &self.rewriter, generation, keep)?;
+                let mut files = files::rewritten(&self.machine.root, &self.rewriter, generation, keep)?;
                 files.extend(self.machine.drafts.iter().cloned());
                 Ok(files)
             }
@@ -419,14 +424,14 @@ impl<'a> Spare<'a> {
         };
         // A shared root has one fstab for every disk: what it says has to hold on each.
         let root = crate::base::root::Root::new(root.unwrap_or_else(|| "/".into()));
-        let files = tree::identifying_texts(&root, &self.machine.drafts)?;
+        let files = files::identifying_texts(&root, &self.machine.drafts)?;
         faults.extend(prove::root_files(&files, &self.rewriter, |dir| self.machine.is_apart(dir)));
         let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
-        faults.extend(waits::on_booted_disk_only(self.machine, fstab)?);
+        faults.extend(waits::on_booted_disk_only(&self.machine.root, &self.machine.inventory, &self.machine.booted, fstab)?);
         if let Some(generation) = self.generation() {
             let top = self.held(&Role::Root)?.below()?;
-            faults.extend(generation::prove(top, found, generation));
-            let is_there = |path: &str| generation::is_subvolume(top, path);
+            faults.extend(roots::prove(top, found, generation));
+            let is_there = |path: &str| subvolume::is_subvolume(top, path);
             let beside = fstab::beside_the_root(fstab, |text| self.names_root(text), is_there);
             faults.extend(beside.into_iter().map(|line| {
                 format!("/etc/fstab would have the boot wait for a subvolume that is not there: {line}; make it there, or give the line nofail")
@@ -437,9 +442,9 @@ impl<'a> Spare<'a> {
 }
 
 /// The boot partitions, for a plan.
-fn boot_parts<'a>(wanted: &AllWanted, there: &'a BTreeMap<Role, BootFiles>, known: &'a Known) -> Vec<order::Part<'a>> {
+fn boot_parts<'a>(wanted: &AllWanted, there: &'a BTreeMap<Role, BootFiles>, known: &'a Known) -> Vec<wanted::Part<'a>> {
     const NONE: &BTreeSet<String> = &BTreeSet::new();
-    let part = |(role, spare): (&Role, &'a BootFiles)| order::Part {
+    let part = |(role, spare): (&Role, &'a BootFiles)| wanted::Part {
         role: role.clone(),
         wanted: wanted.get(role).cloned().unwrap_or_default(),
         spare,
@@ -465,8 +470,9 @@ fn first_content(below: &Below) -> Result<Option<String>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     #[test]
     fn f07_a_boot_loader_alone_is_nobodys_system() {

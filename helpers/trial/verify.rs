@@ -9,14 +9,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::clock::{date, now};
 use crate::base::log::Log;
+use crate::base::refusal::{Refused, refused};
 use crate::base::types::Role;
 use crate::conf::Disk;
 use crate::devices::inventory::Partition;
-use crate::pair::lineage::{Record, date, now};
-use crate::pair::machine::{Machine, Refused, refused};
+use crate::pair::lineage::{Record, own_record};
+use crate::pair::machine::Machine;
 use crate::pair::status::{Proof, Reading, Standing, Status};
-use crate::sync::own_record;
 use crate::sync::spare::Spare;
 use crate::write::below::{Below, Kind};
 
@@ -202,13 +203,14 @@ fn own(machine: &Machine) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::base::types::DiskName;
-    use crate::boot::files::BootFiles;
-    use crate::write::below::{Change, Content};
     use std::ffi::OsStr;
     use std::fs;
     use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::base::types::DiskName;
+    use crate::boot::files::BootFiles;
+    use crate::write::change::{Change, Content};
 
     fn hashes(below: &Below) -> BTreeMap<String, String> {
         let found = BootFiles::scan(below).unwrap();
@@ -230,7 +232,7 @@ mod tests {
         fs::create_dir(&first).unwrap();
         fs::create_dir(&second).unwrap();
         run("mke2fs", &["-qF".as_ref(), "-text4".as_ref(), image.path().as_ref()]);
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         run("mount", &["-oloop".as_ref(), image.path().as_ref(), first.as_ref()]);
         let linux = [b'k'; 70_000];
         let below = Below::open(&first).unwrap();

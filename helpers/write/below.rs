@@ -5,7 +5,6 @@
 //! (openat2(2)), so that nothing that is swapped, linked or mounted underneath can lead a write elsewhere.
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,6 +22,8 @@ use nix::sys::stat::{FileStat, Mode, fchmod, fstatat, futimens, mkdirat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
 
+use crate::write::change::{Change, Content};
+
 /// What the names of files that a write leaves behind when it is cut begin with. The boot loader skips names that begin with a dot.
 pub const TEMPORARY: &str = ".dualroot-";
 /// What they begin with on FAT when a cut has left only the short name (8.3) of the two that a file has there, in lower case.
@@ -37,88 +38,6 @@ pub fn is_temporary(name: &str) -> bool {
         is_number(number, 4) && (kind == "rec" || is_number(kind, 3))
     });
     salvaged || name.starts_with(TEMPORARY) || name.starts_with(SHORTENED)
-}
-
-/// One change to a file system, by a path relative to the handle.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Change {
-    /// A directory, with its parents.
-    MakeDir(String),
-    /// A new file under a name that nothing needs yet; what stands there is removed first.
-    Create {
-        /// Where.
-        path: String,
-        /// What it is to hold.
-        content: Content,
-    },
-    /// The first bytes of a file, in place, with its size kept. Within one sector that is atomic.
-    Overwrite {
-        /// Where.
-        path: String,
-        /// Not more than the file holds.
-        bytes: Vec<u8>,
-    },
-    /// A whole new content for a file that may be there: written beside it, flushed, renamed over it, flushed. Owner, mode and
-    /// extended attributes stay as they are, or become those of the file `like`.
-    Replace {
-        /// Where.
-        path: String,
-        /// What it is to hold.
-        content: Content,
-        /// Whose attributes a file that is not there yet gets.
-        like: Option<PathBuf>,
-    },
-    /// A file or an empty directory goes; one that isn't there is no error.
-    Remove(String),
-    /// All that was written reaches the medium before anything that follows: syncfs(2), then fsync(2), because on vfat the former
-    /// doesn't flush the disk's own cache.
-    Barrier,
-}
-
-/// What a file is to hold.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Content {
-    /// These bytes.
-    Bytes(Vec<u8>),
-    /// The bytes of a file of the booted disk, which must have this BLAKE3 hash once copied.
-    File {
-        /// Its path.
-        source: PathBuf,
-        /// Its hash, as it was when the change was planned.
-        hash: blake3::Hash,
-        /// Its size in bytes.
-        size: u64,
-    },
-}
-
-impl Content {
-    /// The size in bytes.
-    pub fn size(&self) -> u64 {
-        match self {
-            Self::Bytes(bytes) => bytes.len() as u64,
-            Self::File { size, .. } => *size,
-        }
-    }
-}
-
-impl fmt::Display for Change {
-    /// One line for people, as `--dry-run` prints it.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::MakeDir(path) => write!(f, "make directory {path}"),
-            Self::Create { path, content } => write!(f, "write {path} ({} bytes)", content.size()),
-            Self::Overwrite { path, bytes } => write!(f, "overwrite {path} in place ({} bytes)", bytes.len()),
-            Self::Replace { path, content, .. } => write!(f, "replace {path} ({} bytes)", content.size()),
-            Self::Remove(path) => write!(f, "remove {path}"),
-            Self::Barrier => f.write_str("flush"),
-        }
-    }
-}
-
-impl fmt::Debug for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
 }
 
 /// What a name in a directory is.
@@ -668,8 +587,9 @@ fn copy_attributes(from: &File, to: &File) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
 
     fn bytes(text: &str) -> Content {
         Content::Bytes(text.into())
@@ -736,7 +656,7 @@ mod tests {
     /// As dualroot-entries.service does it: by root, without a capability.
     #[test]
     fn replace_without_capabilities_keeps_the_owner_or_fails() {
-        const NAME: &str = "below::tests::replace_without_capabilities_keeps_the_owner_or_fails";
+        const NAME: &str = "write::below::tests::replace_without_capabilities_keeps_the_owner_or_fails";
         const VARIABLE: &str = "DUALROOT_TEST_WITHOUT_CAPABILITIES";
         if let Some(dir) = std::env::var_os(VARIABLE) {
             let below = Below::open(Path::new(&dir)).unwrap();
@@ -774,7 +694,7 @@ mod tests {
             assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
         };
         run("mke2fs", &["-qF".as_ref(), "-text4".as_ref(), image.path().as_ref()]);
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         run("mount", &["-oloop".as_ref(), image.path().as_ref(), tmp.path().as_ref()]);
         let cached = Below::open(tmp.path()).unwrap();
         let medium = Below::open(tmp.path()).unwrap().from_medium();

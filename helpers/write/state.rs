@@ -5,7 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::write::below::{Below, Change, Content};
+use crate::write::below::Below;
+use crate::write::change::{Change, Content};
 
 /// Where that is. It may be on a file system of its own, or below one: `/var`.
 pub const DIRECTORY: &str = "/var/lib/dualroot";
@@ -48,7 +49,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let var = tmp.path().join("var");
         fs::create_dir(&var).unwrap();
-        crate::devices::mounts::enter_private_namespace().unwrap();
+        crate::devices::held::enter_private_namespace().unwrap();
         nix::mount::mount(Some("none"), &var, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
         let dir = var.join("lib/dualroot");
         for text in ["one", "another", "another"] {

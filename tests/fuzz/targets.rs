@@ -10,18 +10,22 @@ use std::os::unix::fs::symlink;
 use std::path::{Component, Path};
 
 use dualroot::base::types::{DirPath, DiskName, PartUuid, Role};
-use dualroot::boot::efi::{self, BootOption, EfiVars};
+use dualroot::boot::efi::{self, EfiVars};
 use dualroot::boot::entry::{self, EntryName, Titles};
 use dualroot::boot::files::{BootFile, BootFiles, Class, classify, fold};
-use dualroot::boot::order::{self, Part, Wanted};
+use dualroot::boot::load_option::BootOption;
+use dualroot::boot::order;
+use dualroot::boot::wanted::{Part, Wanted};
+use dualroot::boot::{initrd, offers, pe, room, wanted};
 use dualroot::conf::Config;
-use dualroot::copy::generation::{self, Generation};
-use dualroot::names::fstab;
-use dualroot::names::ident::{DiskIds, PartIds, Rewriter};
+use dualroot::names::generation::Generation;
+use dualroot::names::ident::Rewriter;
+use dualroot::names::ids::{DiskIds, PartIds};
+use dualroot::names::{cmdline, fstab};
 use dualroot::pair::lineage::Record;
-use dualroot::proof::images;
 use dualroot::proof::prove;
-use dualroot::write::below::{Change, Content};
+use dualroot::write::change::{Change, Content};
+use dualroot::write::sector;
 use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 /// The other disk's long UUIDs: file systems, then partitions.
@@ -126,7 +130,7 @@ pub fn fstab(data: &[u8]) {
         let free = fstab::any_subvolume(data);
         assert_eq!(fstab::any_subvolume(&free), free);
         let of_root = |line: &fstab::Line<'_>| line.is_at("/") && line.fstype.raw == b"btrfs";
-        let names = |line: &fstab::Line<'_>| line.options.raw.split(|b| *b == b',').any(generation::names_subvolume);
+        let names = |line: &fstab::Line<'_>| line.options.raw.split(|b| *b == b',').any(cmdline::names_subvolume);
         assert!(!fstab::lines(&free).any(|line| of_root(&line) && names(&line)));
         assert_eq!(fstab::lines(&free).count(), fstab::lines(data).count());
         fstab::beside_the_root(data, |spec| spec == b"UUID=a", |path| path == "@").iter().for_each(|line| one_line(line));
@@ -190,7 +194,7 @@ pub fn loader_conf(data: &[u8]) {
         }
         // What is written in its place says the same, and fills no more than is there where it is written in place.
         for size in [None, Some(0), Some(1), Some(511), Some(512), Some(513), Some(u64::MAX)] {
-            let bytes = match order::text_change("loader/loader.conf", size, &new) {
+            let bytes = match sector::text_change("loader/loader.conf", size, &new) {
                 Change::Overwrite { bytes, .. } => {
                     assert_eq!(Some(bytes.len() as u64), size);
                     bytes
@@ -272,7 +276,7 @@ pub fn efi_variables(data: &[u8]) {
                 Err(e) => one_line(&format!("{e:#}")),
             }
             let said = efi::loader_says(&vars, "LoaderInfo");
-            generation::can_be_offered(said.as_deref());
+            offers::can_be_offered(said.as_deref());
             if let Err(e) = vars.boot_order() {
                 one_line(&format!("{e:#}"));
             }
@@ -307,11 +311,11 @@ pub fn device_paths(data: &[u8]) {
 /// A unified kernel image, a PE file; and what is taken for an initrd.
 pub fn images(data: &[u8]) {
     TO_DISK1.with(|rewriter| {
-        match images::uki(data, rewriter) {
+        match pe::uki(data, rewriter) {
             Ok(faults) => faults.iter().for_each(|fault| one_line(fault)),
             Err(e) => one_line(&format!("{e:#}")),
         }
-        match images::initrd(data, rewriter) {
+        match initrd::initrd(data, rewriter) {
             Ok(found) => found.iter().for_each(|name| one_line(name)),
             Err(e) => one_line(&format!("{e:#}")),
         }
@@ -471,7 +475,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         Class::Entry => entry::rewrite(text, rewriter, &titles),
         _ => rewriter.rewrite(text),
     };
-    let wanted = |there: &BootFiles| order::wanted(&source.scan(), Path::new("/source"), there, rewrite);
+    let wanted = |there: &BootFiles| wanted::wanted(&source.scan(), Path::new("/source"), there, rewrite);
     let wanted_files = match wanted(&there) {
         Ok(wanted) => wanted,
         Err(e) => return one_line(&format!("{e:#}")),
@@ -485,13 +489,13 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         Err(e) => return one_line(&format!("{e:#}")),
     };
     let one = Generation::parse("1").unwrap();
-    for offer in generation::offers(&there, &wanted_files, &[one]) {
+    for offer in offers::offers(&there, &wanted_files, &[one]) {
         stays_below(&offer.path);
     }
     let mut own = source.scan();
-    generation::keep_own(&mut own, "/dualroot/1");
+    offers::keep_own(&mut own, "/dualroot/1");
     for (free, cluster) in [(0, 0), (0, 4096), (u64::MAX, 512)] {
-        order::shortfall(&steps, &Role::Esp, &there, free, cluster);
+        room::shortfall(&steps, &Role::Esp, &there, free, cluster);
     }
     // A file on one disk where the other one has a directory: that is an error when it is met.
     let files = |fat: &Fat| fat.files.keys().cloned().collect::<BTreeSet<_>>();

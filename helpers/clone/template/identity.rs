@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::base::types::{DirPath, PartUuid, Role};
 use crate::names::fstab;
-use crate::names::ident::{DiskIds, PartIds};
+use crate::names::ids::{DiskIds, PartIds};
 
 /// Where a system has its machine id (machine-id(5)).
 pub const MACHINE_ID: &str = "/etc/machine-id";
@@ -223,7 +223,7 @@ mod tests {
         let named = rewriter.foreign(format!("/{a}/linux").as_bytes());
         assert!(matches!(&named[..], [name] if name.contains("/etc/machine-id of disk0")), "{named:?}");
         assert!(left_out(machine_id(a.as_bytes()).unwrap()).contains(&format!("- /var/log/journal/{a}")));
-        assert!(left_out(Uuid::from_u128(1)).contains(&format!("- {}", crate::devices::luks::KEY)));
+        assert!(left_out(Uuid::from_u128(1)).contains(&format!("- {}", crate::names::crypttab::KEY)));
     }
 
     #[test]

@@ -3,11 +3,12 @@
 
 use anyhow::Result;
 
+use crate::base::refusal::refused;
 use crate::base::types::DiskName;
+use crate::names::crypttab;
 use crate::names::fstab::{self, Line};
-use crate::names::ident::{DiskIds, Rewriter};
-use crate::pair::machine::refused;
-use crate::proof::prove;
+use crate::names::ident::Rewriter;
+use crate::names::ids::DiskIds;
 
 /// What a device is named by; and where one is, if not by that.
 const TAGS: [&[u8]; 4] = [b"UUID=", b"PARTUUID=", b"LABEL=", b"PARTLABEL="];
@@ -76,7 +77,7 @@ pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<Strin
         }
         if !is_absent(spec) {
             opened.push([MAPPED, name].concat());
-        } else if !prove::may_fail(line) {
+        } else if !crypttab::may_fail(line) {
             fault("/etc/crypttab", index + 1, name, spec);
         }
     }
@@ -94,7 +95,7 @@ pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<Strin
 mod tests {
     use super::*;
     use crate::base::types::{PartUuid, Role};
-    use crate::names::ident::PartIds;
+    use crate::names::ids::PartIds;
 
     fn disk(name: &str, start: char, roles: &[Role]) -> DiskIds {
         let id = |n: usize| PartUuid::parse(&format!("{start}aaaaaaa-0000-4000-8000-00000000000{n}")).unwrap();

@@ -11,14 +11,14 @@ use uuid::Uuid;
 
 use crate::base::program;
 use crate::base::progress::Progress;
+use crate::base::refusal::{nothing_done, refused};
 use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::boot::files::{Class, classify};
 use crate::clone::template::identity::{self, HOST_NAME, MACHINE_ID};
-use crate::copy::tree;
+use crate::copy::rsync;
 use crate::devices::gpt::{self, DiskLayout};
-use crate::names::ident::DiskIds;
-use crate::pair::machine::{nothing_done, refused};
+use crate::names::ids::DiskIds;
 use crate::write::below::Below;
 use crate::write::state;
 
@@ -125,20 +125,20 @@ impl Origin {
     fn rsync(&self, options: &[&str], rules: &[String], output: Stdio, target: &Below) -> Result<Vec<u8>> {
         let mut command = self.command(options, rules)?;
         command.stdout(output);
-        tree::run_rsync(command, target).with_context(|| format!("the template {self}"))
+        rsync::run_rsync(command, target).with_context(|| format!("the template {self}"))
     }
 
     /// Copies all of it to below a handle, and what is mounted there, but what the rules leave out.
     ///
     /// # Errors
-    /// As [`tree::run_rsync`].
+    /// As [`rsync::run_rsync`].
     pub(super) fn copy(&self, rules: &[String], progress: Option<Progress>, target: &Below) -> Result<()> {
         let options = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse"];
         match progress {
             None => self.rsync(&options, rules, Stdio::null(), target).map(drop),
             Some(progress) => {
-                let command = self.command(&[&options[..], &tree::SHOWN[..]].concat(), rules)?;
-                tree::run_rsync_shown(command, target, progress).with_context(|| format!("the template {self}"))
+                let command = self.command(&[&options[..], &rsync::SHOWN[..]].concat(), rules)?;
+                rsync::run_rsync_shown(command, target, progress).with_context(|| format!("the template {self}"))
             }
         }
     }
@@ -321,10 +321,11 @@ const INODE: u64 = 256;
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::pair::machine::Refused;
     use std::fs;
     use std::io::{Read, Seek};
+
+    use super::*;
+    use crate::base::refusal::Refused;
 
     fn there(host: &str, dir: &str) -> Origin {
         Origin::There { host: host.to_owned(), dir: dir.to_owned() }

@@ -9,21 +9,25 @@ use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::boot::entry::{self, Titles};
 use crate::boot::files::{BootFiles, Class};
-use crate::boot::order::{self, Wanted};
+use crate::boot::order;
+use crate::boot::wanted::Wanted;
+use crate::boot::{offers, room, roots, wanted};
 use crate::clone::plan::Plan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
 use crate::clone::template::needed;
 use crate::clone::template::origin::About;
-use crate::copy::generation::{self, Base, Generation};
-use crate::copy::tree::{self, Rewritten};
+use crate::copy::generation::{self, Base};
+use crate::devices::held::Held;
 use crate::devices::inventory::Partition;
-use crate::devices::mounts::Held;
-use crate::names::fstab;
+use crate::devices::subvolume;
+use crate::names::files::Rewritten;
+use crate::names::generation::Generation;
 use crate::names::ident::Rewriter;
-use crate::proof::images;
-use crate::proof::prove;
+use crate::names::{files, fstab};
 use crate::proof::searched::Searched;
-use crate::write::below::{self, Below, Change, is_link};
+use crate::proof::{images, prove};
+use crate::write::below::{self, Below, is_link};
+use crate::write::change::Change;
 
 /// Where the new disk is mounted, in a namespace of one's own.
 const PLACES: &str = "/run/dualroot/new";
@@ -142,7 +146,7 @@ impl New {
         if let Some(fstab) = self.read_file(FSTAB)? {
             self.write_other(FSTAB, &fstab, needed::of_one_disk(&fstab, &about.ids, about.disk.name)?)?;
         }
-        for file in tree::rewritten(&self.files(), &self.names.rewriter, self.generation, |_| false)? {
+        for file in files::rewritten(&self.files(), &self.names.rewriter, self.generation, |_| false)? {
             self.write(&file.path, file.bytes)?;
         }
         let fstab = self.read_file(FSTAB)?.unwrap_or_default();
@@ -216,25 +220,25 @@ impl New {
             source.insert(role, (self.copied_boot_files(place)?, self.files().path(place)));
         }
         // Older generations, and what only they need, stay behind.
-        if let Some(newest) = source.values().flat_map(|(files, _)| generation::booted(files)).max() {
-            source.values_mut().for_each(|(files, _)| generation::keep_own(files, &newest.subvolume()));
+        if let Some(newest) = source.values().flat_map(|(files, _)| roots::booted(files)).max() {
+            source.values_mut().for_each(|(files, _)| offers::keep_own(files, &newest.subvolume()));
         }
         let there = self.boot_files()?;
         let mut parts = Vec::new();
         let known = [].into();
         for (role, (files, dir)) in source {
             let spare = there.get(role).with_context(|| format!("{role}= was not read"))?;
-            let mut wanted = order::wanted(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
+            let mut wanted = wanted::wanted(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
             for file in &mut wanted {
                 let path = String::from_utf8(self.names.rewriter.rewrite(file.path.as_bytes()));
                 file.path = path.with_context(|| file.path.clone())?;
             }
-            parts.push(order::Part { role: role.clone(), wanted, spare, known: &known });
+            parts.push(wanted::Part { role: role.clone(), wanted, spare, known: &known });
         }
         let steps = order::plan(&parts)?;
         for part in &parts {
             let (free, cluster) = self.below_of(&part.role)?.free()?;
-            match order::shortfall(&steps, &part.role, part.spare, free, cluster) {
+            match room::shortfall(&steps, &part.role, part.spare, free, cluster) {
                 0 => {}
                 short => bail!("{}= is too small, by {short} bytes; give a larger one by --layout", part.role),
             }
@@ -270,7 +274,7 @@ impl New {
             );
         }
         let mut files = BTreeMap::new();
-        let paths = tree::identifying_files(&self.files())?;
+        let paths = files::identifying_files(&self.files())?;
         for path in paths.into_iter().chain(identity::NAMING.map(str::to_owned)) {
             if let Some(bytes) = self.read_file(&path)? {
                 files.insert(path, bytes);
@@ -281,8 +285,8 @@ impl New {
         faults.extend(needed::absent(text(FSTAB), text(CRYPTTAB), &self.names.own));
         if let Some(current) = self.generation {
             let top = self.below_of(&Role::Root)?;
-            faults.extend(generation::prove(top, &found, current));
-            let is_there = |path: &str| generation::is_subvolume(top, path);
+            faults.extend(roots::prove(top, &found, current));
+            let is_there = |path: &str| subvolume::is_subvolume(top, path);
             let beside = fstab::beside_the_root(text(FSTAB), |text| !self.names.root.foreign(text).is_empty(), is_there);
             faults.extend(
                 beside
@@ -312,7 +316,7 @@ impl New {
 
 /// Links in the place of files that are written, as a fault.
 pub(super) fn links(root: &Root) -> Result<Option<String>> {
-    let found = tree::links(root, &[identity::MACHINE_ID, HOST_NAME])?;
+    let found = files::links(root, &[identity::MACHINE_ID, HOST_NAME])?;
     let list = || {
         format!(
             "{} of the template: a file that differs by machine can't be a symbolic link; make it a file there",

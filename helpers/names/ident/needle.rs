@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{DiskIds, PartIds};
 use crate::base::types::{DiskName, Role};
+use crate::names::ids::{DiskIds, PartIds};
 
 /// The four kinds of identifiers that have a tag and a directory below /dev/disk.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

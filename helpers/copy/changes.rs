@@ -1,0 +1,162 @@
+//! The differences that rsync reports.
+
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::copy::stage;
+use crate::write::below::Below;
+use crate::write::change::{Change, Content};
+
+/// What rsync found to be different.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Changes {
+    /// The paths that are to be staged, each with NUL behind it.
+    pub(crate) list: Vec<u8>,
+    /// Likewise, files of which nothing but attributes differs.
+    pub(crate) attributes: Vec<u8>,
+    /// Likewise, further names of files.
+    pub(crate) links: Vec<u8>,
+    /// What the source doesn't have: directories with a slash behind them, and after what is in them.
+    pub(crate) gone: Vec<OsString>,
+    /// Whether the attributes of the top directory differ.
+    pub(crate) top: bool,
+}
+
+impl Changes {
+    pub(crate) fn parse(said: &[u8]) -> Self {
+        let mut found = Self::default();
+        for line in said.split(|b| *b == b'\n') {
+            let Some([item, path, link]) = fields(line) else { continue };
+            let path = unescape(path);
+            match item {
+                [b'*', b'd', ..] => found.gone.push(path),
+                [b'*', ..] => {}
+                // Content, size and time are the same, and no name is new.
+                [b'.' | b'h', b'f', b'.', b'.', b'.', ..] if link.is_empty() => append(&mut found.attributes, &path),
+                [b'h', ..] => {
+                    append(&mut found.links, &path);
+                    // The first name is listed, too, although that file may be the same as before.
+                    append(&mut found.links, &unescape(link.strip_prefix(b" => ").unwrap_or_default()));
+                }
+                _ if path == "./" => found.top = true,
+                // By a slash, rsync would understand all that is in a directory.
+                _ => append(&mut found.list, OsStr::from_bytes(path.as_bytes().strip_suffix(b"/").unwrap_or(path.as_bytes()))),
+            }
+        }
+        found
+    }
+
+    /// The directories from which something goes, and which stay: their times change by that.
+    pub(crate) fn parents(&self, source: &Path) -> Vec<u8> {
+        let parents: BTreeSet<&Path> = self.gone.iter().filter_map(|path| Path::new(path).parent()).collect();
+        let gone: BTreeSet<&Path> = self.gone.iter().map(Path::new).collect();
+        let mut list = Vec::new();
+        for dir in parents.difference(&gone) {
+            // One that is something else now is listed already.
+            if source.join(dir).symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+                append(&mut list, dir.as_os_str());
+            }
+        }
+        list
+    }
+
+    /// What is staged lies beside what it will replace.
+    pub(crate) fn check_room(&self, source: &Path, target: &Below) -> Result<()> {
+        let all = [&self.list, &self.attributes].into_iter().flat_map(|list| files(source, list));
+        let needed = all.fold(0u64, |sum, meta| sum.saturating_add(meta.len().min(meta.blocks().saturating_mul(512))));
+        let s = nix::sys::statvfs::fstatvfs(target.fd())?;
+        let free = s.fragment_size().saturating_mul(s.blocks_free());
+        if needed > free {
+            bail!(
+                "{needed} bytes are to be staged on the spare before anything there is replaced, but only {free} are free, {} too \
+                 few; nothing was changed; remove on the booted disk what isn't needed, or make the spare's partition larger, or \
+                 make a new file system there",
+                needed - free
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The files among these paths. What has gone meanwhile is none.
+pub(crate) fn files(source: &Path, paths: &[u8]) -> impl Iterator<Item = Metadata> {
+    let paths = paths.split(|b| *b == 0).filter(|path| !path.is_empty());
+    paths.filter_map(|path| source.join(OsStr::from_bytes(path)).symlink_metadata().ok()).filter(Metadata::is_file)
+}
+
+/// Writes paths for rsync to read; None where there are none. The file can be read even when what is staged has been removed.
+pub(crate) fn list(paths: &[u8], name: &str, target: &Below) -> Result<Option<File>> {
+    if paths.is_empty() {
+        return Ok(None);
+    }
+    let path = format!("{}/{name}", stage::DIRECTORY);
+    target.apply(&Change::Create { path: path.clone(), content: Content::Bytes(paths.to_vec()) })?;
+    Ok(Some(target.file(&path)?.with_context(|| format!("{path} has gone"))?))
+}
+
+pub(crate) fn append(list: &mut Vec<u8>, path: &OsStr) {
+    if !path.is_empty() {
+        list.extend_from_slice(path.as_bytes());
+        list.push(0);
+    }
+}
+
+/// The fields of a line of [`Tree::comparison`]; other lines are messages.
+pub(crate) fn fields(line: &[u8]) -> Option<[&[u8]; 3]> {
+    let cut = |text: &'_ [u8]| text.windows(2).position(|two| two == b"//");
+    let line = line.strip_prefix(b"//")?;
+    let (item, rest) = line.split_at_checked(cut(line)?)?;
+    let rest = rest.get(2..)?;
+    let mut at = cut(rest)?;
+    // A directory's own slash comes first.
+    if rest.get(at + 2) == Some(&b'/') {
+        at += 1;
+    }
+    let (path, link) = rest.split_at_checked(at)?;
+    Some([item, path, link.get(2..)?])
+}
+
+/// The bytes of the names in rsync's output, which writes some as `\#ooo`.
+pub fn unescape(text: &[u8]) -> OsString {
+    let mut out = Vec::new();
+    let mut rest = text;
+    while let [first, tail @ ..] = rest {
+        let byte = match rest {
+            [b'\\', b'#', digits @ ..] => {
+                let digits = digits.get(..3).filter(|d| d.iter().all(u8::is_ascii_digit));
+                digits.and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok())
+            }
+            _ => None,
+        };
+        out.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { rest.get(5..).unwrap_or_default() } else { tail };
+    }
+    OsString::from_vec(out)
+}
+
+#[cfg(test)]
+mod tests {
+
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_rsync_writes_them() {
+        for (text, bytes) in [
+            (&b"a b"[..], &b"a b"[..]),
+            (br"\#012x", b"\nx"),
+            (br"x\#134#012", br"x\#012"),
+            (br"\#377\#0", b"\xff\\#0"),
+            (br"\#999", br"\#999"),
+            // No number to rsync, which leaves it as it is.
+            (br"\#+12", br"\#+12"),
+        ] {
+            assert_eq!(unescape(text).as_bytes(), bytes);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Subvolumes of a btrfs, by btrfs(8).
+
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::base::program;
+use crate::write::below::Below;
+
+/// The inode number of the top directory of every subvolume.
+pub(crate) const TOP: u64 = 256;
+
+/// Whether there is a subvolume at a path from the top of the file system.
+pub fn is_subvolume(top: &Below, path: &str) -> bool {
+    top.stat(path.as_ref()).is_ok_and(|stat| stat.is_some_and(|stat| stat.st_ino == TOP))
+}
+
+/// Has the kernel give back the room of subvolumes that were removed, which it does while the file system is writable, and waits for it.
+/// Not for ever: where somebody still has a file of one open, it stays until that ends.
+pub(crate) fn reclaim(top: &Below) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    btrfs(top, &["filesystem", "sync", "."])?;
+    let mut waiting = program::command("btrfs")?;
+    waiting.args(["subvolume", "sync", "."]).current_dir(top.proc_path()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut waiting = waiting.spawn().context("btrfs can't be run")?;
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
+        if waiting.try_wait()?.is_some() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    waiting.kill()?;
+    waiting.wait()?;
+    Ok(())
+}
+
+/// The subvolumes in a subvolume below the top of the file system, by paths from its own top directory.
+pub(crate) fn subvolumes_in(top: &Below, path: &str) -> Result<Vec<String>> {
+    let listed = btrfs(top, &["subvolume", "list", "-o", &format!("./{path}")])?;
+    inner(&listed, if path == "." { "" } else { path })
+}
+
+/// The subvolumes in the subvolume that is mounted at the handle: `path` from the top of the file system.
+///
+/// # Errors
+/// Those of btrfs(8).
+pub fn subvolumes_of(mounted: &Below, path: &str) -> Result<Vec<String>> {
+    inner(&btrfs(mounted, &["subvolume", "list", "-o", "."])?, path)
+}
+
+pub(crate) fn inner(listed: &[u8], path: &str) -> Result<Vec<String>> {
+    let within = if path.is_empty() { String::new() } else { format!("{path}/") };
+    let one = |line: &str| {
+        // "ID 260 gen 10 top level 256 path dualroot/5/var/lib/machines", by the path from the top of the file system.
+        let inner = line.split_once(" path ").and_then(|(_, inner)| inner.strip_prefix(&within));
+        inner.map(str::to_owned).with_context(|| format!("btrfs subvolume list has '{line}' in '{path}'"))
+    };
+    String::from_utf8_lossy(listed).lines().map(one).collect()
+}
+
+pub(crate) fn delete(top: &Below, path: &str) -> Result<()> {
+    btrfs(top, &["subvolume", "delete", path]).map(|_| ())
+}
+
+/// Runs btrfs(8) in the top of a file system.
+pub(crate) fn btrfs(top: &Below, args: &[&str]) -> Result<Vec<u8>> {
+    let mut command = program::command("btrfs")?;
+    // The child changes to the directory by our handle: no path can lead it elsewhere.
+    let done = command.args(args).current_dir(top.proc_path()).output().context("btrfs can't be run")?;
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        bail!("'btrfs {}' failed ({}): {}", args.join(" "), done.status, said.trim().replace('\n', "; "));
+    }
+    Ok(done.stdout)
+}
