@@ -456,7 +456,7 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
     let names = Rewriter::finder(&booted)?;
     let files = files::identifying_texts(&machine.root, &[])?;
     let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
-    let root = machine.naming(&machine.booted, &Role::Root)?;
+    let root = machine.root_names(&machine.booted)?;
     let names_root = |spec: &[u8]| root.as_ref().is_some_and(|root| !root.foreign(spec).is_empty());
     let subvolumes = fstab::beside_the_root(fstab, names_root, |_| false);
     let subvolumes = subvolumes.into_iter().map(|line| {

@@ -10,9 +10,8 @@ use dualroot::base::log::Log;
 use dualroot::base::root::Root;
 use dualroot::conf::Config;
 use dualroot::copy::stage::{self, Found};
-use dualroot::devices::held;
 use dualroot::devices::held::Held;
-use dualroot::devices::mounts;
+use dualroot::devices::{held, mounts};
 use dualroot::write::below::Below;
 
 /// Complete what was being copied to this disk when that was cut.

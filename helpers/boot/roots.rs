@@ -3,15 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::types::Role;
-use crate::boot::files::{BootFiles, Class};
+use crate::boot::files::{BootFile, BootFiles, Class};
 use crate::boot::offers::is_offered;
-use crate::devices::subvolume::is_subvolume;
+use crate::copy::BootedRoot;
 use crate::names::cmdline::booted_by;
-use crate::names::generation::{DIRECTORY, Generation};
-use crate::write::below::Below;
+use crate::names::generation::Generation;
 
 pub(crate) fn generation_of(entry: &[u8]) -> Option<Generation> {
-    Generation::parse(booted_by(entry)?.strip_prefix(DIRECTORY)?.strip_prefix('/')?).ok()
+    Generation::of_subvolume(&booted_by(entry)?)
 }
 
 /// Why the booted disk is no source: its entries boot a generation, and the root that runs, a directory of the file system, is another
@@ -26,32 +25,21 @@ pub fn no_source(root: &str, booted: &BTreeMap<Role, BootFiles>) -> Option<Strin
     ))
 }
 
-/// Why entries of a spare would boot no root, or not the one that is meant for them: `current` of those at the top of its file system.
-pub fn prove(top: &Below, found: &BTreeMap<Role, BootFiles>, current: Generation) -> Vec<String> {
-    let mut faults = Vec::new();
-    for (role, file) in found.iter().flat_map(|(role, files)| files.of(Class::Entry).map(move |file| (role, file))) {
-        if let Some(path) = file.text.as_deref().and_then(booted_by).filter(|path| !is_subvolume(top, path)) {
-            faults.push(format!("{role}: {} boots the subvolume {path}, which isn't there", file.path));
-        }
-    }
-    if !found.values().flat_map(booted).any(|generation| generation == current) {
-        faults.push(format!(
-            "no entry boots {}, which the root was copied to; an entry (and /etc/kernel/cmdline) has to say root=, as UUID= or otherwise",
-            current.subvolume()
-        ));
-    }
-    faults
-}
-
-/// The generations that the entries of a boot partition boot, but those that only offers boot.
+/// The generations that the entries of a boot partition boot, except entries for older generations.
 pub fn booted(files: &BootFiles) -> BTreeSet<Generation> {
     let entries = files.of(Class::Entry).filter(|file| !is_offered(file));
     entries.filter_map(|file| generation_of(file.text.as_deref()?)).collect()
 }
 
-/// The subvolumes that the entries of a boot partition boot, as paths from the top of the file system.
-pub fn named(files: &BootFiles) -> impl Iterator<Item = String> {
-    files.of(Class::Entry).filter_map(|file| booted_by(file.text.as_deref()?))
+/// The roots that the entries on a spare's boot partitions boot.
+pub fn booted_roots(files: &BTreeMap<Role, BootFiles>) -> Vec<BootedRoot> {
+    let entries = files.iter().flat_map(|(role, files)| files.of(Class::Entry).map(move |file| (role, file)));
+    let root = |(role, file): (&Role, &BootFile)| BootedRoot {
+        entry: format!("{role}: {}", file.path),
+        subvolume: file.text.as_deref().and_then(booted_by),
+        is_older: is_offered(file),
+    };
+    entries.map(root).collect()
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ use crate::clone::template::origin::{About, Listing, Origin};
 use crate::clone::template::system::{Names, New};
 use crate::clone::{NewDisk, check_programs, look_into, mib};
 use crate::conf::Config;
-use crate::copy::tree::Tree;
+use crate::copy::rules::{self, OldModules};
 use crate::devices::held;
 use crate::devices::inventory::{Inventory, Partition};
 use crate::names::ident::Rewriter;
@@ -72,8 +72,7 @@ impl Job {
         let origin = wish.origin.found()?;
         let about = origin.about(wish.layout.as_deref())?;
         let places = boot_places(&about)?;
-        let mut rules = identity::left_out(about.machine_id);
-        rules = Tree::new(&Role::Root, &rules, &[], None).context("the root is no tree")?.rules;
+        let rules = rules::all("", &identity::left_out(about.machine_id), &[], OldModules::Stay);
         let trees = about.disk.partitions.iter().filter_map(|part| part.role.as_ref()?.tree());
         let listing = origin.list(&rules, &trees.chain(places.iter().map(|(_, place)| *place)).collect::<Vec<_>>())?;
         if listing.boots.is_empty() {

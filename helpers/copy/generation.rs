@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::copy::BootedRoot;
 use crate::devices::subvolume::{TOP, btrfs, delete, is_subvolume, reclaim, subvolumes_in};
 use crate::names::generation::{DIRECTORY, Generation};
 use crate::write::below::Below;
@@ -184,16 +185,28 @@ pub fn remove(top: &Below, gone: &[Generation]) -> Result<Vec<String>> {
     Ok(kept)
 }
 
+/// The reasons why entries boot no root, or not `current`, with `top` the top of the file system of the spare's root.
+pub fn prove(top: &Below, booted: &[BootedRoot], current: Generation) -> Vec<String> {
+    let lost = |entry: &BootedRoot| {
+        let path = entry.subvolume.as_deref().filter(|path| !is_subvolume(top, path))?;
+        Some(format!("{} boots the subvolume {path}, which isn't there", entry.entry))
+    };
+    let mut faults: Vec<String> = booted.iter().filter_map(lost).collect();
+    let is_current = |entry: &BootedRoot| !entry.is_older && entry.subvolume.as_deref() == Some(&current.subvolume());
+    if !booted.iter().any(is_current) {
+        faults.push(format!(
+            "no entry boots {}, to which the root was copied; an entry (and /etc/kernel/cmdline) needs root=, as UUID= or otherwise",
+            current.subvolume()
+        ));
+    }
+    faults
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
 
     use super::*;
     use crate::base::program;
-    use crate::base::types::Role;
-    use crate::boot::files::BootFiles;
-    use crate::boot::offers::tests::spare;
-    use crate::boot::roots::{self, prove};
     use crate::names::generation::tests::{nth, numbers};
 
     #[test]
@@ -264,23 +277,15 @@ mod tests {
         run("btrfs", &["subvolume", "create", &path("@")]);
         run("btrfs", &["subvolume", "set-default", &path("@")]);
         assert_eq!(base(&top, &[], none(), false).unwrap(), Base::Snapshot("@".to_owned()));
-        let named = |by: &str| {
-            let files = spare(&[("loader/entries/a.conf", &format!("options root=UUID=1 rootflags=subvol={by}\n"))]);
-            BTreeMap::from([(Role::Esp, BootFiles::default()), (Role::Xbootldr, files)])
+        let booted = |by: &str| {
+            let subvolume = Some(by.to_owned());
+            vec![BootedRoot { entry: "esp: loader/entries/a.conf".to_owned(), subvolume, is_older: false }]
         };
-        assert_eq!(
-            base(&top, &[], named("absent").values().flat_map(roots::named), false).unwrap(),
-            Base::Snapshot("@".to_owned())
-        );
+        let named = |by: &str| std::iter::once(by.to_owned());
+        assert_eq!(base(&top, &[], named("absent"), false).unwrap(), Base::Snapshot("@".to_owned()));
         run("btrfs", &["subvolume", "create", &path("@rootfs")]);
-        assert_eq!(
-            base(&top, &[], named("/@rootfs").values().flat_map(roots::named), false).unwrap(),
-            Base::Snapshot("@rootfs".to_owned())
-        );
-        assert_eq!(
-            base(&top, &numbers(&[3]), named("/@rootfs").values().flat_map(roots::named), false).unwrap(),
-            Base::Snapshot("dualroot/3".to_owned())
-        );
+        assert_eq!(base(&top, &[], named("@rootfs"), false).unwrap(), Base::Snapshot("@rootfs".to_owned()));
+        assert_eq!(base(&top, &numbers(&[3]), named("@rootfs"), false).unwrap(), Base::Snapshot("dualroot/3".to_owned()));
 
         // Of a root that was booted: with subvolumes in it, of which one holds something.
         std::fs::create_dir(path("@rootfs/var")).unwrap();
@@ -309,9 +314,9 @@ mod tests {
         assert_eq!(remove(&top, &numbers(&[2, 3])).unwrap(), ["dualroot/3/var/full"]);
         assert_eq!(found(&top).unwrap(), numbers(&[1, 3]), "what nobody has copied stays");
         assert!(Path::new(&path("dualroot/3/var/full/file")).exists());
-        assert_eq!(prove(&top, &named("dualroot/1"), nth(1)), Vec::<String>::new());
-        assert!(matches!(prove(&top, &named("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no entry boots dualroot/1")));
-        let faults = prove(&top, &named("dualroot/2"), nth(2));
+        assert_eq!(prove(&top, &booted("dualroot/1"), nth(1)), Vec::<String>::new());
+        assert!(matches!(prove(&top, &booted("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no entry boots dualroot/1")));
+        let faults = prove(&top, &booted("dualroot/2"), nth(2));
         assert!(
             matches!(faults.as_slice(), [one] if one.contains("a.conf boots the subvolume dualroot/2, which isn't there")),
             "{faults:?}"

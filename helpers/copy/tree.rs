@@ -1,4 +1,4 @@
-//! Copying root trees with rsync(1), and the files in them that name a disk.
+//! Copying one tree with rsync(1): what differs is staged, and put in place by renames.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,40 +12,10 @@ use crate::base::progress::Progress;
 use crate::base::types::Role;
 use crate::copy::changes::{Changes, files, list};
 use crate::copy::rsync::{SHOWN, rsync, run_rsync_shown};
-use crate::copy::rules::{escape, has_prefix, reanchor};
+use crate::copy::rules::{self, OldModules};
 use crate::copy::stage::{self, Found};
 use crate::names::files::Rewritten;
-use crate::names::generation::Generation;
 use crate::write::below::Below;
-
-/// What is never copied, as rsync filter rules by the path in the running system. Rules of `exclude=` come between the first part
-/// and the second, so that they can bring something of the second back.
-const ALWAYS: [&str; 10] = [
-    "- /mnt/root[0-9]*/",
-    "- /dev/*",
-    "- /proc/*",
-    "- /sys/*",
-    "- /run/*",
-    "- /tmp/*",
-    "- /lost+found",
-    "- /var/lib/systemd/random-seed",
-    // Not copied, and removed where it is: see crate::pair::status.
-    "H /var/lib/dualroot/own/",
-    "- .dualroot-*",
-];
-const USUALLY: [&str; 9] = [
-    "- /var/cache/apt/*.bin",
-    "- /var/cache/apt/archives/*.deb",
-    "- /var/cache/apt/archives/partial/*",
-    "- /var/cache/pacman/pkg/*",
-    "- /var/cache/dnf/*",
-    "- /var/cache/libdnf5/*",
-    "- /var/cache/zypp/*",
-    "- /var/tmp/systemd-private-*",
-    "- /var/lib/systemd/coredump/*",
-];
-/// Kernel modules of the spare's old kernels stay until its boot partitions don't need them any more.
-const UNTIL_THE_END: [&str; 2] = ["P /usr/lib/modules/*", "P /lib/modules/*"];
 
 /// A tree that is copied: the root, or a partition that is mounted below it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -60,20 +30,31 @@ pub struct Tree {
     pub rules: Vec<String>,
 }
 
+/// What [`Tree::stage`] leaves to do once the staged files are in place.
+pub struct Staging {
+    /// The list of files that get attributes only.
+    attributes: Option<File>,
+}
+
 impl Tree {
-    /// The tree of a role, with the rules that hold in it; None for roles that aren't copied by rsync.
-    /// `exclude` are rules of the configuration, `apart` paths of files that are written separately, and `generation` is the one of
-    /// which this is the root, if any.
-    pub fn new(role: &Role, exclude: &[String], apart: &[Rewritten], generation: Option<Generation>) -> Option<Self> {
-        let at = role.tree()?;
-        let apart = apart.iter().map(|file| format!("- {}", escape(&file.path)));
-        let user = exclude.iter().map(|rule| if has_prefix(rule) { rule.clone() } else { format!("- {rule}") });
-        let strings = |rules: &[&str]| rules.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
-        // Older generations have theirs.
-        let modules = strings(if generation.is_some() { &[] } else { &UNTIL_THE_END });
-        let all = strings(&ALWAYS).into_iter().chain(apart).chain(user).chain(strings(&USUALLY)).chain(modules);
-        let rules = all.filter_map(|rule| reanchor(&rule, at)).collect();
-        Some(Self { role: role.clone(), at: at.to_owned(), from: None, rules })
+    /// The tree of a role; None for roles that no tree belongs to. `exclude` are rules of the configuration, and `files` are written
+    /// separately.
+    pub fn new(role: &Role, exclude: &[String], files: &[Rewritten], old: OldModules) -> Option<Self> {
+        role.tree().map(|at| Self::at(role, at, exclude, files, old))
+    }
+
+    /// The tree of the root, as [`Tree::new`].
+    pub fn of_root(exclude: &[String], files: &[Rewritten], old: OldModules) -> Self {
+        Self::at(&Role::Root, "", exclude, files, old)
+    }
+
+    fn at(role: &Role, at: &str, exclude: &[String], files: &[Rewritten], old: OldModules) -> Self {
+        Self { role: role.clone(), at: at.to_owned(), from: None, rules: rules::all(at, exclude, files, old) }
+    }
+
+    /// Makes its rules leave out these files, which are written separately.
+    pub fn leave_out(&mut self, exclude: &[String], files: &[Rewritten], old: OldModules) {
+        self.rules = rules::all(&self.at, exclude, files, old);
     }
 
     /// Where the tree is copied from, with a slash behind it.
@@ -89,6 +70,11 @@ impl Tree {
         let rules = self.rules.iter().map(|rule| format!("--filter={rule}"));
         let all = own.iter().map(|arg| (*arg).to_owned()).chain(rules);
         self.run(all.map(Into::into), "./")
+    }
+
+    /// The same arguments for people: the source is where the running system has it.
+    pub fn shown_comparison(&self) -> Vec<OsString> {
+        Self { from: None, ..self.clone() }.comparison()
     }
 
     /// rsync's arguments for staging what is listed on standard input. What is listed but hasn't changed, the other names of
@@ -120,21 +106,44 @@ impl Tree {
         Ok(Changes::parse(&said) != Changes::default())
     }
 
-    /// Copies the tree to below the handle: what differs is staged there, whole, and then put into its place. Where nothing
-    /// differs, nothing is written.
+    /// Copies the tree to below the handle: what differs is staged there, whole, and then put in place. Where nothing differs, nothing
+    /// is written.
     ///
     /// # Errors
-    /// What rsync couldn't read or write; its messages are in the error. A source file that vanished meanwhile is none.
+    /// Whatever rsync couldn't read or write; its messages are in the error. A source file that vanished meanwhile is none.
     pub fn copy(&self, target: &Below) -> Result<()> {
-        self.copy_with(target, stage::complete).with_context(|| format!("the copy of {}", self.source().display()))
+        match self.stage(target)? {
+            Some(staging) => self.put_in_place(target, staging),
+            None => Ok(()),
+        }
     }
 
-    fn copy_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
-        // What a sync that was cut has left comes first, if it is whole. If not, all that differs is found anyway.
+    /// Stages what differs from the tree below the handle, whole; None where nothing does.
+    ///
+    /// # Errors
+    /// As [`Tree::copy`]. Then nothing is staged.
+    pub fn stage(&self, target: &Below) -> Result<Option<Staging>> {
+        self.stage_with(target, stage::complete).with_context(|| self.context())
+    }
+
+    /// Puts in place what [`Tree::stage`] has staged.
+    ///
+    /// # Errors
+    /// As [`Tree::copy`]. What is left to do may be done later.
+    pub fn put_in_place(&self, target: &Below, staging: Staging) -> Result<()> {
+        self.put_in_place_with(target, staging, stage::complete).with_context(|| self.context())
+    }
+
+    fn context(&self) -> String {
+        format!("the copy of {}", self.source().display())
+    }
+
+    fn stage_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<Option<Staging>> {
+        // What an interrupted sync has left comes first, if it is whole. If not, all that differs is found anyway.
         complete(target)?;
         let mut changes = Changes::parse(&rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)?);
         if changes == Changes::default() {
-            return Ok(());
+            return Ok(None);
         }
         // A new owner of all files isn't worth a copy of them all where there is no room for that.
         let mut in_place = Vec::new();
@@ -143,20 +152,24 @@ impl Tree {
             changes.check_room(&self.source(), target)?;
         }
         stage::begin(target)?;
-        let staged = list(&in_place, "attributes", target).and_then(|list| self.stage(&changes, target).map(|()| list));
+        let staged = list(&in_place, "attributes", target).and_then(|list| self.fill(&changes, target).map(|()| list));
         if staged.is_err() {
             // It takes room that the spare may need when it is booted.
             let _ = stage::discard(target);
         }
-        let later = staged?;
+        Ok(Some(Staging { attributes: staged? }))
+    }
+
+    fn put_in_place_with(&self, target: &Below, staging: Staging, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
         complete(target)?;
-        if let Some(list) = later {
+        if let Some(list) = staging.attributes {
             rsync(self.dressing(), list.into(), Stdio::null(), target)?;
         }
         Ok(())
     }
 
-    fn stage(&self, changes: &Changes, target: &Below) -> Result<()> {
+    /// Stages the changes, and seals them.
+    fn fill(&self, changes: &Changes, target: &Below) -> Result<()> {
         let paths = [&*changes.list, &*changes.attributes, &*changes.links, &*changes.parents(&self.source())].concat();
         if let Some(list) = list(&paths, "list", target)? {
             match Progress::begin(|| files(&self.source(), &changes.list).map(|meta| meta.len()).sum()) {
@@ -195,18 +208,14 @@ mod tests {
     use crate::copy::modules::drop_old_modules;
     use crate::copy::rsync::bytes_done;
 
-    #[test]
-    fn rules_follow_the_tree() {
-        assert_eq!(reanchor("- /var/cache/apt/*.bin", "").as_deref(), Some("- /var/cache/apt/*.bin"));
-        assert_eq!(reanchor("- /var/cache/apt/*.bin", "/var").as_deref(), Some("- /cache/apt/*.bin"));
-        assert_eq!(reanchor("- /various", "/var"), None);
-        assert_eq!(reanchor("- /home/x", "/var"), None);
-        assert_eq!(reanchor("- *.tmp", "/var").as_deref(), Some("- *.tmp"));
-        let tree = Tree::new(&Role::Var, &["/var/spool/x/".into(), "+ /var/cache/dnf/keep".into()], &[], None).unwrap();
-        assert!(tree.rules.contains(&"- /spool/x/".to_owned()), "{:?}", tree.rules);
-        let at = |rule: &str| tree.rules.iter().position(|r| r == rule).unwrap();
-        assert!(at("+ /cache/dnf/keep") < at("- /cache/dnf/*"), "the configuration comes before what is usual");
-        assert!(Tree::new(&Role::Swap, &[], &[], None).is_none() && Tree::new(&Role::Esp, &[], &[], None).is_none());
+    impl Tree {
+        /// Copies, with another way to complete what is staged.
+        fn copy_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
+            match self.stage_with(target, &complete)? {
+                Some(staging) => self.put_in_place_with(target, staging, complete),
+                None => Ok(()),
+            }
+        }
     }
 
     #[test]
@@ -221,7 +230,7 @@ mod tests {
     }
 
     fn copy(from: &std::path::Path, to: &std::path::Path, exclude: &[String], apart: &[Rewritten]) {
-        let mut tree = Tree::new(&Role::Root, exclude, apart, None).unwrap();
+        let mut tree = Tree::new(&Role::Root, exclude, apart, OldModules::Stay).unwrap();
         tree.at = from.to_str().unwrap().to_owned();
         tree.copy(&Below::open(to).unwrap()).unwrap();
     }
@@ -263,7 +272,7 @@ mod tests {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(from.path().join("a"), [1; 300_000]).unwrap();
         fs::hard_link(from.path().join("a"), from.path().join("b")).unwrap();
-        let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[], OldModules::Stay).unwrap();
         tree.at = from.path().to_str().unwrap().to_owned();
         let below = Below::open(to.path()).unwrap();
         stage::begin(&below).unwrap();
@@ -458,7 +467,7 @@ mod tests {
                 fs::create_dir(tmp.path().join(name)).unwrap();
                 make(&tmp.path().join(name), listing);
             }
-            let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
+            let mut tree = Tree::new(&Role::Root, &[], &[], OldModules::Stay).unwrap();
             tree.at = tmp.path().join("source").to_str().unwrap().to_owned();
             let below = Below::open(&tmp.path().join("spare")).unwrap();
             Self { tmp, tree, below }
@@ -781,7 +790,7 @@ mod tests {
         bind("from/home", "from/again");
         bind("from/home", "from/mnt");
         let alone = crate::devices::held::Alone::open(&path("from"), &path("alone")).unwrap();
-        let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[], OldModules::Stay).unwrap();
         tree.from = Some(alone.place().to_owned());
         let below = Below::open(&path("to")).unwrap();
         tree.copy(&below).unwrap();
@@ -804,7 +813,7 @@ mod tests {
     #[test]
     fn f22_a_failed_copy_is_an_error() {
         let to = tempfile::tempdir().unwrap();
-        let mut tree = Tree::new(&Role::Root, &[], &[], None).unwrap();
+        let mut tree = Tree::new(&Role::Root, &[], &[], OldModules::Stay).unwrap();
         tree.at = "/nonexistent-source".into();
         let error = format!("{:#}", tree.copy(&Below::open(to.path()).unwrap()).unwrap_err());
         assert!(error.contains("rsync failed") && error.contains("/nonexistent-source"), "{error}");

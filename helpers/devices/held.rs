@@ -1,5 +1,6 @@
 //! File systems that are mounted for a sync, in a mount namespace of its own.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +9,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
+use crate::base::types::Role;
 use crate::devices::inventory::Partition;
 use crate::devices::mounts::{Mount, at, table};
 use crate::write::below::Below;
@@ -194,6 +196,49 @@ impl Drop for Held {
     fn drop(&mut self) {
         // Only reached with something left to do after another error, which is the one to report.
         let _ = self.put_back();
+    }
+}
+
+/// The partitions of a spare that are mounted for a sync, by role.
+#[derive(Default)]
+pub struct Mounted(BTreeMap<Role, Held>);
+
+impl Mounted {
+    /// Takes in a partition.
+    pub fn add(&mut self, role: Role, held: Held) {
+        self.0.insert(role, held);
+    }
+
+    /// The partition of a role.
+    ///
+    /// # Errors
+    /// It isn't mounted.
+    pub fn get(&self, role: &Role) -> Result<&Held> {
+        self.0.get(role).with_context(|| format!("{role}= is not mounted"))
+    }
+
+    /// The handle to work below the partition of a role.
+    ///
+    /// # Errors
+    /// As [`Mounted::get`].
+    pub fn below(&self, role: &Role) -> Result<&Below> {
+        self.get(role)?.below()
+    }
+
+    /// Makes all of them writable, as [`Held::make_writable`].
+    ///
+    /// # Errors
+    /// The first medium that can't be written.
+    pub fn make_writable(&mut self) -> Result<()> {
+        self.0.values_mut().try_for_each(Held::make_writable)
+    }
+
+    /// Lets go of all of them, as [`Held::release`].
+    ///
+    /// # Errors
+    /// The first that fails; the others are let go of all the same.
+    pub fn release(self) -> Result<()> {
+        self.0.into_values().map(Held::release).fold(Ok(()), Result::and)
     }
 }
 

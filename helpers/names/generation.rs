@@ -28,7 +28,12 @@ impl Generation {
 
     /// The generation whose root is this directory of a file system, as it is mounted; None where that is another one.
     pub fn at(root: &str) -> Option<Self> {
-        Self::parse(root.strip_prefix('/')?.strip_prefix(DIRECTORY)?.strip_prefix('/')?).ok()
+        Self::of_subvolume(root.strip_prefix('/')?)
+    }
+
+    /// The generation whose subvolume this is, a path from the top of the file system; None where that is another one.
+    pub fn of_subvolume(path: &str) -> Option<Self> {
+        Self::parse(path.strip_prefix(DIRECTORY)?.strip_prefix('/')?).ok()
     }
 
     /// The generation after this one; the first where there is none.

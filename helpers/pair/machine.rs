@@ -179,14 +179,14 @@ impl Machine {
         Rewriter::new(target, &others).map_err(|e| refused(format!("{e:#}")))
     }
 
-    /// What finds the names of one partition of a disk of the pair, as [`Rewriter::foreign`]; None where the disk has no such partition.
+    /// The finder of the names of a disk's root, by [`Rewriter::foreign`]; None where the disks share one.
     ///
     /// # Errors
     /// As [`Machine::rewriter`].
-    pub fn naming(&self, disk: &Disk, role: &Role) -> Result<Option<Rewriter>> {
-        let ids = self.ids.iter().find(|ids| ids.name == disk.name).and_then(|ids| ids.parts.get(role));
+    pub fn root_names(&self, disk: &Disk) -> Result<Option<Rewriter>> {
+        let ids = self.ids.iter().find(|ids| ids.name == disk.name).and_then(|ids| ids.parts.get(&Role::Root));
         let Some(ids) = ids else { return Ok(None) };
-        let one = DiskIds { name: disk.name, parts: BTreeMap::from([(role.clone(), ids.clone())]) };
+        let one = DiskIds { name: disk.name, parts: BTreeMap::from([(Role::Root, ids.clone())]) };
         Rewriter::finder(&[one]).map(Some).map_err(|e| refused(format!("{e:#}")))
     }
 

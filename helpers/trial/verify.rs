@@ -154,7 +154,7 @@ fn one(machine: &Machine, disk: &Disk, parts: &BTreeMap<Role, &Partition>, statu
     })?;
     let mut spare = Spare::new(machine, disk, parts)?;
     spare.hold(parts, Role::is_boot)?;
-    let record = Record::load(spare.held(&Role::Esp)?.below()?, disk.name).map_err(|e| refused(format!("{e:#}")))?;
+    let record = Record::load(spare.mounted.below(&Role::Esp)?, disk.name).map_err(|e| refused(format!("{e:#}")))?;
     let (_, own) = own_record(machine)?;
     // Booted since, it has changed its files itself.
     own.check(machine.booted.name, disk.name, &record)?;
@@ -163,12 +163,10 @@ fn one(machine: &Machine, disk: &Disk, parts: &BTreeMap<Role, &Partition>, statu
     for (role, files) in &proof.files {
         let part = parts.get(role).map_or("", |part| part.path.as_str());
         log.status(&format!("{}: reading {} files of its {role}=", disk.name, files.len()));
-        let found = compare(spare.held(role)?.below()?, files);
+        let found = compare(spare.mounted.below(role)?, files);
         faults.extend(found.into_iter().map(|fault| format!("{role} ({part}): {fault}")));
     }
-    for held in std::mem::take(&mut spare.held).into_values() {
-        held.release()?;
-    }
+    spare.mounted.release()?;
     Ok(faults)
 }
 

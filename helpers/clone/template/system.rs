@@ -9,9 +9,8 @@ use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::boot::entry::{self, Titles};
 use crate::boot::files::{BootFiles, Class};
-use crate::boot::order;
 use crate::boot::wanted::Wanted;
-use crate::boot::{offers, room, roots, wanted};
+use crate::boot::{offers, order, room, roots, wanted};
 use crate::clone::plan::Plan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
 use crate::clone::template::needed;
@@ -285,7 +284,7 @@ impl New {
         faults.extend(needed::absent(text(FSTAB), text(CRYPTTAB), &self.names.own));
         if let Some(current) = self.generation {
             let top = self.below_of(&Role::Root)?;
-            faults.extend(roots::prove(top, &found, current));
+            faults.extend(generation::prove(top, &roots::booted_roots(&found), current));
             let is_there = |path: &str| subvolume::is_subvolume(top, path);
             let beside = fstab::beside_the_root(text(FSTAB), |text| !self.names.root.foreign(text).is_empty(), is_there);
             faults.extend(

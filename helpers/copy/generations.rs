@@ -1,0 +1,234 @@
+//! The copy that makes a new subvolume of a root that has changed, and stages what differs in all other trees.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::base::root::Root;
+use crate::base::types::Role;
+use crate::copy::generation::{self, Plan};
+use crate::copy::rules::OldModules;
+use crate::copy::source::Source;
+use crate::copy::staged::Staged;
+use crate::copy::tree::Tree;
+use crate::copy::{BootedRoot, Copier, Request, Roots, Target};
+use crate::devices::held::{Alone, Mounted};
+use crate::devices::inventory::Partition;
+use crate::devices::mounts::{self, Mount};
+use crate::devices::subvolume;
+use crate::names::files::Rewritten;
+use crate::names::generation::Generation;
+use crate::write::below::Below;
+use crate::write::change::Change;
+
+/// Where the booted root is seen for a list of its subvolumes.
+const PLACE: &str = "/run/dualroot/source/subvolumes";
+
+/// A root with generations, and other trees beside it.
+pub struct Generations {
+    root: Root,
+    /// The partition of the spare's root.
+    part: Partition,
+    exclude: Vec<String>,
+    keep: usize,
+    tree: Tree,
+    source: Source,
+    others: Staged,
+    files: Vec<Rewritten>,
+    roots: Roots,
+    /// What is done with the generations, after a look.
+    plan: Option<Plan>,
+    /// The generation that is being made.
+    fresh: Option<Below>,
+}
+
+impl Generations {
+    /// A copy of the trees that are asked for; `running` is the directory of the file system that is the booted root, and `part` the
+    /// partition of the spare's root.
+    pub fn new(mut request: Request, running: String, part: Partition) -> Self {
+        request.roles.retain(|role| *role != Role::Root);
+        let tree = Tree::of_root(&request.exclude, &[], OldModules::Go);
+        Self {
+            root: request.root.clone(),
+            part,
+            exclude: request.exclude.clone(),
+            keep: request.generations,
+            tree,
+            source: Source::default(),
+            others: Staged::new(request),
+            files: Vec::new(),
+            roots: Roots { running: Some(running), ..Roots::default() },
+            plan: None,
+            fresh: None,
+        }
+    }
+
+    fn plan(&self) -> Result<&Plan> {
+        self.plan.as_ref().context("the generations were not looked at")
+    }
+
+    /// Takes files that get other bytes on the spare out of the root's tree.
+    fn leave_out(&mut self, files: Vec<Rewritten>) {
+        self.tree.leave_out(&self.exclude, &files, OldModules::Go);
+        self.files = files;
+    }
+
+    /// Whether the booted root differs from that generation of it.
+    fn differs(&mut self, generation: Generation, there: &Below, target: &Target<'_>) -> Result<bool> {
+        self.leave_out((target.files)(Some(generation))?);
+        for file in &self.files {
+            if !file.is_in(there)? {
+                return Ok(true);
+            }
+        }
+        self.tree.differs(there)
+    }
+}
+
+/// The generations that menu entries boot, except entries that are there for an older generation only.
+fn generations_of(booted: &[BootedRoot]) -> BTreeSet<Generation> {
+    let entries = booted.iter().filter(|entry| !entry.is_older);
+    entries.filter_map(|entry| Generation::of_subvolume(entry.subvolume.as_deref()?)).collect()
+}
+
+impl Copier for Generations {
+    fn prepare(&mut self) -> Result<()> {
+        self.source.open(&mut self.tree)?;
+        self.others.prepare()
+    }
+
+    fn look(&mut self, target: &Target<'_>) -> Result<()> {
+        let top = target.mounted.below(&Role::Root)?;
+        let found = generation::found(top)?;
+        let changed = match found.last() {
+            Some(last) => {
+                let there = top.sub(last.subvolume().as_ref())?.context("a generation has gone")?;
+                self.differs(*last, &there, target)?
+            }
+            None => true,
+        };
+        let named = target.booted.iter().filter_map(|entry| entry.subvolume.clone());
+        let base = generation::base(top, &found, named, target.is_new)?;
+        let plan = generation::plan(&found, &generations_of(target.booted), base, changed, self.keep);
+        self.leave_out((target.files)(Some(plan.current))?);
+        (self.roots.current, self.roots.kept) = (Some(plan.current), plan.kept.clone());
+        self.plan = Some(plan);
+        // The files that get other bytes all lie in the root.
+        self.others.look(&Target { files: &|_| Ok(Vec::new()), ..*target })
+    }
+
+    fn check_room(&self, spare: &Mounted) -> Result<()> {
+        // What differs of the root is counted before it is staged: the rest is there, and shared with the last generation.
+        self.others.check_room(spare)
+    }
+
+    fn trees(&self) -> Vec<&Tree> {
+        [vec![&self.tree], self.others.trees()].concat()
+    }
+
+    fn files(&self) -> &[Rewritten] {
+        &self.files
+    }
+
+    fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    fn describe(&self) -> Vec<String> {
+        self.plan.iter().flat_map(Plan::changes).collect()
+    }
+
+    fn left_out(&self) -> Result<Vec<String>> {
+        let Some(running) = &self.roots.running else { return Ok(Vec::new()) };
+        let seen = Alone::open(Path::new("/"), Path::new(PLACE))?;
+        let here = Below::open(seen.place())?;
+        let mut found = Vec::new();
+        for path in subvolume::subvolumes_of(&here, running.trim_matches('/'))? {
+            if here.names(path.as_ref()).is_ok_and(|names| !names.is_empty()) {
+                found.push(format!("/{path}"));
+            }
+        }
+        let table = mounts::table()?;
+        let own = mounts::at(&table, Path::new("/")).context("nothing is mounted on /")?;
+        let is_other = |m: &&Mount| m.fstype == "btrfs" && m.source == own.source && !Path::new(&m.root).starts_with(running);
+        found.extend(table.iter().filter(is_other).map(|mount| mount.at.display().to_string()));
+        found.sort();
+        found.dedup();
+        Ok(found)
+    }
+
+    fn begin(&mut self, spare: &Mounted) -> Result<()> {
+        let held = spare.get(&Role::Root)?;
+        let plan = self.plan()?;
+        if let Some(base) = &plan.made_of {
+            self.fresh = Some(generation::begin(held.below()?, held.place(), plan.current, base)?);
+        }
+        self.others.begin(spare)
+    }
+
+    fn fill(&mut self, spare: &Mounted, tell: &dyn Fn(&str)) -> Result<()> {
+        if let Some(fresh) = &self.fresh {
+            tell(&self.tree.at);
+            self.tree.copy(fresh)?;
+            fresh.apply(&Change::Barrier)?;
+        }
+        self.others.fill(spare, tell)
+    }
+
+    fn rewrite(&mut self, _spare: &Mounted) -> Result<()> {
+        let Some(fresh) = &self.fresh else { return Ok(()) };
+        self.files.iter().try_for_each(|file| file.write(fresh, &self.root))?;
+        fresh.apply(&Change::Barrier)
+    }
+
+    fn commit(&mut self, spare: &Mounted) -> Result<()> {
+        if self.fresh.take().is_some() {
+            generation::finish(spare.below(&Role::Root)?, self.plan()?.current)?;
+        }
+        self.others.commit(spare)
+    }
+
+    fn retire(&mut self, spare: &Mounted) -> Result<()> {
+        self.others.retire(spare)
+    }
+
+    fn expired(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Generation>> {
+        let found = generation::found(spare.below(&Role::Root)?)?;
+        let expired = self.plan()?.gone_of(&found, &generations_of(booted));
+        // One has to stay for the spare's mounts to show.
+        Ok(if found.iter().all(|one| expired.contains(one)) { Vec::new() } else { expired })
+    }
+
+    fn remove(&self, spare: &Mounted, expired: &[Generation]) -> Result<Vec<String>> {
+        let top = spare.below(&Role::Root)?;
+        let found = generation::found(top)?;
+        let Some(stays) = found.iter().rfind(|one| !expired.contains(one)).filter(|_| !expired.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        // An interrupted sync may have left another one as what mounts show, which can't be removed.
+        generation::show(top, *stays)?;
+        generation::remove(top, expired)
+    }
+
+    fn show(&self, spare: &Mounted, dirs: &[PathBuf]) -> Result<()> {
+        let current = self.plan()?.current;
+        generation::show(spare.below(&Role::Root)?, current)?;
+        let table = mounts::table()?;
+        let shown = format!("/{}", current.subvolume());
+        let is_stale = |m: &&Mount| m.is_on(&self.part) && m.root != shown && dirs.contains(&m.at);
+        mounts::stop(&table.iter().filter(is_stale).collect::<Vec<_>>())
+    }
+
+    fn root(&self, spare: &Mounted) -> Result<Option<PathBuf>> {
+        Ok(Some(spare.get(&Role::Root)?.place().join(self.plan()?.current.subvolume())))
+    }
+
+    fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<String>> {
+        Ok(generation::prove(spare.below(&Role::Root)?, booted, self.plan()?.current))
+    }
+
+    fn has_subvolume(&self, spare: &Mounted, path: &str) -> bool {
+        spare.below(&Role::Root).is_ok_and(|top| subvolume::is_subvolume(top, path))
+    }
+}

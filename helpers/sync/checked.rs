@@ -1,0 +1,227 @@
+//! The first phase of a sync: may this spare be written, and what lies on both disks? Nothing is written, except that a boot partition
+//! that an interruption left damaged is repaired.
+
+use anyhow::{Context, Result};
+
+use crate::base::log::Log;
+use crate::base::refusal::{refused, refused_for_age};
+use crate::base::types::{DiskName, Role};
+use crate::boot::files::{BootFiles, Class};
+use crate::boot::known::Known;
+use crate::boot::{offers, roots};
+use crate::conf::Disk;
+use crate::copy::{self, Copier, Request, Target};
+use crate::devices::fsck;
+use crate::names::fstab;
+use crate::pair::lineage::{Record, own_record};
+use crate::pair::machine::Machine;
+use crate::pair::settle::{self, Print};
+use crate::sync::Options;
+use crate::sync::spare::{BootContents, Parts, Spare};
+use crate::write::below::{Below, Kind};
+
+/// A spare that may be written, and what was read on both disks.
+pub(crate) struct Checked<'a> {
+    pub(crate) spare: Spare<'a>,
+    pub(crate) copier: Box<dyn Copier>,
+    /// The booted disk's ESP.
+    pub(crate) esp: Below,
+    /// The record on it.
+    pub(crate) own: Record,
+    /// The record of the spare; an empty one where that can't be read, and is given up.
+    pub(crate) of_spare: Record,
+    /// Whether no sync has ever written the spare.
+    is_new: bool,
+    /// Whether the user gives up what only the spare holds.
+    discard: bool,
+    pub(crate) known: Known,
+    /// How the booted disk looked before it was read.
+    pub(crate) before: Print,
+    /// What the booted disk's boot partitions hold.
+    pub(crate) source: BootContents,
+    /// What the spare's hold.
+    pub(crate) there: BootContents,
+}
+
+impl<'a> Checked<'a> {
+    /// Mounts the spare read-only, and looks.
+    ///
+    /// # Errors
+    /// A refusal where the spare may hold what the booted disk lacks, or isn't what the configuration means; whatever can't be read.
+    pub(crate) fn check(
+        machine: &'a Machine,
+        disk: &'a Disk,
+        parts: &Parts<'_>,
+        options: &Options,
+        log: &mut Log,
+    ) -> Result<Self> {
+        let mut spare = Spare::new(machine, disk, parts)?;
+        if !options.dry_run {
+            repair(disk.name, parts, log)?;
+        }
+        spare.hold(parts, |role| *role != Role::Swap)?;
+        let (esp, own) = own_record(machine)?;
+        let discard = options.discard.contains(&disk.name);
+        let of_spare = spare_record(machine.booted.name, &spare, &own, discard)?;
+        let is_new = of_spare.as_ref().is_some_and(Record::is_new);
+        let known = Known::load(&machine.root)?;
+        // Whatever doesn't fit is refused before the first byte is written.
+        let before = settle::print(&machine.boot_dirs())?;
+        let mut source = spare.source()?;
+        let there = spare.boot_files(source.keys())?;
+        let mut copier = copy::choose(request(machine, disk)?, parts)?;
+        if let Some(running) = copier.roots().running.clone() {
+            if let Some(why) = roots::no_source(&running, &source) {
+                return Err(refused(format!("on {}, {why}", machine.booted.name)));
+            }
+            source.values_mut().for_each(|files| offers::keep_own(files, &running));
+        }
+        copier.prepare()?;
+        let booted = roots::booted_roots(&there);
+        let target =
+            Target { mounted: &spare.mounted, booted: &booted, is_new, files: &|generation| spare.rewritten(generation) };
+        copier.look(&target)?;
+        warn_of_what_is_left_out(&spare, copier.as_ref(), log)?;
+        let of_spare = of_spare.unwrap_or_default();
+        Ok(Self { spare, copier, esp, own, of_spare, is_new, discard, known, before, source, there })
+    }
+}
+
+/// Repairs the boot partitions that an interruption left damaged.
+fn repair(name: DiskName, parts: &Parts<'_>, log: &Log) -> Result<()> {
+    for part in parts.iter().filter(|(role, _)| role.is_boot()).map(|(_, part)| part) {
+        if let Some(program) = fsck::repair(part)? {
+            log.warning(&format!("{name}: {} was left by a cut and has been repaired by {program}", part.path));
+        }
+    }
+    Ok(())
+}
+
+/// The record of the spare, which may be overwritten. None where it can't be read, and what the spare holds is given up.
+fn spare_record(booted: DiskName, spare: &Spare<'_>, own: &Record, discard: bool) -> Result<Option<Record>> {
+    let name = spare.disk.name;
+    let record = Record::load(spare.mounted.below(&Role::Esp)?, name);
+    if discard {
+        return Ok(record.ok());
+    }
+    let record = record.map_err(|e| {
+        refused_for_age(format!(
+            "{e:#}, so what is on {name} may be newer; to give it up, run 'dualroot-sync --discard-spare {name}'"
+        ))
+    })?;
+    own.check(booted, name, &record)?;
+    Ok(Some(record))
+}
+
+fn request(machine: &Machine, disk: &Disk) -> Result<Request> {
+    Ok(Request {
+        root: machine.root.clone(),
+        running: machine.subvolume()?,
+        roles: disk.parts.keys().filter(|role| role.tree().is_some()).cloned().collect(),
+        exclude: machine.config.settings.exclude.clone(),
+        generations: machine.config.settings.generations,
+    })
+}
+
+/// Names what lies on the booted disk and isn't copied.
+fn warn_of_what_is_left_out(spare: &Spare<'_>, copier: &dyn Copier, log: &Log) -> Result<()> {
+    let name = spare.disk.name;
+    for path in copier.left_out()? {
+        log.warning(&format!("{name}: {path} is a subvolume of its own; what is in it is not copied"));
+    }
+    if spare.machine.own_roots() {
+        let fstab = spare.machine.root.read_opt("/etc/fstab").context("/etc/fstab")?.unwrap_or_default();
+        for path in fstab::swap_files(&fstab) {
+            log.warning(&format!(
+                "{name}: {path} is a swap file; its copy on the spare is sparse, and the kernel refuses it. Use a swap partition on \
+                 each disk (swap=)"
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Checked<'_> {
+    /// What lies on a disk that no sync has written yet is somebody's: entries are, but not a boot loader that was just installed.
+    ///
+    /// # Errors
+    /// A refusal that names what was found.
+    pub(crate) fn check_empty(&self) -> Result<()> {
+        if !self.is_new || self.discard {
+            return Ok(());
+        }
+        let name = self.spare.disk.name;
+        if let Some((role, file)) = self.there.iter().find_map(|(role, files)| Some((role, first_to_boot(files)?))) {
+            return Err(refused(format!(
+                "{name} has no record of a sync, but its {role}= partition holds {file}, so what is on it may be newer than what was \
+                 booted; make a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {name}'"
+            )));
+        }
+        for tree in self.copier.trees() {
+            if let Some(content) = first_content(self.spare.mounted.below(&tree.role)?)? {
+                return Err(refused(format!(
+                    "{name} was never synced, but its {}= partition is not empty (it has '{}'), and a sync would remove what is there; \
+                     make a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {name}'",
+                    tree.role,
+                    content.escape_debug()
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first of the files in a boot partition that boots a system.
+fn first_to_boot(files: &BootFiles) -> Option<&str> {
+    [Class::Entry, Class::Uki].into_iter().flat_map(|class| files.of(class)).map(|file| file.path.as_str()).next()
+}
+
+/// The first name on a file system that isn't a new one's: anything except empty directories, such as mount points.
+fn first_content(below: &Below) -> Result<Option<String>> {
+    for (name, kind) in below.list(".")? {
+        if name != "lost+found" && (kind != Kind::Dir || !below.list(&name)?.is_empty()) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn f07_a_boot_loader_alone_is_nobodys_system() {
+        let tmp = tempfile::tempdir().unwrap();
+        let files = |paths: &[&str]| {
+            for path in paths {
+                let path = tmp.path().join(path);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, "").unwrap();
+            }
+            BootFiles::scan(&Below::open(tmp.path()).unwrap()).unwrap()
+        };
+        let installed =
+            files(&["EFI/systemd/systemd-bootx64.efi", "EFI/BOOT/BOOTX64.EFI", "loader/loader.conf", "loader/random-seed"]);
+        assert_eq!(first_to_boot(&installed), None);
+        assert_eq!(first_to_boot(&files(&["EFI/Linux/linux.efi"])), Some("EFI/Linux/linux.efi"));
+        assert_eq!(first_to_boot(&files(&["loader/entries/a.conf"])), Some("loader/entries/a.conf"));
+    }
+
+    #[test]
+    fn f01_only_a_new_file_system_is_empty() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        for dir in ["lost+found", "lost+found/x", "boot", "efi"] {
+            fs::create_dir(tmp.path().join(dir)).unwrap();
+        }
+        assert_eq!(first_content(&below).unwrap(), None);
+        fs::create_dir_all(tmp.path().join("photos/2025")).unwrap();
+        assert_eq!(first_content(&below).unwrap().as_deref(), Some("photos"));
+        fs::remove_dir_all(tmp.path().join("photos")).unwrap();
+        fs::write(tmp.path().join("letter"), "").unwrap();
+        assert_eq!(first_content(&below).unwrap().as_deref(), Some("letter"));
+    }
+}

@@ -1,0 +1,91 @@
+//! The last phase of a sync: the spare is read again, and held against the booted disk.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::base::log::Log;
+use crate::base::root::Root;
+use crate::boot::roots;
+use crate::names::{files, fstab};
+use crate::pair::status::Status;
+use crate::proof::searched::Searched;
+use crate::proof::{images, prove, waits};
+use crate::sync::boot_partitions::AllWanted;
+use crate::sync::checked::Checked;
+use crate::sync::written::Written;
+
+/// A spare that was written and read again.
+pub(crate) struct Proven {
+    /// The reasons why it would not boot; none if it would.
+    pub(crate) faults: Vec<String>,
+}
+
+impl Proven {
+    /// Reads the spare again, notes the verdict, and lets go of the spare.
+    ///
+    /// # Errors
+    /// The spare can't be read, or not be flushed.
+    pub(crate) fn prove(written: Written<'_>, status: &mut Status, log: &mut Log) -> Result<Self> {
+        let Written { mut checked, wanted, writes } = written;
+        let disk = checked.spare.disk;
+        log.status(&format!("{}: reading it again", disk.name));
+        if writes > 0 {
+            checked.there = checked.spare.boot_files(checked.source.keys())?;
+        }
+        // The spare boots without these.
+        for done in [checked.show_root(), checked.drop_expired(log)] {
+            if let Err(error) = done {
+                log.warning(&format!("{}: {error:#}", disk.name));
+            }
+        }
+        let faults = checked.faults(&wanted)?;
+        status.ended(disk, &faults, &wanted, &checked.there, checked.of_spare.last_synced());
+        checked.copier.end();
+        drop(checked.copier);
+        checked.spare.mounted.release()?;
+        let verdict = if faults.is_empty() { "boots" } else { "would not boot" };
+        log.info(&format!("{}: {verdict}, {writes} changes to its boot partitions", disk.name));
+        Ok(Self { faults })
+    }
+}
+
+impl Checked<'_> {
+    fn show_root(&self) -> Result<()> {
+        let machine = self.spare.machine;
+        let dirs: Vec<PathBuf> = machine.config.spares(&machine.booted).into_iter().map(|(dir, _)| dir.as_str().into()).collect();
+        self.copier.show(&self.spare.mounted, &dirs)
+    }
+
+    /// The reasons why the spare would not boot, from what was read of its boot partitions since they were written.
+    fn faults(&self, wanted: &AllWanted) -> Result<Vec<String>> {
+        let (spare, machine) = (&self.spare, self.spare.machine);
+        let parts: Vec<prove::Part<'_>> = self
+            .there
+            .iter()
+            .filter_map(|(role, found)| Some(prove::Part { role: role.clone(), wanted: wanted.get(role)?, found }))
+            .collect();
+        let mut faults = prove::boot_partitions(&parts, &spare.rewriter);
+        let mut searched = Searched::load(&spare.rewriter, spare.disk.name)?;
+        for part in &parts {
+            let place = spare.mounted.get(&part.role)?.place();
+            faults.extend(images::boot_partition(place, part.found, &spare.rewriter, &mut searched)?);
+        }
+        searched.save(spare.disk.name)?;
+        // A shared root has one fstab for every disk: what it says has to hold on each.
+        let root = Root::new(self.copier.root(&spare.mounted)?.unwrap_or_else(|| "/".into()));
+        let texts = files::identifying_texts(&root, &machine.drafts)?;
+        faults.extend(prove::root_files(&texts, &spare.rewriter, |dir| machine.is_apart(dir)));
+        let fstab = texts.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
+        faults.extend(waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?);
+        faults.extend(self.copier.prove(&spare.mounted, &roots::booted_roots(&self.there))?);
+        let has = |path: &str| self.copier.has_subvolume(&spare.mounted, path);
+        let lost = fstab::beside_the_root(fstab, |text| spare.names_root(text), has);
+        faults.extend(lost.into_iter().map(|line| {
+            format!(
+                "/etc/fstab makes the boot wait for a subvolume that is not there: {line}; make it there, or give the line nofail"
+            )
+        }));
+        Ok(faults)
+    }
+}

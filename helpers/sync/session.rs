@@ -1,0 +1,169 @@
+//! A run of dualroot-sync(8): what is noted first, what is refused, and what follows a sync.
+
+use anyhow::Result;
+
+use crate::base::log::Log;
+use crate::base::refusal::refused;
+use crate::base::root::Root;
+use crate::base::types::DiskName;
+use crate::boot::nvram;
+use crate::conf::Disk;
+use crate::devices::{held, mounts};
+use crate::pair::machine::Machine;
+use crate::pair::{booted, heal, lock};
+use crate::sync::{self, Done, Options, Outcome};
+
+/// The task of a run.
+#[derive(Clone, Debug)]
+pub enum Task {
+    /// Sync every spare.
+    Sync(Options),
+    /// Make the firmware boot this disk the next time.
+    BootNext {
+        /// The disk.
+        disk: DiskName,
+        /// Print the changes to the firmware's variables, and make none.
+        dry_run: bool,
+    },
+    /// Note that this disk was booted.
+    NoteBoot,
+    /// Note that every disk holds all of a shared root again.
+    Healed,
+}
+
+/// Does the task.
+///
+/// # Errors
+/// [`crate::base::refusal::Refused`] where nothing was written; any other error is a failure.
+pub fn run(task: &Task, log: &mut Log) -> Result<Outcome> {
+    let root = Root::new("/");
+    match task {
+        Task::Healed => heal::healed(&root).map(|()| Outcome::Whole),
+        Task::NoteBoot => {
+            // This is short, and has to be done.
+            let _lock = lock::take(true)?;
+            booted::note(&root).map(|()| Outcome::Whole)
+        }
+        Task::BootNext { disk, dry_run } => {
+            let _lock = lock::take(false)?;
+            boot_next(*disk, *dry_run, log)
+        }
+        Task::Sync(options) => sync(&root, options, log),
+    }
+}
+
+/// The machine; None, which is said, where dualroot isn't configured.
+fn machine(log: &Log) -> Result<Option<Machine>> {
+    let machine = Machine::look()?;
+    match &machine {
+        None => log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do"),
+        Some(machine) => machine.config.warnings.iter().for_each(|warning| log.warning(warning)),
+    }
+    Ok(machine)
+}
+
+/// The disk of the configuration that has this name.
+fn named(machine: &Machine, name: DiskName) -> Result<&Disk> {
+    let disk = machine.config.disks.iter().find(|disk| disk.name == name);
+    disk.ok_or_else(|| refused(format!("there is no [{name}] in the configuration; nothing was done")))
+}
+
+fn boot_next(name: DiskName, dry_run: bool, log: &Log) -> Result<Outcome> {
+    let Some(machine) = machine(log)? else { return Ok(Outcome::Whole) };
+    let firmware = machine.firmware();
+    for change in nvram::plan_next(&firmware, named(&machine, name)?)? {
+        match dry_run {
+            true => println!("firmware: {change}"),
+            false => nvram::apply(&firmware, &change)?,
+        }
+    }
+    Ok(Outcome::Whole)
+}
+
+fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
+    if !options.dry_run {
+        note_degraded(root, log);
+    }
+    let _lock = lock::take(false)?;
+    // Also where there is no sync, for whatever reason.
+    let noted = if options.dry_run { Ok(()) } else { booted::note(root) };
+    let Some(mut machine) = machine(log)? else { return Ok(Outcome::Whole) };
+    check_discard(&machine, options)?;
+    held::enter_private_namespace()?;
+    // The root's two halves are one matter, the boot partitions another.
+    let state = heal::look(&machine.root, &machine.config)?;
+    report_shared_root(state, options, log)?;
+    let done = sync::run(&mut machine, options, noted, log);
+    if !options.dry_run {
+        mounts::start_spares(log);
+    }
+    update_firmware(&machine, &done, options, log)?;
+    match (state, done.outcome) {
+        (heal::Root::Behind, Ok(_)) | (heal::Root::Degraded, Ok(Outcome::Whole)) => Ok(Outcome::Broken),
+        (_, outcome) => outcome,
+    }
+}
+
+/// Tells the firmware which disks a degraded shared root goes on with. This comes before anything that may refuse: the disk that has
+/// dropped out may be the booted one.
+fn note_degraded(root: &Root, log: &Log) {
+    match heal::note(root) {
+        Ok(true) => log.warning(
+            "the shared root is mounted without one of its disks; the firmware remembers that, so that the disk is not booted alone \
+             before it has got what is written from now on",
+        ),
+        Ok(false) => {}
+        Err(e) => log.warning(&format!(
+            "the firmware could not be told whether the shared root is without one of its disks: {e:#}. If it is, do not boot that disk \
+             alone: what is written now would be lost"
+        )),
+    }
+}
+
+/// What is given up is a spare's.
+fn check_discard(machine: &Machine, options: &Options) -> Result<()> {
+    for name in &options.discard {
+        named(machine, *name)?;
+        if *name == machine.booted.name {
+            return Err(refused(format!(
+                "{name} is the booted disk, and no spare; to give up what is on it, boot the other disk and run this there"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Reports a shared root that lacks a disk, and starts the healing where the disk is back.
+fn report_shared_root(state: heal::Root, options: &Options, log: &Log) -> Result<()> {
+    match state {
+        heal::Root::Whole => Ok(()),
+        heal::Root::Degraded => {
+            log.warning(
+                "the shared root is mounted without one of its disks; what is written now is on one disk only until the machine is \
+                 rebooted with both, even if the disk has been put back",
+            );
+            Ok(())
+        }
+        heal::Root::Behind => {
+            log.error(
+                "a disk was away while the shared root was written, and would not boot alone before dualroot-heal.service (scrub and \
+                 balance, started now) has ended well",
+            );
+            if options.dry_run { Ok(()) } else { heal::start() }
+        }
+    }
+}
+
+/// Gives each disk its boot entry, also after a failover to this disk with the other one half dead, but not where this disk may be the
+/// older one.
+fn update_firmware(machine: &Machine, done: &Done, options: &Options, log: &Log) -> Result<()> {
+    let firmware = machine.firmware();
+    match (done.may_be_older, options.dry_run) {
+        (true, _) => Ok(()),
+        (false, true) => {
+            nvram::plan(&firmware)?.iter().for_each(|change| println!("firmware: {change}"));
+            Ok(())
+        }
+        (false, false) => nvram::carry_out(&firmware, log),
+    }
+}
