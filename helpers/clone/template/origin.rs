@@ -513,7 +513,7 @@ mod tests {
         let (_tmp, origin) = template(&[whole[0], whole[1], whole[2], (IDENTIFIERS, &shared)]);
         let error = origin.about(None).unwrap_err();
         assert!(error.is::<Refused>() && error.to_string().contains("share one root"), "{error:#}");
-        let error = Origin::Here("/nonexistent".into()).found().unwrap_err();
+        let error = Origin::Here(tmp.path().join("absent")).found().unwrap_err();
         assert!(error.is::<Refused>(), "{error:#}");
     }
 }
