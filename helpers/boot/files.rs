@@ -28,6 +28,13 @@ pub enum Class {
     Local,
 }
 
+impl Class {
+    /// Whether such a file is an item of the boot loader's menu.
+    pub fn is_bootable(self) -> bool {
+        matches!(self, Self::Entry | Self::Uki)
+    }
+}
+
 /// The class of a file by its path below the partition. FAT ignores case, and so does this.
 pub fn classify(path: &str) -> Class {
     let path = fold(path);

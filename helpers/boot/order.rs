@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Result, bail};
 
 use crate::base::types::Role;
+use crate::boot::bootable::Bootable;
 use crate::boot::entry;
 use crate::boot::files::{BootFile, Class, classify, fold};
 use crate::boot::wanted::{Part, Step, Wanted};
@@ -136,8 +137,7 @@ impl<'a> Work<'a> {
 
     /// Folded paths that entries on the spare refer to now.
     fn referred(&self) -> BTreeSet<String> {
-        let entries = self.files.values().filter(|f| classify(&f.path) == Class::Entry);
-        entries.filter_map(|f| f.text.as_deref()).flat_map(entry::files).map(|f| fold(&f)).collect()
+        Bootable::all(&self.files).flat_map(|bootable| bootable.refers_to()).map(|path| fold(&path)).collect()
     }
 
     fn has(&self, wanted: &Wanted) -> bool {
@@ -147,10 +147,10 @@ impl<'a> Work<'a> {
     /// Whether an entry that is to be there in the end has all its files already, as they are to be.
     fn has_an_entry(&self) -> bool {
         let is_whole = |path: &String| self.wanted.get(&fold(path)).is_some_and(|file| self.has(file));
-        self.files.iter().any(|(key, file)| match (classify(key), self.wanted.get(key), &file.text) {
-            (Class::Entry, Some(_), Some(text)) => entry::files(text).iter().all(is_whole),
-            (Class::Uki, Some(wanted), _) => self.has(wanted),
-            _ => false,
+        Bootable::all(&self.files).any(|bootable| match (&bootable, self.wanted.get(&fold(&bootable.file().path))) {
+            (_, None) => false,
+            (Bootable::Entry(_), Some(_)) => bootable.refers_to().iter().all(is_whole),
+            (Bootable::Uki(_) | Bootable::UkiWithAddons(..), Some(wanted)) => self.has(wanted),
         })
     }
 
@@ -187,12 +187,11 @@ impl<'a> Work<'a> {
         for key in self.temporary.keys().filter(|k| !referred.contains(*k)).cloned().collect::<Vec<_>>() {
             self.remove(steps, &key);
         }
-        let dead = |file: &&BootFile| {
+        let dead = |bootable: &Bootable<'_>| {
             let lacks = |f: &String| !self.files.contains_key(&fold(f)) && !self.temporary.contains_key(&fold(f));
-            file.text.as_deref().is_some_and(|text| entry::files(text).iter().any(lacks))
+            bootable.refers_to().iter().any(lacks)
         };
-        let entries = self.files.values().filter(|f| classify(&f.path) == Class::Entry);
-        for key in entries.filter(dead).map(|f| fold(&f.path)).collect::<Vec<_>>() {
+        for key in Bootable::all(&self.files).filter(dead).map(|b| fold(&b.file().path)).collect::<Vec<_>>() {
             self.remove(steps, &key);
         }
     }
@@ -292,12 +291,10 @@ impl<'a> Work<'a> {
     }
 
     fn drop_entries(&mut self, steps: &mut Steps) {
-        let gone =
-            |f: &&BootFile| matches!(classify(&f.path), Class::Entry | Class::Uki) && !self.wanted.contains_key(&fold(&f.path));
-        for file in self.files.values().filter(gone).cloned().collect::<Vec<_>>() {
-            let key = fold(&file.path);
+        let all = Bootable::all(&self.files).map(|bootable| (fold(&bootable.file().path), bootable.refers_to()));
+        for (key, referred) in all.filter(|(key, _)| !self.wanted.contains_key(key)).collect::<Vec<_>>() {
             // What only this entry referred to goes with it, wherever it came from.
-            for path in file.text.as_deref().map(entry::files).unwrap_or_default() {
+            for path in referred {
                 if classify(&path) == Class::Payload {
                     self.orphans.insert(fold(&path));
                 }

@@ -86,7 +86,7 @@ pub(crate) fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Resu
     if class == Class::Local {
         return Ok(None);
     }
-    if !matches!(class, Class::Entry | Class::Uki) {
+    if !class.is_bootable() {
         return Ok(Some(path.to_owned()));
     }
     let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is no entry"))?;

@@ -8,9 +8,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::boot::entry;
-use crate::boot::files::{BootFiles, Class, classify, fold};
-use crate::boot::initrd::{initrd, initrds};
+use crate::boot::bootable::Bootable;
+use crate::boot::files::{BootFiles, fold};
+use crate::boot::initrd::initrd;
 use crate::boot::pe::uki;
 use crate::names::ident::Rewriter;
 use crate::proof::searched::Searched;
@@ -22,12 +22,11 @@ use crate::proof::searched::Searched;
 /// Those of reading it.
 pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, searched: &mut Searched) -> Result<Vec<String>> {
     let mut faults = Vec::new();
-    let texts = || found.of(Class::Entry).filter_map(|f| f.text.as_deref());
-    let mut initrds: Vec<String> = texts().flat_map(initrds).collect();
-    let named: BTreeSet<String> =
-        texts().flat_map(entry::files).filter(|path| !initrds.contains(path)).map(|p| fold(&p)).collect();
-    // Add-ons (systemd-stub(7)) hold command lines too, and an entry may name an image wherever it lies.
-    let may_hold = |key: &str| named.contains(key) || key.ends_with(".addon.efi") || classify(key) == Class::Uki;
+    let all: Vec<Bootable<'_>> = Bootable::all(&found.files).collect();
+    let mut initrds: Vec<String> = all.iter().flat_map(Bootable::initrds).collect();
+    let images: BTreeSet<String> = all.iter().flat_map(Bootable::images).collect();
+    // Add-ons for all images (systemd-stub(7)) hold command lines, too.
+    let may_hold = |key: &str| images.contains(key) || key.ends_with(".addon.efi");
     for image in found.files.iter().filter(|(key, _)| may_hold(key)).map(|(_, image)| image) {
         if searched.has(&image.hash) {
             continue;

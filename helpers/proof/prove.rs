@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::base::root::Root;
 use crate::base::types::{DirPath, Role};
+use crate::boot::bootable::Bootable;
 use crate::boot::entry;
 use crate::boot::files::{BootFiles, Class, fold};
 use crate::boot::wanted::Wanted;
@@ -45,8 +46,7 @@ pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<String> {
             faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{}: {} names {id}", part.role, file.path)));
         }
     }
-    let any = |class: Class| parts.iter().any(|p| p.found.of(class).next().is_some());
-    if !any(Class::Entry) && !any(Class::Uki) {
+    if !parts.iter().any(|part| Bootable::all(&part.found.files).next().is_some()) {
         faults.push("there is no boot loader entry".to_owned());
     }
     let fallback = |p: &Part<'_>| p.role == Role::Esp && p.found.files.keys().any(|k| k.starts_with("efi/boot/boot"));

@@ -10,7 +10,7 @@ use crate::base::types::Role;
 use crate::boot::files::{Class, classify};
 use crate::boot::known::Known;
 use crate::boot::wanted::{Part, Step, Wanted};
-use crate::boot::{entry, offers, order, room, wanted};
+use crate::boot::{bootable, offers, order, room, wanted};
 use crate::copy::Roots;
 use crate::sync::spare::{BootContents, Spare};
 
@@ -64,13 +64,7 @@ impl BootPlan {
 fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: &BootContents) -> Result<AllWanted> {
     let titles = spare.machine.titles(spare.disk);
     let rewrite = |class: Class, text: &[u8]| match class {
-        Class::Entry => {
-            let text = entry::rewrite(text, &spare.rewriter, &titles);
-            match roots.current.filter(|_| spare.boots_root(&text)) {
-                Some(generation) => generation.boot(&text),
-                None => text,
-            }
-        }
+        Class::Entry => bootable::retarget(text, &spare.rewriter, &titles, roots.current, |text| spare.boots_root(text)),
         _ => spare.rewriter.rewrite(text),
     };
     let places: BTreeMap<Role, PathBuf> =
@@ -81,8 +75,7 @@ fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: 
         let mounted = places.get(role).context("a boot partition has no place")?;
         all.insert(role.clone(), wanted::wanted(files, mounted, found, rewrite)?);
     }
-    let boots = |w: &Wanted| matches!(classify(&w.path), Class::Entry | Class::Uki);
-    if !all.values().flatten().any(boots) {
+    if !all.values().flatten().any(|wanted| classify(&wanted.path).is_bootable()) {
         return Err(refused(format!(
             "the booted disk has no boot loader entry that could be copied, so {} would lose its own; install a kernel again, or \
              'kernel-install add', and see 'bootctl list'",

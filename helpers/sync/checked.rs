@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use crate::base::log::Log;
 use crate::base::refusal::{refused, refused_for_age};
 use crate::base::types::{DiskName, Role};
-use crate::boot::files::{BootFiles, Class};
+use crate::boot::bootable::Bootable;
+use crate::boot::files::BootFiles;
 use crate::boot::known::Known;
 use crate::boot::{offers, roots};
 use crate::conf::Disk;
@@ -173,7 +174,10 @@ impl Checked<'_> {
 
 /// The first of the files in a boot partition that boots a system.
 fn first_to_boot(files: &BootFiles) -> Option<&str> {
-    [Class::Entry, Class::Uki].into_iter().flat_map(|class| files.of(class)).map(|file| file.path.as_str()).next()
+    // An entry tells a person more than an image.
+    let mut all: Vec<Bootable<'_>> = Bootable::all(&files.files).collect();
+    all.sort_by_key(|bootable| !matches!(bootable, Bootable::Entry(_)));
+    all.first().map(|bootable| bootable.file().path.as_str())
 }
 
 /// The first name on a file system that isn't a new one's: anything except empty directories, such as mount points.

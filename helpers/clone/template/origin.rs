@@ -14,7 +14,7 @@ use crate::base::progress::Progress;
 use crate::base::refusal::{nothing_done, refused};
 use crate::base::root::Root;
 use crate::base::types::Role;
-use crate::boot::files::{Class, classify};
+use crate::boot::files::classify;
 use crate::clone::template::identity::{self, HOST_NAME, MACHINE_ID};
 use crate::copy::rsync;
 use crate::devices::gpt::{self, DiskLayout};
@@ -307,7 +307,7 @@ impl<'p> Listing<'p> {
             let room = if item.starts_with('h') { 0 } else { size.div_ceil(BLOCK).saturating_mul(BLOCK).saturating_add(INODE) };
             let bytes = found.bytes.entry(place).or_default();
             *bytes = bytes.saturating_add(room);
-            if matches!(classify(inner), Class::Entry | Class::Uki) && !found.boots.contains(&place) {
+            if classify(inner).is_bootable() && !found.boots.contains(&place) {
                 found.boots.push(place);
             }
         }

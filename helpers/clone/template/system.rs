@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::base::root::Root;
 use crate::base::types::Role;
-use crate::boot::entry::{self, Titles};
+use crate::boot::entry::Titles;
 use crate::boot::files::{BootFiles, Class};
 use crate::boot::wanted::Wanted;
-use crate::boot::{offers, order, room, roots, wanted};
+use crate::boot::{bootable, offers, order, room, roots, wanted};
 use crate::clone::plan::Plan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
 use crate::clone::template::needed;
@@ -197,11 +197,8 @@ impl New {
         if class != Class::Entry {
             return self.names.rewriter.rewrite(text);
         }
-        let text = entry::rewrite(text, &self.names.rewriter, &Titles::default());
-        match self.generation.filter(|_| self.boots_root(&text) == Some(true)) {
-            Some(generation) => generation.boot(&text),
-            None => text,
-        }
+        let boots_root = |text: &[u8]| self.boots_root(text) == Some(true);
+        bootable::retarget(text, &self.names.rewriter, &Titles::default(), self.generation, boots_root)
     }
 
     /// What the copied tree has for a boot partition. By a link, that would be this machine's.
