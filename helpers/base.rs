@@ -1,5 +1,3 @@
-//! Types, the root that reads go through, programs, logging and progress.
-
 pub mod clock;
 pub mod log;
 pub mod program;

@@ -1,5 +1,3 @@
-//! The files that boot a system, the order in which they are written, and the firmware's variables.
-
 pub mod bootable;
 pub mod efi;
 pub mod entry;

@@ -1,5 +1,3 @@
-//! Block devices, the layers on them, partition tables and mounts.
-
 pub mod btrfs;
 pub mod fsck;
 pub mod gpt;

@@ -1,5 +1,3 @@
-//! Identifiers of disks, and the texts that hold them.
-
 pub mod cmdline;
 pub mod crypttab;
 pub mod files;

@@ -1,5 +1,3 @@
-//! The machine and its disks: which one is newer, what is remembered of each, and healing a shared root.
-
 pub mod booted;
 pub mod containers;
 pub mod heal;

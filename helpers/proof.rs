@@ -1,5 +1,3 @@
-//! Why a spare would not boot.
-
 pub mod images;
 pub mod prove;
 pub mod searched;

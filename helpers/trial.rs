@@ -1,3 +1,1 @@
-//! Reading a spare again from its medium.
-
 pub mod verify;
