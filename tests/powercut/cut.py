@@ -309,10 +309,10 @@ def judge_root_mutants(sync, ways, program, seed):
 
 
 def table(cells):
-    """What does not boot of the cuts that were tried, for people."""
+    """The table of README.md: how many of the cuts that were tried do not boot."""
     rows = [("dualroot", "esp: fixed names", "esp: new comes, old goes")]
     rows += [(f"`{tool}`", *(f"esp: {tool}, {name}" for name in scenes.PEERS)) for tool in record.PEERS]
-    head = ["cuts that do not boot", *scenes.PEERS]
+    head = ["power cuts after which the disk does not boot", *scenes.PEERS]
     lines = [head, ["---"] * len(head)] + [[tool, *(cells.get(name, "-") for name in names)] for tool, *names in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
