@@ -1,4 +1,4 @@
-//! The time, as a number and for people, and the ids that the kernel gives.
+//! The time as a number and as text, and ids from the kernel.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,13 +7,13 @@ use uuid::Uuid;
 
 use crate::base::root::Root;
 
-/// Seconds since 1970 as people write them, in UTC.
+/// A time in seconds since 1970 as text for people, in UTC: `2026-11-29 14:06:00 UTC`.
 pub fn date(seconds: u64) -> String {
     let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
-    // It panics behind the year 9999.
+    // humantime panics after the year 9999.
     match time.filter(|_| seconds < 253_402_300_800) {
         Some(time) => humantime::format_rfc3339_seconds(time).to_string().replace('T', " ").replace('Z', " UTC"),
-        None => "a day that no clock shows".to_owned(),
+        None => "a date after the year 9999".to_owned(),
     }
 }
 
@@ -22,10 +22,11 @@ pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// An id that the kernel gives (random(4)): `boot_id`, that of this boot, or `uuid`, another one each time.
+/// Reads an id from the kernel (random(4)). `name` is `boot_id`, which stays the same until the next boot, or `uuid`, which is a new one
+/// at every read.
 ///
 /// # Errors
-/// A kernel that doesn't tell.
+/// The file can't be read, or holds no UUID.
 pub fn kernel_id(root: &Root, name: &str) -> Result<Uuid> {
     let path = format!("/proc/sys/kernel/random/{name}");
     let text = root.read(&path).with_context(|| format!("{path} can't be read"))?;

@@ -1,4 +1,4 @@
-//! Running other programs: by absolute path, with a cleared environment, and never ignoring how they ended.
+//! Runs other programs: by absolute path, with a cleared environment, and with their exit status checked.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -7,13 +7,13 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Where programs are looked for.
+/// The directories that are searched for programs.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
-/// The absolute path of a program: `$PATH` is not asked.
+/// The absolute path of a program; `$PATH` is ignored.
 ///
 /// # Errors
-/// A program that is not installed; a name that is a path.
+/// The program is not installed, or the name contains a slash.
 pub fn path(name: &str) -> Result<PathBuf> {
     DIRECTORIES
         .iter()
@@ -22,7 +22,7 @@ pub fn path(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("the program '{name}' is not installed"))
 }
 
-/// A command with nothing of our environment but what programs need to behave the same everywhere, and no input.
+/// A command without input, whose environment holds `PATH` and `LC_ALL` only, so that it behaves the same everywhere.
 ///
 /// # Errors
 /// As [`path`].
@@ -32,30 +32,30 @@ pub fn command(name: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs a program to its end and returns what it printed.
+/// Runs a program to its end and returns its standard output.
 ///
 /// # Errors
-/// One that can't be run, or doesn't exit with 0: with what it said on standard error.
+/// The program can't be run, or exits with another status than 0; the message then quotes its standard error.
 pub fn output(name: &str, args: impl IntoIterator<Item = OsString>) -> Result<Vec<u8>> {
     check(name, command(name)?.args(args).output())
 }
 
-/// As [`output`], with something to read.
+/// As [`output`], with `input` as standard input.
 ///
 /// # Errors
-/// As [`output`]; a program that doesn't read all of it.
+/// As [`output`]; the program doesn't read all of its input.
 pub fn fed(name: &str, args: impl IntoIterator<Item = OsString>, input: &[u8]) -> Result<Vec<u8>> {
     let mut command = command(name)?;
     command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("{name} can't be run"))?;
-    // So little that it fits into the pipe. Closed by being dropped.
-    let written = child.stdin.take().context("there is no pipe")?.write_all(input);
+    // The input is short enough to fit into the pipe, which is closed by being dropped.
+    let written = child.stdin.take().context("the program has no standard input")?.write_all(input);
     let printed = check(name, child.wait_with_output())?;
-    written.with_context(|| format!("{name} didn't read what it was given"))?;
+    written.with_context(|| format!("{name} didn't read all of its input"))?;
     Ok(printed)
 }
 
-/// As [`output`], of a program that asks on the terminal.
+/// As [`output`], for a program that asks questions on the terminal.
 ///
 /// # Errors
 /// As [`output`].
@@ -80,8 +80,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_of_the_environment_reaches_a_program() {
-        const NAME: &str = "base::program::tests::nothing_of_the_environment_reaches_a_program";
+    fn programs_get_a_cleared_environment() {
+        const NAME: &str = "base::program::tests::programs_get_a_cleared_environment";
         const VARIABLE: &str = "DUALROOT_TEST_HOSTILE";
         if let Some(file) = std::env::var_os(VARIABLE) {
             fs::write(file, output("env", []).unwrap()).unwrap();
@@ -96,7 +96,7 @@ mod tests {
         for name in ["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT"] {
             hostile.env(name, tmp.path().join("absent.so"));
         }
-        // Of the programs that are run: rsync, e2fsck, lsblk (libblkid, libudev), xz, zstd, gzip, bzip2, systemctl, and of every one.
+        // Variables that rsync, e2fsck, lsblk (libblkid, libudev), xz, zstd, gzip, bzip2, systemctl, or all programs would read.
         for name in [
             "RSYNC_RSH",
             "RSYNC_OLD_ARGS",
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_found_in_the_system_s_directories_only() {
+    fn only_system_directories_are_searched_for_programs() {
         let found = path("env").unwrap();
         assert!(DIRECTORIES.iter().any(|dir| found.parent() == Some(Path::new(dir))), "{}", found.display());
         assert_eq!(command("env").unwrap().get_program(), found);

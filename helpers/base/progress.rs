@@ -1,4 +1,4 @@
-//! How far something is that takes its time: a line on a terminal, which is written over again and again.
+//! The progress of long work: a line on a terminal that is overwritten every second.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -7,32 +7,32 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// How many characters the bar has.
+/// The length of the bar in characters.
 const WIDTH: u64 = 20;
-/// How often the line is written.
+/// The time between two updates of the line.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The line of one piece of work. It goes with that.
+/// The line for one piece of work; it is erased when this value is dropped.
 pub(crate) struct Progress {
     terminal: Box<dyn Write + Send>,
     total: u64,
-    /// When it was first known how much is done, and how much that was: the kernel goes on with what was begun before.
+    /// The time of the first report, and the bytes that were done by then: the kernel may be resuming earlier work.
     first: Option<(Instant, u64)>,
     shown: Option<Instant>,
 }
 
 impl Progress {
-    /// Begins, with the number of bytes that there are; None where standard output is no terminal.
+    /// Begins a line for `total` bytes of work; None if standard output is not a terminal.
     pub fn begin(total: impl FnOnce() -> u64) -> Option<Self> {
         io::stdout().is_terminal().then(|| Self::on(io::stdout(), total()))
     }
 
-    /// As [`Progress::begin`], on this terminal.
+    /// As [`Progress::begin`], on `terminal`.
     pub fn on(terminal: impl Write + Send + 'static, total: u64) -> Self {
         Self { terminal: Box::new(terminal), total, first: None, shown: None }
     }
 
-    /// Shows how many bytes are done, unless that was just shown.
+    /// Shows how many bytes are done, at most once in [`PERIOD`].
     pub fn show(&mut self, done: u64) {
         let now = Instant::now();
         let (begun, before) = *self.first.get_or_insert((now, done));
@@ -40,10 +40,10 @@ impl Progress {
             return;
         }
         self.shown = Some(now);
-        self.write(&told(before, done, self.total, now - begun));
+        self.write(&line(before, done, self.total, now - begun));
     }
 
-    /// A terminal that has gone is no reason to stop.
+    /// Ignores errors: a terminal that was closed must not stop the work.
     fn write(&mut self, line: &str) {
         let _ = write!(self.terminal, "\r{line}\x1b[K");
         let _ = self.terminal.flush();
@@ -58,13 +58,13 @@ impl Drop for Progress {
     }
 }
 
-/// Does some work on so many bytes, and shows meanwhile which part of them is done, as `look` finds it.
+/// Runs `work`, which is about `total` bytes, and shows its progress meanwhile. `fraction_done` returns a number from 0 to 1.
 ///
 /// # Errors
-/// Those of the work.
+/// Those of `work`.
 pub(crate) fn watch<T: Send>(
     total: impl FnOnce() -> u64,
-    look: impl Fn() -> Option<f64>,
+    fraction_done: impl Fn() -> Option<f64>,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
     let Some(mut progress) = Progress::begin(total) else { return work() };
@@ -74,9 +74,9 @@ pub(crate) fn watch<T: Send>(
         loop {
             match ended.recv_timeout(PERIOD) {
                 Ok(done) => return done,
-                Err(RecvTimeoutError::Disconnected) => bail!("it ended without a result"),
+                Err(RecvTimeoutError::Disconnected) => bail!("the work ended without a result"),
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Some(part) = look() {
+                    if let Some(part) = fraction_done() {
                         progress.show((progress.total as f64 * part) as u64);
                     }
                 }
@@ -85,8 +85,8 @@ pub(crate) fn watch<T: Send>(
     })
 }
 
-/// A bar, the rate since so much was done `before`, and how long the rest takes at that rate.
-fn told(before: u64, done: u64, total: u64, elapsed: Duration) -> String {
+/// A bar, the rate since `before` bytes were done, and the time that the rest takes at that rate.
+fn line(before: u64, done: u64, total: u64, elapsed: Duration) -> String {
     let done = done.min(total);
     let of = |whole: u64| u128::from(done).saturating_mul(whole.into()).checked_div(total.into()).unwrap_or(0) as u64;
     let bar: String = (0..WIDTH).map(|at| if at < of(WIDTH) { '#' } else { '.' }).collect();
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_told() {
+    fn bar_rate_and_time_left() {
         const GIB: u64 = 1 << 30;
         for (before, done, total, seconds, expected) in [
             (0, 0, GIB, 0, "[....................]   0 %     0.0 MiB/s  -:--:-- left"),
@@ -111,15 +111,15 @@ mod tests {
             (0, GIB / 4, GIB, 64, "[#####...............]  25 %     4.0 MiB/s  0:03:12 left"),
             (0, GIB, 100 * GIB, 16, "[....................]   1 %    64.0 MiB/s  0:26:24 left"),
             (0, GIB, 5000 * GIB, 16, "[....................]   0 %    64.0 MiB/s  22:13:04 left"),
-            // Half of it was there already.
+            // Half of it was done before.
             (2 * GIB, 3 * GIB, 4 * GIB, 16, "[###############.....]  75 %    64.0 MiB/s  0:00:16 left"),
             (0, GIB, GIB, 64, "[####################] 100 %    16.0 MiB/s  0:00:00 left"),
-            // It has grown meanwhile.
+            // The total has grown meanwhile.
             (0, 2 * GIB, GIB, 64, "[####################] 100 %    16.0 MiB/s  0:00:00 left"),
             (GIB, 0, GIB, 1, "[....................]   0 %     0.0 MiB/s  -:--:-- left"),
             (0, 0, 0, 1, "[....................]   0 %     0.0 MiB/s  -:--:-- left"),
         ] {
-            assert_eq!(told(before, done, total, Duration::from_secs(seconds)), expected);
+            assert_eq!(line(before, done, total, Duration::from_secs(seconds)), expected);
         }
     }
 }

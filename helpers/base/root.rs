@@ -1,4 +1,4 @@
-//! The one handle in front of every read of the system's files, so that tests and packagers can put a tree of their own there.
+//! The directory that stands for `/` whenever a system file is read, so that tests and packagers can use a tree of their own.
 
 use std::ffi::OsString;
 use std::fs;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 
-/// No file that dualroot parses is larger: a bigger one is an error, not an allocation.
+/// The largest file that is read, in bytes: a larger one is an error, so that it doesn't fill the memory.
 const LARGEST: u64 = 4 << 20;
 
 /// The directory that stands for `/`.
@@ -34,16 +34,16 @@ impl Root {
         self.0 == Path::new("/")
     }
 
-    /// Where the absolute path `path` of the system lies.
+    /// The real path of the system's absolute path `path`.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         self.0.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// The contents of a file, up to 4 MiB; nothing for /dev/null. A named pipe is not waited for.
+    /// The contents of a file of at most 4 MiB; /dev/null is empty. Doesn't block on a named pipe.
     ///
     /// # Errors
-    /// Those of opening and reading; `InvalidInput` for what is neither a file nor a character device; `FileTooLarge` above the limit.
+    /// Those of opening and reading; `InvalidInput` if it is neither a regular file nor a character device; `FileTooLarge`.
     pub fn read(&self, path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(self.path(path))?;
@@ -58,10 +58,10 @@ impl Root {
         Ok(bytes)
     }
 
-    /// The contents of a file, or None where there is no such file.
+    /// The contents of a file, or None if it or its directory doesn't exist.
     ///
     /// # Errors
-    /// As [`Root::read`], but for a file or directory that does not exist.
+    /// As [`Root::read`], except that the file doesn't exist.
     pub fn read_opt(&self, path: impl AsRef<Path>) -> io::Result<Option<Vec<u8>>> {
         match self.read(path) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -70,10 +70,10 @@ impl Root {
         }
     }
 
-    /// The names in a directory, sorted; none where it does not exist.
+    /// The names in a directory, sorted; empty if it doesn't exist.
     ///
     /// # Errors
-    /// Those of reading a directory that exists.
+    /// A directory that exists can't be read.
     pub fn names(&self, path: impl AsRef<Path>) -> io::Result<Vec<OsString>> {
         let mut names = match fs::read_dir(self.path(path)) {
             Ok(dir) => dir.map(|e| Ok(e?.file_name())).collect::<io::Result<Vec<_>>>()?,
@@ -84,7 +84,7 @@ impl Root {
         Ok(names)
     }
 
-    /// Whether the path exists; a dangling symbolic link does.
+    /// Whether the path exists; a dangling symbolic link counts as existing.
     pub fn exists(&self, path: impl AsRef<Path>) -> bool {
         fs::symlink_metadata(self.path(path)).is_ok()
     }

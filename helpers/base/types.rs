@@ -1,4 +1,4 @@
-//! Types for the things that have rules. Each has one fallible constructor.
+//! Values that have rules (PARTUUIDs, paths, roles, names). Each type has one constructor that checks them.
 
 use std::fmt;
 
@@ -13,8 +13,8 @@ impl PartUuid {
     /// Reads a PARTUUID in any case, with or without `PARTUUID=` in front.
     ///
     /// # Errors
-    /// Anything but the hyphenated form, and the nil UUID, which GPT reserves for unused entries. The short PARTUUIDs of MBR
-    /// partitions (`1234abcd-02`) are not accepted: UEFI systems with two boot disks have GPT on both.
+    /// Text that isn't a hyphenated UUID; the nil UUID, which GPT reserves for unused entries. The short PARTUUIDs of MBR partitions
+    /// (`1234abcd-02`) are refused too, because UEFI systems with two boot disks have GPT on both.
     pub fn parse(text: &str) -> Result<Self> {
         let bare = match text.get(..9) {
             Some(tag) if tag.eq_ignore_ascii_case("PARTUUID=") => text.get(9..).unwrap_or_default(),
@@ -32,7 +32,7 @@ impl PartUuid {
         Ok(Self(uuid))
     }
 
-    /// The path of udev's link to the partition; udev writes PARTUUIDs in lower case.
+    /// The path of udev's link to the partition. udev writes PARTUUIDs in lower case.
     pub fn device_path(&self) -> String {
         format!("/dev/disk/by-partuuid/{self}")
     }
@@ -42,7 +42,7 @@ impl PartUuid {
         format!("/dev/mapper/dualroot-{self}")
     }
 
-    /// The UUID behind it, as in the mixed-endian layout of GPT and EFI device paths when asked for `to_bytes_le()`.
+    /// The UUID itself; its `to_bytes_le()` is the byte order of GPT and of EFI device paths.
     pub fn uuid(&self) -> Uuid {
         self.0
     }
@@ -81,18 +81,18 @@ impl DirPath {
             bail!("'{}' is not an absolute path", text.escape_debug());
         }
         if text.chars().any(char::is_control) {
-            bail!("the path '{}' has a control character", text.escape_debug());
+            bail!("the path '{}' contains a control character", text.escape_debug());
         }
         let mut path = String::new();
         for part in text.split('/').filter(|p| !p.is_empty()) {
             if part == "." || part == ".." {
-                bail!("the path '{text}' has a '{part}' in it");
+                bail!("the path '{text}' contains '{part}'");
             }
             path.push('/');
             path.push_str(part);
         }
         if path.is_empty() {
-            bail!("'/' is not a directory of its own here");
+            bail!("'/' can't be used here; name a directory below it");
         }
         Ok(Self(path))
     }
@@ -102,7 +102,7 @@ impl DirPath {
         &self.0
     }
 
-    /// The path without its leading slash, for use below another directory.
+    /// The path without its leading slash, to be joined to another directory.
     pub fn relative(&self) -> &str {
         self.0.strip_prefix('/').unwrap_or(&self.0)
     }
@@ -119,8 +119,8 @@ impl fmt::Display for DirPath {
     }
 }
 
-/// What a partition is for, by the names of the Discoverable Partitions Specification (UAPI.2), or any other directory that a
-/// disk section names by its path.
+/// The role of a partition, named as in the Discoverable Partitions Specification (UAPI.2), or any other directory that a disk's section
+/// names by its path.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Role {
     /// The root file system.
@@ -137,17 +137,17 @@ pub enum Role {
     Srv,
     /// /var.
     Var,
-    /// Swap space: never copied, only named.
+    /// Swap space: its name is rewritten in texts, its content is never copied.
     Swap,
-    /// Any other directory, as `/data`.
+    /// Any other directory, such as `/data`.
     Dir(DirPath),
 }
 
 impl Role {
-    /// The role that a key of a `[diskN]` section names, or None for a key that names no partition.
+    /// The role that a key of a `[diskN]` section names, or None if the key names no partition.
     ///
     /// # Errors
-    /// A key that begins with `/` but is no directory's path, or that has a name of its own (`/home`: write `home`).
+    /// A key that begins with `/` and isn't a valid directory, or that has a shorter name (`home` for `/home`).
     pub fn parse_key(key: &str) -> Result<Option<Self>> {
         Ok(Some(match key {
             "root" => Self::Root,
@@ -188,13 +188,13 @@ impl Role {
         }
     }
 
-    /// Whether it holds what boots the disk.
+    /// Whether the partition holds boot files: an ESP or an XBOOTLDR.
     pub fn is_boot(&self) -> bool {
         matches!(self, Self::Esp | Self::Xbootldr)
     }
 
-    /// Where a tree of this role is mounted in a running system: `""` for the root, `/home` and so on; None for the boot
-    /// partitions (their place depends on whether there is an XBOOTLDR) and for swap.
+    /// The directory that a running system mounts this role on: `""` for the root, `/home` and so on. None for boot partitions, whose
+    /// directory depends on whether there is an XBOOTLDR, and for swap.
     pub fn tree(&self) -> Option<&str> {
         match self {
             Self::Root => Some(""),
@@ -214,7 +214,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// The name of a disk of the pair: the N of its section `[diskN]`.
+/// The name of a disk of the pair: `diskN`, from its section `[diskN]`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct DiskName(u32);
 
@@ -222,7 +222,7 @@ impl DiskName {
     /// Reads a section's name: `disk0`, `disk1`, and so on.
     ///
     /// # Errors
-    /// Anything else, and numbers with leading zeros or above 999.
+    /// Any other text; a number with leading zeros or above 999.
     pub fn parse(section: &str) -> Result<Self> {
         section
             .strip_prefix("disk")
@@ -235,15 +235,15 @@ impl DiskName {
             })
     }
 
-    /// The lowest that none of these is.
+    /// The lowest name that is not in `taken`.
     ///
     /// # Errors
-    /// They are all taken.
+    /// All names are taken.
     pub fn free(taken: &[Self]) -> Result<Self> {
-        (0..1000).map(Self).find(|name| !taken.contains(name)).context("there are a thousand disks")
+        (0..1000).map(Self).find(|name| !taken.contains(name)).context("all names from disk0 to disk999 are taken")
     }
 
-    /// The number in it.
+    /// The N of `diskN`.
     pub fn number(&self) -> u32 {
         self.0
     }
@@ -255,15 +255,15 @@ impl fmt::Display for DiskName {
     }
 }
 
-/// The name of a systemd unit, at most 255 bytes of the characters that unit names may have (systemd.unit(5)).
+/// The name of a systemd unit, at most 255 bytes long (systemd.unit(5)).
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct UnitName(String);
 
 impl UnitName {
-    /// The unit of a path: `/mnt/root1` and `mount` make `mnt-root1.mount`.
+    /// The unit for a path: `/mnt/root1` and `mount` give `mnt-root1.mount`.
     ///
     /// # Errors
-    /// A name that would be longer than systemd allows.
+    /// The name would be longer than systemd allows.
     pub fn from_path(path: &DirPath, suffix: &str) -> Result<Self> {
         let name = format!("{}.{suffix}", libsystemd::unit::escape_path(path.as_str()));
         if name.len() > 255 {
@@ -275,7 +275,7 @@ impl UnitName {
     /// The device unit of a partition.
     ///
     /// # Errors
-    /// None in practice; the path of a PARTUUID link always fits.
+    /// Never in practice: the path of a PARTUUID link always fits.
     pub fn device(part: &PartUuid) -> Result<Self> {
         Self::from_path(&DirPath::parse(&part.device_path())?, "device")
     }
@@ -283,7 +283,7 @@ impl UnitName {
     /// The service that opens the LUKS container on a partition.
     ///
     /// # Errors
-    /// None in practice; the name of a PARTUUID always fits.
+    /// Never in practice: the text of a PARTUUID always fits.
     pub fn luks(part: &PartUuid) -> Result<Self> {
         let name = format!("dualroot-luks@{}.service", libsystemd::unit::escape_name(&part.to_string()));
         if name.len() > 255 {
@@ -292,7 +292,7 @@ impl UnitName {
         Ok(Self(name))
     }
 
-    /// The name.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -304,7 +304,7 @@ impl fmt::Display for UnitName {
     }
 }
 
-/// Types that are stored as their text.
+/// Serializes a type as its text, and parses it when it is read.
 macro_rules! stored_as_text {
     ($type:ty, $parse:expr) => {
         impl serde::Serialize for $type {

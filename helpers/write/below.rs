@@ -1,8 +1,8 @@
 //! Reading and writing below one directory handle.
 //!
-//! Everything that dualroot writes to a disk goes through [`Below`] (rsync, which stages trees below the same kind of handle,
-//! aside). Paths are resolved by the kernel with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV`
-//! (openat2(2)), so that nothing that is swapped, linked or mounted underneath can lead a write elsewhere.
+//! Everything that dualroot writes to a disk goes through [`Below`], except the trees that rsync stages below such a handle. The kernel
+//! resolves paths with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV` (openat2(2)), so that no symbolic link, mount or
+//! swapped directory can lead a write elsewhere.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
@@ -24,13 +24,13 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
 
 use crate::write::change::{Change, Content};
 
-/// What the names of files that a write leaves behind when it is cut begin with. The boot loader skips names that begin with a dot.
+/// The prefix of temporary files, which an interrupted write leaves behind. The boot loader skips names that begin with a dot.
 pub const TEMPORARY: &str = ".dualroot-";
-/// What they begin with on FAT when a cut has left only the short name (8.3) of the two that a file has there, in lower case.
+/// Their prefix, in lower case, on a FAT where a power cut has left only the short (8.3) one of a file's two names.
 const SHORTENED: &str = "dualro~";
 
-/// Whether a name is one of a file that a write has left behind, or of what fsck.fat made of that: a chain of clusters without a name
-/// becomes FSCK0000.REC, the second file of a name FSCK0000.000.
+/// Whether a name is that of a temporary file, or of a file that fsck.fat made of one: FSCK0000.REC for clusters without a name,
+/// FSCK0000.000 for the second file of a name.
 pub fn is_temporary(name: &str) -> bool {
     let name = name.to_lowercase();
     let salvaged = name.strip_prefix("fsck").and_then(|rest| rest.split_once('.')).is_some_and(|(number, kind)| {
@@ -40,7 +40,7 @@ pub fn is_temporary(name: &str) -> bool {
     salvaged || name.starts_with(TEMPORARY) || name.starts_with(SHORTENED)
 }
 
-/// What a name in a directory is.
+/// The type of a file in a directory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     /// A regular file of this size in bytes.
@@ -51,7 +51,7 @@ pub enum Kind {
     Other,
 }
 
-/// A directory that is held open.
+/// An open directory, below which files are read and written.
 pub struct Below {
     dir: OwnedFd,
     shown: PathBuf,
@@ -59,7 +59,7 @@ pub struct Below {
 }
 
 impl Below {
-    /// Takes hold of a directory. `path` is only followed now, and named in errors later.
+    /// Opens a directory. `path` is resolved only now; later it appears in messages only.
     ///
     /// # Errors
     /// Those of open(2).
@@ -69,14 +69,14 @@ impl Below {
         Ok(Self { dir, shown: path.into(), from_medium: false })
     }
 
-    /// The same handle, but what is read by it comes from the medium, and not from memory: after a write that failed, the kernel keeps
-    /// there what the medium hasn't got (fsync(2), NOTES).
+    /// The same handle, reading from the medium instead of the page cache: after a failed write, the cache still holds data that the
+    /// medium lacks (fsync(2), NOTES).
     #[must_use]
     pub fn from_medium(self) -> Self {
         Self { from_medium: true, ..self }
     }
 
-    /// A path to the handle itself, for programs that are started here and for statistics.
+    /// A path to the directory by its handle, for programs that this process starts.
     pub fn proc_path(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.dir.as_raw_fd()).into()
     }
@@ -86,7 +86,7 @@ impl Below {
         self.dir.as_fd()
     }
 
-    /// The number of the device that the directory lies on.
+    /// The number (st_dev) of the device that the directory is on.
     ///
     /// # Errors
     /// Those of fstat(2).
@@ -94,7 +94,7 @@ impl Below {
         Ok(nix::sys::stat::fstat(&self.dir).with_context(|| format!("{}", self.shown.display()))?.st_dev)
     }
 
-    /// Bytes that are free for writing, and the size of an allocation unit.
+    /// The free bytes of the file system, and the size in bytes of its allocation unit.
     ///
     /// # Errors
     /// Those of fstatvfs(3).
@@ -109,10 +109,10 @@ impl Below {
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV)
     }
 
-    /// Opens a file for reading, or says that there is none.
+    /// Opens a file for reading; None if it doesn't exist.
     ///
     /// # Errors
-    /// Everything but the absence of the file, symbolic links on the way among them.
+    /// Those of openat2(2), also for a symbolic link on the way.
     pub fn file(&self, path: &str) -> Result<Option<File>> {
         let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
             Ok(fd) => fd,
@@ -121,15 +121,15 @@ impl Below {
         };
         if self.from_medium {
             posix_fadvise(&fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
-                .with_context(|| format!("{} can't be dropped from memory", self.show(path)))?;
+                .with_context(|| format!("{} can't be dropped from the page cache", self.show(path)))?;
         }
         Ok(Some(fd.into()))
     }
 
-    /// The contents of a file of at most 4 MiB, or None where there is none.
+    /// The content of a file of at most 4 MiB; None if it doesn't exist.
     ///
     /// # Errors
-    /// As [`Below::file`]; a larger file.
+    /// As [`Below::file`]; the file is larger.
     pub fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
         const LARGEST: u64 = 4 << 20;
         let Some(file) = self.file(path)? else { return Ok(None) };
@@ -141,11 +141,10 @@ impl Below {
         Ok(Some(bytes))
     }
 
-    /// The names in a directory (`"."` for the handle itself) with what they are, sorted; none where it doesn't exist.
-    /// Names that are not UTF-8 are an error: FAT is mounted with `utf8`.
+    /// The names in a directory (`"."` for the handle itself) with their types, sorted; empty if it doesn't exist.
     ///
     /// # Errors
-    /// Those of reading a directory.
+    /// Those of reading a directory; a name that isn't UTF-8 (FAT is mounted with `utf8`).
     pub fn list(&self, path: &str) -> Result<Vec<(String, Kind)>> {
         let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY)) {
             Ok(fd) => fd,
@@ -168,7 +167,7 @@ impl Below {
         Ok(found)
     }
 
-    /// The BLAKE3 hash of a file, or None where there is none.
+    /// The BLAKE3 hash of a file; None if it doesn't exist.
     ///
     /// # Errors
     /// Those of reading it.
@@ -180,10 +179,10 @@ impl Below {
         Ok(Some(hasher.finalize()))
     }
 
-    /// A directory below this one, as a handle of its own; None where there is no directory.
+    /// Opens a directory below this one; None if it doesn't exist or isn't a directory.
     ///
     /// # Errors
-    /// Those of opening it, symbolic links on the way among them.
+    /// Those of openat2(2), also for a symbolic link on the way.
     pub fn sub(&self, path: &OsStr) -> Result<Option<Self>> {
         match self.dir(path) {
             Ok(dir) => Ok(Some(Self { dir, shown: self.shown.join(path), from_medium: self.from_medium })),
@@ -192,7 +191,7 @@ impl Below {
         }
     }
 
-    /// The directory itself as a file, for its attributes.
+    /// The directory itself as a file, to read its attributes.
     ///
     /// # Errors
     /// Those of dup(2).
@@ -200,33 +199,33 @@ impl Below {
         Ok(self.dir.try_clone().with_context(|| self.shown.display().to_string())?.into())
     }
 
-    /// What bears this name, or None. What lies behind a symbolic link doesn't count as there.
+    /// The status of the file at `path`, symbolic links not followed; None if it doesn't exist, or a directory on the way is a link.
     ///
     /// # Errors
-    /// Those of the system calls; a path that leads out.
+    /// Those of the system calls; a path that leads out of the directory.
     pub fn stat(&self, path: &OsStr) -> Result<Option<FileStat>> {
         self.at(path, |dir, name| fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))
     }
 
-    /// Whether chattr(1) has made what bears this name (`"."` for the handle itself) immutable, or append-only: then it can't be
-    /// replaced or removed, nor what is in it.
+    /// Whether chattr(1) has made the file at `path` (`"."` for the handle itself) immutable or append-only, so that neither it nor its
+    /// contents can be replaced or removed.
     ///
     /// # Errors
     /// As [`Below::stat`].
     pub fn is_fixed(&self, path: &OsStr) -> Result<bool> {
         use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, statx};
-        let look = |dir: &OwnedFd, name: &OsStr| {
+        let is_fixed = |dir: &OwnedFd, name: &OsStr| {
             let found = statx(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH, StatxFlags::empty());
             let found = found.map_err(|e| Errno::from_raw(e.raw_os_error()))?;
             Ok(found.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND))
         };
         match path == "." {
-            true => look(&self.dir, OsStr::new("")).with_context(|| self.shown.display().to_string()),
-            false => Ok(self.at(path, look)?.unwrap_or_default()),
+            true => is_fixed(&self.dir, OsStr::new("")).with_context(|| self.shown.display().to_string()),
+            false => Ok(self.at(path, is_fixed)?.unwrap_or_default()),
         }
     }
 
-    /// The names in a directory (`"."` for the handle itself), whatever bytes are in them, sorted.
+    /// The names in a directory (`"."` for the handle itself), sorted; they may be any bytes.
     ///
     /// # Errors
     /// Those of reading a directory.
@@ -240,7 +239,7 @@ impl Below {
     /// Makes a directory that only its owner can enter.
     ///
     /// # Errors
-    /// Those of mkdirat(2), also where something of that name is there.
+    /// Those of mkdirat(2), also if the name exists.
     pub fn make_private(&self, path: &OsStr) -> Result<()> {
         let make = || -> Result<()> {
             let (dir, name) = self.parent(path)?;
@@ -249,8 +248,8 @@ impl Below {
         make().with_context(|| format!("{} can't be made", self.shown.join(path).display()))
     }
 
-    /// Gives what bears the name `path` below `from` that name here, in one step: in the place of what isn't a directory either,
-    /// or in exchange with what is there. Where its directory isn't there, nothing is done.
+    /// Moves the file at `path` below `from` to the same path here, in one step: it replaces a file there, or changes places with
+    /// it if `exchange`. Does nothing if the directory that would hold it is missing.
     ///
     /// # Errors
     /// Those of renameat2(2).
@@ -262,28 +261,29 @@ impl Below {
         };
         take()
             .or_else(|e| if is_absent(&e) { Ok(()) } else { Err(e) })
-            .with_context(|| format!("{} can't be put into its place", self.shown.join(path).display()))
+            .with_context(|| format!("{} can't be moved into place", self.shown.join(path).display()))
     }
 
-    /// Removes a file, or a directory if it is empty. What isn't there, is not of that kind, or holds something is left as it is.
+    /// Removes a file, or (if `directory`) an empty directory. A missing file, one of the other type, or a directory that isn't empty is
+    /// no error, and stays.
     ///
     /// # Errors
-    /// Those of unlinkat(2); a path that leads out.
+    /// Those of unlinkat(2); a path that leads out of the directory.
     pub fn unlink(&self, path: &OsStr, directory: bool) -> Result<()> {
         let flag = if directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
         let removed = self.at(path, |dir, name| match unlinkat(dir, name, flag) {
             Err(Errno::EISDIR | Errno::ENOTEMPTY | Errno::EEXIST) => Ok(()),
-            // What unlink(2) says of a directory on some file systems.
+            // Some file systems return this for a directory.
             Err(Errno::EPERM) if fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|s| is_dir(&s)) => Ok(()),
             done => done,
         });
         removed.map(|_| ()).with_context(|| format!("{} can't be removed", self.shown.join(path).display()))
     }
 
-    /// Removes whatever bears this name, with all that is in it. Symbolic links are removed, not followed.
+    /// Removes a file, or a directory and everything in it. Symbolic links are removed, not followed.
     ///
     /// # Errors
-    /// Those of the system calls; something mounted in it.
+    /// Those of the system calls; a file system is mounted in it.
     pub fn clear(&self, path: &OsStr) -> Result<()> {
         let mut dirs = Vec::new();
         let mut found = vec![path.to_owned()];
@@ -300,8 +300,8 @@ impl Below {
         dirs.iter().rev().try_for_each(|dir| self.unlink(dir, true))
     }
 
-    /// Gives the directory `path` (`"."` for the handle itself) the owner, mode and extended attributes of another directory, and
-    /// a time of change: seconds and nanoseconds. One that something is mounted on is left alone.
+    /// Gives the directory `path` (`"."` for the handle itself) the owner, mode and extended attributes of the directory `like`, and
+    /// the modification time `time` in seconds and nanoseconds. Does nothing if the directory is missing, or is a mount point.
     ///
     /// # Errors
     /// Those of the system calls.
@@ -314,7 +314,7 @@ impl Below {
             };
             use xattr::FileExt as _;
             let wanted: Vec<OsString> = like.list_xattr().into_iter().flatten().collect();
-            // First: an ACL that goes would change what the mode means. Security labels can't be removed, only changed.
+            // Before the mode: removing an ACL changes the meaning of the mode. Security labels can't be removed, only changed.
             let unwanted = |name: &OsString| !wanted.contains(name) && !name.as_bytes().starts_with(b"security.");
             for name in dir.list_xattr().into_iter().flatten().filter(unwanted) {
                 dir.remove_xattr(&name).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
@@ -325,7 +325,7 @@ impl Below {
         dress().with_context(|| format!("the attributes of {} can't be set", self.shown.join(path).display()))
     }
 
-    /// Does something with the directory that holds `path` and the name in it; None if either isn't there.
+    /// Calls `act` with the directory that holds `path` and the name in it; None if either doesn't exist.
     fn at<T>(&self, path: &OsStr, act: impl FnOnce(&OwnedFd, &OsStr) -> nix::Result<T>) -> Result<Option<T>> {
         let done: Result<T> = self.parent(path).and_then(|(dir, name)| Ok(act(&dir, name)?));
         match done {
@@ -335,11 +335,10 @@ impl Below {
         }
     }
 
-    /// Makes one change. Whatever is interrupted in a [`Change::Create`] or [`Change::Replace`], no name ends up with half a
-    /// content that something relies on.
+    /// Carries out one change. An interrupted [`Change::Replace`] leaves the old or the new content, never a part.
     ///
     /// # Errors
-    /// Those of the system calls; a source file that has changed since the plan was made.
+    /// Those of the system calls; a source file has changed since the plan was made.
     pub fn apply(&self, change: &Change) -> Result<()> {
         match change {
             Change::MakeDir(path) => self.make_dir(path),
@@ -352,15 +351,15 @@ impl Below {
         .with_context(|| format!("{}: {change}", self.shown.display()))
     }
 
-    /// A whole new content for a file that everybody may read, whatever was there: flushed, and put into its place in one step. Not for
-    /// FAT, see [`Change::Replace`], and without flushing anything else.
+    /// Replaces a file, or a link, by a new file that everybody may read: written, flushed and renamed. It flushes nothing else, and is
+    /// not for FAT, see [`Change::Replace`].
     ///
     /// # Errors
     /// Those of the system calls.
     pub fn publish(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
         let publish = || -> Result<()> {
             let (dir, name) = self.parent(path)?;
-            let temporary = format!("{TEMPORARY}{}.new", name.to_str().context("a name that isn't UTF-8")?);
+            let temporary = format!("{TEMPORARY}{}.new", name.to_str().context("the file's name is not UTF-8")?);
             let fresh = self.write_new(&dir, &temporary, &Content::Bytes(bytes))?;
             fchmod(&fresh, Mode::from_bits_truncate(0o644))?;
             fresh.sync_all()?;
@@ -444,7 +443,7 @@ impl Below {
     fn overwrite(&self, path: &str, bytes: &[u8]) -> Result<()> {
         let mut file = File::from(openat2(&self.dir, path, Self::how(OFlag::O_RDWR))?);
         if bytes.len() as u64 > file.seek(SeekFrom::End(0))? {
-            bail!("the file is smaller than what is to be written in place");
+            bail!("the file is smaller than the bytes to write in place");
         }
         file.write_all_at(bytes, 0)?;
         file.sync_all()?;
@@ -453,14 +452,14 @@ impl Below {
 
     fn replace(&self, path: &str, content: &Content, like: Option<&Path>) -> Result<()> {
         let (dir, name) = self.parent(path)?;
-        let name = name.to_str().context("a name that isn't UTF-8")?;
-        let mut names = self.names_behind(&dir, name)?;
+        let name = name.to_str().context("the file's name is not UTF-8")?;
+        let mut names = self.temporary_names(&dir, name)?;
         let temporary = names.pop().context("there is no temporary name")?;
         let fresh = self.write_new(&dir, &temporary, content)?;
         for name in names {
             unlinkat(&dir, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
         }
-        // Kept open until the rename has reached the medium: vfat then leaves its clusters alone.
+        // Kept open until the rename is on the medium, so that vfat doesn't reuse its clusters before.
         let old = self.file(path)?;
         let model = match (&old, like) {
             (Some(old), _) => Some(old.try_clone()?),
@@ -479,11 +478,11 @@ impl Below {
         Ok(())
     }
 
-    /// Temporary names, of which the last is for what is to be renamed to `name`. On FAT both have the same clusters for a moment, and
-    /// fsck.fat(8) then empties the one that comes second in the directory: that has to be the temporary one. Where it comes is found out
-    /// by making it; the names before it in the list only keep the places in front taken. None ends in `.efi`: a cut can leave the short
-    /// name alone, and the boot loader would list that.
-    fn names_behind(&self, dir: &OwnedFd, name: &str) -> Result<Vec<String>> {
+    /// Temporary names; the last one is for the file that is then renamed to `name`. After a power cut, both names may have the same
+    /// clusters on FAT, and fsck.fat(8) empties the second one in the directory: that must be the temporary one. Its place is known only
+    /// after it was made; the other names in the list fill the places before. None ends in `.efi`: a cut can leave the short name alone,
+    /// and the boot loader would list it.
+    fn temporary_names(&self, dir: &OwnedFd, name: &str) -> Result<Vec<String>> {
         let mut tried = vec![format!("{TEMPORARY}{name}.new")];
         if nix::sys::statfs::fstatfs(dir)?.filesystem_type() != nix::sys::statfs::MSDOS_SUPER_MAGIC {
             return Ok(tried);
@@ -496,7 +495,9 @@ impl Below {
                 break;
             }
             if tried.len() > 1000 {
-                bail!("no temporary file gets behind '{name}' in its directory; is the file system damaged?");
+                bail!(
+                    "no temporary file comes after '{name}' in its directory; the file system may be damaged. Check it with fsck.fat(8)"
+                );
             }
             tried.push(format!("{TEMPORARY}{}-{name}.new", tried.len()));
         }
@@ -522,45 +523,45 @@ impl Below {
     fn barrier(&self) -> Result<()> {
         syncfs(&self.dir)?;
         match nix::unistd::fsync(&self.dir) {
-            // A directory that was opened before a read-only remount may not be synced; there is nothing to flush then.
+            // A directory that was opened before a read-only remount can't be synced; then there is nothing to flush.
             Ok(()) | Err(Errno::EROFS) => Ok(()),
             Err(e) => Err(e.into()),
         }
     }
 }
 
-/// The names in a directory but `.` and `..`, as they follow each other there.
+/// The names in a directory, except `.` and `..`, in the directory's own order.
 fn names_in_order(dir: &OwnedFd) -> nix::Result<Vec<OsString>> {
     let mut dir = Dir::openat(dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let names = dir.iter().map(|entry| entry.map(|entry| OsString::from_vec(entry.file_name().to_bytes().to_vec())));
     names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).collect()
 }
 
-/// Whether something on the way to a path isn't there, or is no directory.
+/// Whether the error says that a file, or a directory on the way to it, doesn't exist.
 fn is_absent(e: &anyhow::Error) -> bool {
     matches!(e.downcast_ref(), Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP))
 }
 
-/// A name in a directory, as a path.
+/// The path of a name in a directory.
 pub fn join(dir: &OsStr, name: &OsStr) -> OsString {
     if dir == "." { name.to_owned() } else { Path::new(dir).join(name).into_os_string() }
 }
 
-/// Whether it is a directory.
+/// Whether a file is a directory.
 pub fn is_dir(stat: &FileStat) -> bool {
     stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFDIR
 }
 
-/// Whether it is a symbolic link.
+/// Whether a file is a symbolic link.
 pub fn is_link(stat: &FileStat) -> bool {
     stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFLNK
 }
 
-/// Attributes that IMA and EVM keep of a file's content and inode (evmctl(1)). No other file has them by right.
+/// Attributes by which IMA and EVM sign a file's content and inode (evmctl(1)); they are wrong on any other file.
 const OF_ONE_FILE: [&str; 2] = ["security.ima", "security.evm"];
 
-/// Owner, mode and extended attributes (ACLs and security labels are among them) of `from`, put on `to`. A file system that has
-/// no such thing (FAT) is no error.
+/// Copies owner, mode and extended attributes (with ACLs and security labels) from `from` to `to`. A file system without them (FAT) is
+/// no error.
 fn copy_attributes(from: &File, to: &File) -> Result<()> {
     let is_fat = nix::sys::statfs::fstatfs(to)?.filesystem_type() == nix::sys::statfs::MSDOS_SUPER_MAGIC;
     let tolerated = |result: nix::Result<()>| match result {
@@ -573,7 +574,7 @@ fn copy_attributes(from: &File, to: &File) -> Result<()> {
         .with_context(|| format!("owner {}:{}", meta.uid(), meta.gid()))?;
     tolerated(fchmod(to, Mode::from_bits_truncate(meta.mode() & 0o7777))).with_context(|| format!("mode {:o}", meta.mode()))?;
     if is_fat {
-        // What it seems to have are labels that a security module gives all of its files.
+        // The attributes that it shows are labels that a security module gives all of its files.
         return Ok(());
     }
     use xattr::FileExt as _;
@@ -618,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn replace_keeps_mode_and_leaves_nothing_behind() {
+    fn replace_keeps_mode_and_leaves_no_temporary_file() {
         let tmp = tempfile::tempdir().unwrap();
         std::fs::write(tmp.path().join("fstab"), "old").unwrap();
         std::fs::set_permissions(tmp.path().join("fstab"), std::fs::Permissions::from_mode(0o640)).unwrap();
@@ -629,7 +630,7 @@ mod tests {
     }
 
     #[test]
-    fn replace_keeps_attributes_but_those_of_the_content() {
+    fn replace_keeps_attributes_except_those_of_the_content() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -648,12 +649,12 @@ mod tests {
         assert_eq!((meta.uid(), meta.gid()), (5, 6));
         let mut names: Vec<_> = xattr::list(&path).unwrap().collect();
         names.sort();
-        // Labels that this machine's kernel gives by itself aside.
+        // The machine's kernel may give labels by itself.
         names.retain(|name| name != "security.selinux");
         assert_eq!(names, ["security.other", "trusted.one", "user.one"]);
     }
 
-    /// As dualroot-entries.service does it: by root, without a capability.
+    /// dualroot-entries.service does this as root without capabilities.
     #[test]
     fn replace_without_capabilities_keeps_the_owner_or_fails() {
         const NAME: &str = "write::below::tests::replace_without_capabilities_keeps_the_owner_or_fails";
@@ -683,7 +684,7 @@ mod tests {
     }
 
     #[test]
-    fn f20_what_the_medium_lacks_was_never_written() {
+    fn f20_a_write_that_the_medium_lost_is_noticed() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -701,11 +702,11 @@ mod tests {
         let (new, old) = ([b'n'; 8192], [b'o'; 8192]);
         cached.apply(&Change::Create { path: "linux".into(), content: Content::Bytes(new.to_vec()) }).unwrap();
         cached.apply(&Change::Barrier).unwrap();
-        // As if the write had failed: the medium has something else.
+        // As if the write had failed: the medium holds other bytes.
         let on_medium = std::fs::read(image.path()).unwrap();
         let at = on_medium.windows(new.len()).position(|part| part == new).unwrap();
         std::os::unix::fs::FileExt::write_all_at(image.as_file(), &old, at as u64).unwrap();
-        assert_eq!(cached.hash("linux").unwrap(), Some(blake3::hash(&new)), "the kernel believes in it");
+        assert_eq!(cached.hash("linux").unwrap(), Some(blake3::hash(&new)), "the page cache has the new bytes");
         assert_eq!(medium.hash("linux").unwrap(), Some(blake3::hash(&old)));
         assert_eq!(medium.sub("lost+found".as_ref()).unwrap().map(|below| below.from_medium), Some(true));
         drop((cached, medium));
@@ -713,7 +714,7 @@ mod tests {
     }
 
     #[test]
-    fn f26_no_path_leads_out() {
+    fn f26_no_path_leads_out_of_the_directory() {
         let tmp = tempfile::tempdir().unwrap();
         let outside = tempfile::tempdir().unwrap();
         std::fs::write(outside.path().join("file"), "kept").unwrap();
@@ -731,7 +732,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_changes_is_noticed() {
+    fn a_source_that_changes_while_it_is_copied_is_an_error() {
         let tmp = tempfile::tempdir().unwrap();
         std::fs::write(tmp.path().join("source"), "now this").unwrap();
         let below = Below::open(tmp.path()).unwrap();

@@ -3,52 +3,51 @@
 use std::fmt;
 use std::path::PathBuf;
 
-/// One change to a file system, by a path relative to the handle.
+/// One change to a file system. Paths are relative to the [`Below`](super::below::Below) that it is applied to.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Change {
-    /// A directory, with its parents.
+    /// Makes a directory and its missing parents.
     MakeDir(String),
-    /// A new file under a name that nothing needs yet; what stands there is removed first.
+    /// Writes a new file under a name that nothing needs yet; an existing file is removed first.
     Create {
-        /// Where.
+        /// The file's path.
         path: String,
-        /// What it is to hold.
+        /// Its new content.
         content: Content,
     },
-    /// The first bytes of a file, in place, with its size kept. Within one sector that is atomic.
+    /// Overwrites the first bytes of a file in place; its size stays. Within one sector this is atomic.
     Overwrite {
-        /// Where.
+        /// The file's path.
         path: String,
-        /// Not more than the file holds.
+        /// The new bytes, not more than the file holds.
         bytes: Vec<u8>,
     },
-    /// A whole new content for a file that may be there: written beside it, flushed, renamed over it, flushed. Owner, mode and
-    /// extended attributes stay as they are, or become those of the file `like`.
+    /// Replaces a file's whole content, or makes the file: written under a temporary name, flushed, renamed, flushed. An existing file
+    /// keeps its owner, mode and extended attributes.
     Replace {
-        /// Where.
+        /// The file's path.
         path: String,
-        /// What it is to hold.
+        /// Its new content.
         content: Content,
-        /// Whose attributes a file that is not there yet gets.
+        /// The file whose owner, mode and attributes a new file gets.
         like: Option<PathBuf>,
     },
-    /// A file or an empty directory goes; one that isn't there is no error.
+    /// Removes a file or an empty directory. A directory that isn't empty stays; a missing file is no error.
     Remove(String),
-    /// All that was written reaches the medium before anything that follows: syncfs(2), then fsync(2), because on vfat the former
-    /// doesn't flush the disk's own cache.
+    /// Flushes everything written so far to the medium: syncfs(2), then fsync(2), because on vfat syncfs doesn't flush the disk's cache.
     Barrier,
 }
 
-/// What a file is to hold.
+/// The content of a file to be written.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Content {
     /// These bytes.
     Bytes(Vec<u8>),
-    /// The bytes of a file of the booted disk, which must have this BLAKE3 hash once copied.
+    /// A copy of a file of the booted disk.
     File {
         /// Its path.
         source: PathBuf,
-        /// Its hash, as it was when the change was planned.
+        /// Its BLAKE3 hash when the change was planned; a copy with another hash is an error.
         hash: blake3::Hash,
         /// Its size in bytes.
         size: u64,

@@ -2,12 +2,12 @@
 
 use crate::write::change::{Change, Content};
 
-/// A disk writes a sector of this many bytes whole or not at all.
+/// The size in bytes of a sector, which a disk writes whole or not at all.
 pub(crate) const SECTOR: usize = 512;
 
-/// The change that gives a small text which the boot loader reads a new content: in place where it fits into the file's one sector, by
-/// a rename otherwise. Texts end in as many newlines as fill the sector, so that the next change can be made in place. `there` is the
-/// size in bytes of the file as it is.
+/// The change that gives a small text file of the boot loader a new content: in place if the new text fits into the file's one sector, by
+/// a rename otherwise. The text is filled up with newlines to a whole sector, so that the next change can be made in place. `there` is
+/// the present size of the file in bytes, None if it doesn't exist.
 pub fn text_change(path: &str, there: Option<u64>, text: &[u8]) -> Change {
     let text = text.trim_ascii_end();
     let in_place = there.and_then(|size| usize::try_from(size).ok()).filter(|&size| size <= SECTOR && text.len() < size);

@@ -1,4 +1,4 @@
-//! What dualroot keeps on the running system from one run to the next.
+//! Files in which dualroot keeps its state on the running system from one run to the next.
 
 use std::fs;
 use std::path::Path;
@@ -8,22 +8,22 @@ use anyhow::{Context, Result};
 use crate::write::below::Below;
 use crate::write::change::{Change, Content};
 
-/// Where that is. It may be on a file system of its own, or below one: `/var`.
+/// The directory of these files. It, or `/var`, may be a file system of its own.
 pub const DIRECTORY: &str = "/var/lib/dualroot";
 
-/// Keeps bytes in a file of [`DIRECTORY`].
+/// Saves bytes in the file `name` of [`DIRECTORY`], unless it holds them already.
 ///
 /// # Errors
-/// A directory that can't be made or written.
+/// The directory can't be made or written.
 pub fn keep(name: &str, bytes: Vec<u8>) -> Result<()> {
     keep_in(Path::new(DIRECTORY), name, bytes)
 }
 
-/// Opens a directory for what is kept, and makes it where it isn't there. Handles don't go from one file system into another, so that
-/// this is the directory itself and not the root.
+/// Opens a directory, and makes it if it doesn't exist. Opening the root instead would fail where `/var` is a file system of its own,
+/// because a [`Below`] doesn't cross into another file system.
 ///
 /// # Errors
-/// A directory that can't be made or opened.
+/// The directory can't be made or opened.
 pub fn open(dir: &Path) -> Result<Below> {
     fs::create_dir_all(dir).with_context(|| format!("{} can't be made", dir.display()))?;
     Below::open(dir)
