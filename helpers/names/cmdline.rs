@@ -1,9 +1,9 @@
-//! A kernel's command line: which subvolume it boots.
+//! Kernel command lines: the subvolume that one boots.
 
-/// Where a kernel's command line says how the root is mounted.
+/// The kernel parameter with the mount options of the root.
 pub(crate) const FLAGS: &[u8] = b"rootflags=";
 
-/// A value of a kernel's command line: the quotes around it, and what is in them.
+/// Splits the value of a kernel parameter into its quote (or nothing) and the text inside.
 pub(crate) fn unquote(value: &[u8]) -> (&[u8], &[u8]) {
     match value {
         [b'"', inner @ .., b'"'] => (b"\"", inner),
@@ -11,16 +11,17 @@ pub(crate) fn unquote(value: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
+/// The words of a text, separated by blanks and newlines.
 pub(crate) fn words(text: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     text.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty())
 }
 
-/// Whether a mount option says which subvolume of a btrfs is mounted.
+/// Whether a mount option selects a subvolume of a btrfs.
 pub fn names_subvolume(option: &[u8]) -> bool {
     option.starts_with(b"subvol=") || option.starts_with(b"subvolid=")
 }
 
-/// The subvolume that an entry boots, as a path from the top of the file system; None where it doesn't say.
+/// The subvolume that an entry or command line boots, as a path from the top of the file system; None if it names none.
 pub(crate) fn booted_by(entry: &[u8]) -> Option<String> {
     let (_, flags) = unquote(words(entry).filter_map(|word| word.strip_prefix(FLAGS)).next_back()?);
     let path = flags.split(|b| *b == b',').filter_map(|flag| flag.strip_prefix(b"subvol=")).next_back()?;

@@ -1,4 +1,4 @@
-//! The files of a root that name disks.
+//! The files of a root that name disks or partitions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -13,35 +13,35 @@ use crate::names::{fstab, unitfile};
 use crate::write::below::{Below, is_link};
 use crate::write::change::{Change, Content};
 
-/// Files that name disks. Those of the first list stand alone; of the second, every file in the directory counts. Units come besides, see
-/// [`unitfile`].
+/// Single files that may name disks; see also [`DIRECTORIES`], and [`unitfile`] for units.
 pub(crate) const FILES: [&str; 6] =
     ["/etc/fstab", "/etc/crypttab", "/etc/crypttab.initramfs", "/etc/kernel/cmdline", "/etc/dracut.conf", "/etc/default/grub"];
 
+/// Directories in which every file may name disks.
 pub(crate) const DIRECTORIES: [&str; 4] =
     ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
 
-/// Every system has this one. A file that isn't there yet becomes like it: everybody may read it.
+/// A file that every system has; a new file gets its owner and mode, so that everybody may read it.
 pub(crate) const USUAL: &str = "/etc/os-release";
 
-/// Those that hold a kernel's command line, and nothing else.
+/// The paths, or their beginnings, of files that hold a kernel command line and nothing else.
 pub(crate) const COMMAND_LINES: [&str; 3] = ["/etc/kernel/cmdline", "/etc/kernel/cmdline.d/", "/etc/cmdline.d/"];
 
-/// A file of the booted root that is another one for another disk.
+/// A file of the booted root with its content for another disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rewritten {
     /// Its path in the running system.
     pub path: String,
-    /// What it is to hold.
+    /// Its content for the other disk.
     pub bytes: Vec<u8>,
 }
 
-/// The files below `root` that name a disk other than the rewriter's target, as they have to be for the target. Lines of fstab and mount
-/// units whose mount point `keep` names are about another disk on purpose, and stay; so do units that are called after what they name,
-/// which the proof finds. With a generation, kernel command lines name that.
+/// The files below `root` that have to be rewritten for the rewriter's target. Left alone are lines of fstab, and mount units, whose mount
+/// point `keep` accepts, because they name another disk on purpose; and units whose file name contains an identifier (the proof reports
+/// them). With a generation, kernel command lines boot that generation.
 ///
 /// # Errors
-/// A file that is there but can't be read.
+/// A file exists but can't be read.
 pub fn rewritten(
     root: &Root,
     rewriter: &Rewriter,
@@ -69,10 +69,10 @@ pub fn rewritten(
     Ok(found)
 }
 
-/// The paths of all files of a root that may name a disk and are there.
+/// The paths of all existing files of a root that may name a disk.
 ///
 /// # Errors
-/// A directory that can't be read.
+/// A directory can't be read.
 pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
     let mut paths: Vec<String> = FILES.iter().filter(|p| root.path(p).is_file()).map(|p| (*p).to_owned()).collect();
     for dir in DIRECTORIES {
@@ -85,14 +85,14 @@ pub fn identifying_files(root: &Root) -> Result<Vec<String>> {
             }
         }
     }
-    paths.extend(unitfile::files(root).context("units can't be read")?);
+    paths.extend(unitfile::files(root).context("the units in /etc/systemd/system can't be read")?);
     Ok(paths)
 }
 
-/// What [`identifying_files`] hold, by their paths, once what is drafted is written.
+/// The contents of [`identifying_files`] by path, with those of `drafts` in place of the files that they will replace.
 ///
 /// # Errors
-/// A file that is there but can't be read.
+/// A file exists but can't be read.
 pub fn identifying_texts(root: &Root, drafts: &[Rewritten]) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut texts = BTreeMap::new();
     for path in identifying_files(root)? {
@@ -105,12 +105,12 @@ pub fn identifying_texts(root: &Root, drafts: &[Rewritten]) -> Result<BTreeMap<S
     Ok(texts)
 }
 
-/// The files of a root that may name a disk, and these others, that lead through a symbolic link, as the link and where it leads: what is
-/// written there would be written elsewhere, or stand in its place. A link to /dev/null is none: it says that there is no such file.
-/// Nor are links among units: there they are usual, and what they lead to is not written.
+/// The symbolic links ("LINK -> TARGET") on the paths of files that may name a disk, and of `others`: writing there would write elsewhere, or
+/// replace the link. Not counted are links to /dev/null, which say that the file doesn't exist, and links among units, which are usual
+/// and are never written through.
 ///
 /// # Errors
-/// A directory that can't be read.
+/// A directory can't be read.
 pub fn links(root: &Root, others: &[&str]) -> Result<Vec<String>> {
     let mut found = BTreeSet::new();
     let mut paths: Vec<PathBuf> = FILES.iter().chain(others).map(PathBuf::from).collect();
@@ -131,7 +131,7 @@ pub fn links(root: &Root, others: &[&str]) -> Result<Vec<String>> {
     Ok(found.into_iter().collect())
 }
 
-/// The first link on the way to a path, and what it says.
+/// The first symbolic link on the way to a path, as "LINK -> TARGET"; None if there is none, or it leads to /dev/null.
 pub(crate) fn link_on(root: &Root, path: &Path) -> Result<Option<String>> {
     let mut steps: Vec<&Path> = path.ancestors().filter(|step| *step != Path::new("/")).collect();
     steps.reverse();
@@ -144,7 +144,7 @@ pub(crate) fn link_on(root: &Root, path: &Path) -> Result<Option<String>> {
                 return Ok(Some(shown).filter(|_| to != Path::new("/dev/null")));
             }
             Ok(_) => {}
-            // Or a file where a directory was looked for.
+            // Missing, or below a file that isn't a directory.
             Err(_) => return Ok(None),
         }
     }
@@ -152,8 +152,8 @@ pub(crate) fn link_on(root: &Root, path: &Path) -> Result<Option<String>> {
 }
 
 impl Rewritten {
-    /// The change that puts it on a disk, with owner, mode and attributes of the booted disk's file. The handle is that of the
-    /// directory `dir`: `""` for the root, or `/etc`, which all of them are in.
+    /// The change that writes this file, with owner, mode and attributes of the booted disk's file. It is for a handle of the
+    /// directory `dir`: `""` for the root, or `/etc`, which contains all of these files.
     pub fn change(&self, dir: &str, root: &Root) -> Change {
         Change::Replace {
             path: self.path.strip_prefix(dir).unwrap_or(&self.path).trim_start_matches('/').to_owned(),
@@ -164,24 +164,25 @@ impl Rewritten {
         }
     }
 
-    /// Whether a root has it already. A link in its place, such as that of a unit that was masked, is something else.
+    /// Whether a root holds this file with this content already. A symbolic link in its place, such as that of a masked unit, doesn't
+    /// count.
     ///
     /// # Errors
-    /// Those of reading there.
+    /// Those of reading from the root.
     pub fn is_in(&self, root: &Below) -> Result<bool> {
         Ok(!self.is_link_in(root)? && root.read(self.inner())?.as_ref() == Some(&self.bytes))
     }
 
-    /// Writes it to a root that hasn't got it, as a [`Rewritten::change`] of the file of the booted root.
+    /// Writes this file to a root, as [`Rewritten::change`], unless it is there already.
     ///
     /// # Errors
-    /// Those of writing there.
+    /// Those of writing to the root.
     pub fn write(&self, root: &Below, booted: &Root) -> Result<()> {
         if self.is_in(root)? {
             return Ok(());
         }
         if self.is_link_in(root)? {
-            // It gives way to a file, which then gets its attributes.
+            // A file replaces the link, and the change then gives it its attributes.
             root.publish(self.inner(), self.bytes.clone())?;
         }
         root.apply(&self.change("", booted))
@@ -204,7 +205,7 @@ mod tests {
     use super::*;
     use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
 
-    /// dualroot-entries.service can write nowhere else on the root.
+    /// dualroot-entries.service can't write anywhere else on the root.
     #[test]
     fn files_that_name_a_disk_are_in_etc() {
         let root = Root::new("/");
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn f14_units_are_rewritten_but_for_links_and_what_is_about_another_disk() {
+    fn f14_units_are_rewritten_except_links_and_those_for_another_disk() {
         let tmp = tempfile::tempdir().unwrap();
         let root = Root::new(tmp.path());
         let units = tmp.path().join("etc/systemd/system");
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn f14_a_unit_that_was_masked_becomes_one() {
+    fn f14_a_file_replaces_the_link_of_a_masked_unit() {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let path = "etc/systemd/system/home.mount";
         for dir in [from.path(), to.path()] {
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn links_in_the_place_of_files_that_name_disks_are_found() {
+    fn links_on_the_way_to_files_that_name_disks_are_found() {
         let tmp = tempfile::tempdir().unwrap();
         let root = Root::new(tmp.path());
         for dir in ["etc/dracut.conf.d", "etc/default", "usr/etc"] {

@@ -1,7 +1,7 @@
-//! fstab(5), by line and by field, on bytes: what is not looked for is passed through as it is.
+//! fstab(5), by line and by field, on bytes; everything that isn't changed stays byte for byte.
 //!
-//! Lines and fields are told apart as libmount does it: blanks and tabs between fields, a carriage return before the newline
-//! dropped, `#` at the beginning of a line (after blanks) for a comment, and three octal digits after a backslash for a byte.
+//! Lines and fields are split as in libmount: blanks and tabs separate fields, a carriage return before the newline is dropped, `#` at the
+//! beginning of a line (after blanks) begins a comment, and three octal digits after a backslash are a byte.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -10,27 +10,27 @@ use crate::base::types::DirPath;
 use crate::names::cmdline::names_subvolume;
 use crate::names::ident::Rewriter;
 
-/// A field of a line, where it stands and what it says.
+/// A field of a line.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Field<'a> {
-    /// Where the field stands in the whole file; empty (at the end of the line's text) if the line is shorter.
+    /// The field's place in the file; empty, at the end of the line, if the line has fewer fields.
     pub span: Range<usize>,
-    /// The bytes as they stand there.
+    /// The field's bytes, with escapes.
     pub raw: &'a [u8],
 }
 
 impl<'a> Field<'a> {
-    /// What the field says, with `\040` and the like read as the bytes they stand for.
+    /// The field's text, with escapes such as `\040` decoded.
     pub fn text(&self) -> Cow<'a, [u8]> {
         unescape(self.raw)
     }
 
-    /// As [`Field::text`]; bytes that aren't UTF-8 become replacement characters, which match nothing that anyone looks for.
+    /// As [`Field::text`]; bytes that aren't UTF-8 become replacement characters.
     pub fn to_str_lossy(&self) -> String {
         String::from_utf8_lossy(&self.text()).into_owned()
     }
 
-    /// Whether the line has this field at all.
+    /// Whether the line lacks this field.
     pub fn is_empty(&self) -> bool {
         self.raw.is_empty()
     }
@@ -39,9 +39,9 @@ impl<'a> Field<'a> {
 /// A line that mounts something.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Line<'a> {
-    /// What is mounted: `UUID=…`, a path, and so on.
+    /// The device: `UUID=…`, a path, and so on.
     pub spec: Field<'a>,
-    /// Where.
+    /// The mount point.
     pub file: Field<'a>,
     /// The type of the file system.
     pub fstype: Field<'a>,
@@ -49,17 +49,17 @@ pub struct Line<'a> {
     pub options: Field<'a>,
     /// The fifth field, for dump(8).
     pub freq: Field<'a>,
-    /// The sixth field: when fsck(8) looks at it. See [`Line::passno`].
+    /// The sixth field: the order of fsck(8). See [`Line::passno`].
     pub pass: Field<'a>,
     /// The number of the line in the file, from 1.
     pub number: usize,
-    /// Where the whole line stands, with its newline.
+    /// The line's place in the file, with its newline.
     pub span: Range<usize>,
 }
 
 impl Line<'_> {
-    /// The mount point with doubled and trailing slashes dropped, `/` for the root; None where the field is no absolute path, as
-    /// `none` for swap. `.` and `..` stay as they are, as they do for systemd.
+    /// The mount point without doubled and trailing slashes, `/` for the root; None if the field is not an absolute path, such as
+    /// `none` for swap. `.` and `..` stay, as in systemd.
     pub fn mount_point(&self) -> Option<Vec<u8>> {
         let text = self.file.text();
         if text.first() != Some(&b'/') {
@@ -76,22 +76,22 @@ impl Line<'_> {
         Some(path)
     }
 
-    /// The mount point as a directory of its own: None for swap, for `/`, and for what is no proper path.
+    /// The mount point as a [`DirPath`]; None for swap, for `/`, and for an invalid path.
     pub fn dir(&self) -> Option<DirPath> {
         DirPath::parse(std::str::from_utf8(&self.mount_point()?).ok()?).ok()
     }
 
-    /// Whether the line is about this directory (an absolute path without doubled or trailing slashes).
+    /// Whether the line mounts on this directory (an absolute path without doubled or trailing slashes).
     pub fn is_at(&self, path: &str) -> bool {
         self.mount_point().is_some_and(|p| p == path.as_bytes())
     }
 
-    /// Whether the line is about swap space.
+    /// Whether the line is for swap space.
     pub fn is_swap(&self) -> bool {
         self.fstype.raw == b"swap"
     }
 
-    /// The options one by one. A comma inside double quotes separates nothing, as for libmount (SELinux contexts have them).
+    /// The single options. As in libmount, a comma inside double quotes doesn't separate (SELinux contexts have them).
     pub fn options(&self) -> Vec<Cow<'_, [u8]>> {
         let mut quoted = false;
         self.options
@@ -105,37 +105,37 @@ impl Line<'_> {
             .collect()
     }
 
-    /// Whether an option without a value is there, as `nofail`.
+    /// Whether the line has an option without a value, such as `nofail`.
     pub fn has_option(&self, name: &str) -> bool {
         self.options().iter().any(|o| **o == *name.as_bytes())
     }
 
-    /// The values of an option that takes one, as `x-systemd.requires`, in order.
+    /// The values of an option such as `x-systemd.requires`, in order.
     pub fn option_values(&self, name: &str) -> Vec<Vec<u8>> {
         let value = |o: &Cow<'_, [u8]>| o.strip_prefix(name.as_bytes())?.strip_prefix(b"=").map(<[u8]>::to_vec);
         self.options().iter().filter_map(value).collect()
     }
 
-    /// The sixth field as a number; 0 (no check) where it is absent or isn't one.
+    /// The sixth field as a number; 0 (no check) if it is absent or not a number.
     pub fn passno(&self) -> u32 {
         std::str::from_utf8(self.pass.raw).ok().and_then(|t| t.parse().ok()).unwrap_or(0)
     }
 
-    /// Whether systemd waits for this line, or fails the boot without it: neither `nofail` nor `noauto`, and not only mounted
-    /// when looked at. The root can be none of these.
+    /// Whether boot waits for this line: it has neither `nofail` nor `noauto`, and is no automount. `/` is always needed, and `/usr`
+    /// is no automount at boot.
     pub fn is_needed_at_boot(&self) -> bool {
         let automount = self.has_option("x-systemd.automount") && !self.is_at("/usr");
         self.is_at("/") || !(self.has_option("nofail") || self.has_option("noauto") || automount)
     }
 }
 
-/// The lines that mount something. Comments, blank lines and lines of one field are none.
+/// The lines that mount something: not comments, blank lines, and lines of one field.
 pub fn lines(fstab: &[u8]) -> impl Iterator<Item = Line<'_>> {
     split(fstab).enumerate().filter_map(|(index, span)| parse(fstab, span, index + 1))
 }
 
-/// fstab with every identifier of another disk replaced, in comments too. Lines whose mount point `keep` names are about another
-/// disk on purpose (the spares' directories, and where fstab mounts every disk's ESP), and stay byte for byte.
+/// fstab with every identifier of another disk replaced, also in comments. Lines whose mount point `keep` accepts name another disk on
+/// purpose (the spares' directories, and those of esp-mountpoint=), and stay byte for byte.
 pub fn rewrite(fstab: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<u8> {
     let mut out = Vec::with_capacity(fstab.len());
     for span in split(fstab) {
@@ -149,13 +149,13 @@ pub fn rewrite(fstab: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> boo
     out
 }
 
-/// fstab without some of its lines.
+/// fstab without the lines that `goes` accepts.
 pub fn without(fstab: &[u8], goes: impl Fn(&Line<'_>) -> bool) -> Vec<u8> {
     let goes = |span: &Range<usize>| parse(fstab, span.clone(), 0).is_some_and(|line| goes(&line));
     split(fstab).filter(|span| !goes(span)).filter_map(|span| fstab.get(span)).flatten().copied().collect()
 }
 
-/// fstab without the options of the root that say which subvolume of a btrfs it is: `rootflags=` on the kernel's command line says it.
+/// fstab without the options that select the root's btrfs subvolume: `rootflags=` on the kernel command line selects it.
 pub fn any_subvolume(fstab: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(fstab.len());
     let mut done = 0;
@@ -172,18 +172,18 @@ pub fn any_subvolume(fstab: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The files that are swap space.
+/// The swap files: paths outside /dev.
 pub fn swap_files(fstab: &[u8]) -> Vec<String> {
     let specs = lines(fstab).filter(Line::is_swap).map(|line| line.spec.to_str_lossy());
     specs.filter(|spec| spec.starts_with('/') && !spec.starts_with("/dev/")).collect()
 }
 
-/// Lines that boot needs, and that mount a subvolume which isn't there of the partition that holds the root: it isn't copied with that.
-/// `names` says whether a text names the partition, and `is_there` whether it has a subvolume. One sentence a line.
+/// The lines ("line N (DIRECTORY)") that boot needs and that mount a subvolume of the root's partition which doesn't exist on the spare:
+/// it isn't copied with the root. `names` tells whether a text names that partition, `is_there` whether a subvolume exists.
 pub fn beside_the_root(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: impl Fn(&str) -> bool) -> Vec<String> {
     let is_absent = |option: &[u8]| match option.strip_prefix(b"subvol=") {
         Some(path) => !std::str::from_utf8(path).is_ok_and(|path| is_there(path.trim_matches('/'))),
-        // The number is another one on each file system.
+        // A subvolume has another number on each file system.
         None => option.starts_with(b"subvolid="),
     };
     let lacks = |line: &Line<'_>| line.options.raw.split(|b| *b == b',').any(is_absent);
@@ -191,8 +191,8 @@ pub fn beside_the_root(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: im
     beside.map(|line| format!("line {} ({})", line.number, line.file.to_str_lossy().escape_debug())).collect()
 }
 
-/// What names another disk than the rewriter's target in a line that boot needs (failure mode 14), one sentence a line. Lines that
-/// the caller keeps on purpose count too: a spare that boot waits for is as bad as a wrong one.
+/// The lines ("line N (DIRECTORY) needs …") that boot needs and that name another disk than the rewriter's target (failure mode 14). Lines
+/// that are kept on purpose count too: boot would wait for a spare.
 pub fn boot_needs_foreign(fstab: &[u8], rewriter: &Rewriter) -> Vec<String> {
     let mut found = Vec::new();
     for line in lines(fstab).filter(Line::is_needed_at_boot) {
@@ -205,7 +205,7 @@ pub fn boot_needs_foreign(fstab: &[u8], rewriter: &Rewriter) -> Vec<String> {
     found
 }
 
-/// The spans of all lines, each with its newline if it has one.
+/// The places of all lines, with their newlines.
 fn split(text: &[u8]) -> impl Iterator<Item = Range<usize>> {
     let mut start = 0;
     text.split_inclusive(|b| *b == b'\n').map(move |line| {
@@ -241,7 +241,7 @@ fn parse(fstab: &[u8], span: Range<usize>, number: usize) -> Option<Line<'_>> {
     (!line.spec.raw.starts_with(b"#") && !line.file.is_empty()).then_some(line)
 }
 
-/// `\040` and every other byte in three octal digits, as libmount reads them; any other backslash stands for itself.
+/// Decodes bytes written as a backslash and three octal digits (`\040`), as libmount does; any other backslash stands for itself.
 fn unescape(raw: &[u8]) -> Cow<'_, [u8]> {
     if !raw.contains(&b'\\') {
         return raw.into();
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_a_partition_go() {
+    fn lines_of_a_partition_are_removed() {
         let text = b"# /boot is /dev/sda1\n/dev/sda1 /boot vfat defaults 0 2\nUUID=1 / btrfs\n/dev/sda1 /efi vfat noauto";
         let left = without(text, |line| line.spec.raw == b"/dev/sda1");
         assert_eq!(left, b"# /boot is /dev/sda1\nUUID=1 / btrfs\n");
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_boot_needs() {
+    fn options_decide_whether_boot_needs_a_line() {
         for (options, needed) in
             [("defaults", true), ("rw,nofail", false), ("noauto", false), ("x-systemd.automount", false), ("nofailure", true)]
         {
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn f12_every_line_is_rewritten_but_those_that_are_kept() {
+    fn f12_every_line_is_rewritten_except_those_that_are_kept() {
         let old = format!(
             "# root was UUID={ROOT_A}\r\nUUID={ROOT_A}\t/  ext4 errors=remount-ro 0 1\n\n\
              UUID=AAAA-0001 /boot vfat umask=0077 0 2\nUUID={ROOT_A} //mnt/root1/ ext4 nofail\nLABEL=root none swap"
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn f14_what_boot_would_wait_for_is_named() {
+    fn f14_lines_that_boot_would_wait_for_are_found() {
         let text = format!(
             "# UUID={ROOT_A}\nUUID={ROOT_B} / ext4\nUUID={ROOT_A} /mnt/root1 ext4 ro,nofail 0 0\n\
              UUID=AAAA-0001 /mnt/root1/boot vfat ro 0 0\n/dev/sdb9 /x ext4 x-systemd.requires=/dev/sda2\nUUID={ROOT_A} none swap sw"
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_is_whatever_subvolume_was_booted() {
+    fn options_for_the_roots_subvolume_are_removed() {
         for (text, expected) in [
             ("UUID=a / btrfs subvol=@ 0 0\n", "UUID=a / btrfs defaults 0 0\n"),
             ("UUID=a  /  btrfs  noatime,subvolid=256,subvol=/@,ssd 0 0 # x", "UUID=a  /  btrfs  noatime,ssd 0 0 # x"),
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn f14_what_is_mounted_of_the_roots_partition_is_found() {
+    fn f14_missing_subvolumes_of_the_roots_partition_are_found() {
         let text =
             b"UUID=a / btrfs subvol=@ 0 0\nUUID=a /home btrfs x,subvol=/@home 0 0\nUUID=a /srv btrfs nofail,subvol=@srv 0 0\n\
                      UUID=b /var btrfs subvol=@var 0 0\nUUID=a /opt btrfs x 0 0\nUUID=a /data btrfs subvolid=9 0 0\n";

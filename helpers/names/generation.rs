@@ -1,4 +1,4 @@
-//! The names of generations of a root.
+//! The numbers of generations of a btrfs root, and command lines that boot one.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::names::cmdline::{FLAGS, names_subvolume, unquote, words};
 
-/// The directory at the top of the file system that holds the subvolumes.
+/// The directory at the top of the file system that holds the generations' subvolumes.
 pub(crate) const DIRECTORY: &str = "dualroot";
 
 /// The number of a generation, from 1.
@@ -17,16 +17,16 @@ impl Generation {
     /// Reads the name of a generation's subvolume.
     ///
     /// # Errors
-    /// What is no decimal number from 1, or has zeros in front.
+    /// The text isn't a decimal number of 1 or more without leading zeros.
     pub fn parse(name: &str) -> Result<Self> {
-        let number: u32 = name.parse().with_context(|| format!("'{}' is no generation", name.escape_debug()))?;
+        let number: u32 = name.parse().with_context(|| format!("'{}' is not the name of a generation", name.escape_debug()))?;
         if number == 0 || number.to_string() != name {
-            bail!("'{}' is no generation", name.escape_debug());
+            bail!("'{}' is not the name of a generation", name.escape_debug());
         }
         Ok(Self(number))
     }
 
-    /// The generation whose root is this directory of a file system, as it is mounted; None where that is another one.
+    /// The generation whose subvolume is `root`, a path from the top of the file system with a leading slash; None for another subvolume.
     pub fn at(root: &str) -> Option<Self> {
         Self::of_subvolume(root.strip_prefix('/')?)
     }
@@ -36,7 +36,7 @@ impl Generation {
         Self::parse(path.strip_prefix(DIRECTORY)?.strip_prefix('/')?).ok()
     }
 
-    /// The generation after this one; the first where there is none.
+    /// The generation after `last`; the first one if there is none.
     pub fn after(last: Option<Self>) -> Self {
         Self(last.map_or(0, |last| last.0).saturating_add(1))
     }
@@ -46,19 +46,19 @@ impl Generation {
         self.0
     }
 
-    /// Its subvolume, as a path from the top of the file system.
+    /// The path of its subvolume from the top of the file system.
     pub fn subvolume(self) -> String {
         format!("{DIRECTORY}/{self}")
     }
 
-    /// A kernel's command line, or an entry, that boots this generation: `rootflags=` names its subvolume, and comes behind `root=` where
-    /// it wasn't there. Every other byte stays. Doing it twice is doing it once.
+    /// A kernel command line, or an entry, changed to boot this generation: `rootflags=` names its subvolume, and is added after `root=` if
+    /// missing. Every other byte stays. A second call changes nothing.
     pub fn boot(self, text: &[u8]) -> Vec<u8> {
         let has_flags = words(text).any(|word| word.starts_with(FLAGS));
         let mut out = Vec::with_capacity(text.len() + 32);
         for word in text.split_inclusive(u8::is_ascii_whitespace) {
             let bare = word.trim_ascii_end();
-            let behind = word.get(bare.len()..).unwrap_or_default();
+            let blank = word.get(bare.len()..).unwrap_or_default();
             if let Some(value) = bare.strip_prefix(FLAGS) {
                 let (quote, flags) = unquote(value);
                 let others = flags.split(|b| *b == b',').filter(|flag| !flag.is_empty() && !names_subvolume(flag));
@@ -71,7 +71,7 @@ impl Generation {
                     out.extend(format!(" rootflags=subvol={}", self.subvolume()).bytes());
                 }
             }
-            out.extend(behind);
+            out.extend(blank);
         }
         out
     }
@@ -97,7 +97,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn names_of_generations() {
+    fn names_of_generations_are_plain_numbers() {
         assert_eq!(Generation::parse("12").unwrap().subvolume(), "dualroot/12");
         for name in ["", "0", "01", "+1", "-1", "1a", "new", "4294967296"] {
             assert!(Generation::parse(name).is_err(), "{name}");
@@ -105,7 +105,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f15_a_command_line_boots_a_generation() {
+    fn f15_a_command_line_is_changed_to_boot_a_generation() {
         let boots = |text: &str| String::from_utf8(Generation(7).boot(text.as_bytes())).unwrap();
         for (text, expected) in [
             ("root=UUID=1 ro quiet\n", "root=UUID=1 rootflags=subvol=dualroot/7 ro quiet\n"),

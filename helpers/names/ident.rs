@@ -1,24 +1,23 @@
 //! The identifiers of a pair's partitions, and the rewriting of texts that name them.
 //!
-//! The rewriting works on bytes and knows nothing of the format around: whatever names a partition of another disk is replaced by
-//! what names the target's partition of the same role, wherever it stands, and everything else stays byte for byte. It knows
-//! these forms (those of fstab(5), crypttab(5), kernel-command-line(7), and of udev's links and systemd's unit names):
+//! Rewriting works on bytes and doesn't parse the file's format: an identifier of another disk's partition is replaced by one of the
+//! target's partition with the same role, wherever it occurs; everything else stays byte for byte. It knows these forms (those of
+//! fstab(5), crypttab(5), kernel-command-line(7), udev's links and systemd's unit names):
 //!
-//! - UUIDs and PARTUUIDs of 36 characters stand for themselves, in any case, anywhere between characters that are neither letters
-//!   nor digits (`UUID=…`, `rd.luks.uuid=luks-…`, `/dev/disk/by-uuid/…`), also without hyphens (as in names of device-mapper);
+//! - UUIDs and PARTUUIDs of 36 characters, in any case, anywhere between characters that are neither letters nor digits (`UUID=…`,
+//!   `rd.luks.uuid=luks-…`, `/dev/disk/by-uuid/…`), also without hyphens (as in names of device-mapper);
 //! - shorter ones (FAT, NTFS) only after `UUID=` or `by-uuid/`;
-//! - labels only after `LABEL=`, `PARTLABEL=`, `by-label/`, `by-partlabel/`; of the tags only the upper-case form, as nothing
-//!   understands another;
+//! - labels only after `LABEL=`, `PARTLABEL=` (in upper case, as no program reads another form), `by-label/`, `by-partlabel/`;
 //! - any other path of the partition below /dev, as a whole, and as the name of its unit (`dev-sda2.device`).
 //!
 //! Every character of these may be escaped as fstab(5), udev and systemd do it (`\040`, `\x20`, `\x2d`); values after a tag may
 //! be quoted.
 //!
-//! What is written instead keeps the form: the tag or directory, quotes, escaped hyphens and slashes. There are two exceptions.
-//! A label becomes a UUID where the target has no label, one that another disk has too, or one with characters that
-//! would have to be escaped. And a path such as `/dev/sda2` becomes `/dev/disk/by-partuuid/…`, which is understood wherever a path
-//! was (`x-systemd.requires=` takes nothing else), but directly after `root=` or `resume=` it becomes `PARTUUID=…`: that is the
-//! only form that the kernel itself understands when there is no initrd, and every initrd understands it too.
+//! The replacement keeps the form: the tag or directory, quotes, escaped hyphens and slashes. There are two exceptions. A label becomes a
+//! UUID if the target has no label, one that another disk has too, or one with characters that would have to be escaped. A path such
+//! as `/dev/sda2` becomes `/dev/disk/by-partuuid/…`, which works wherever a path does (`x-systemd.requires=` takes nothing else); but
+//! directly after `root=` or `resume=` it becomes `PARTUUID=…`, the only form that the kernel itself reads without an initrd, and that
+//! every initrd reads too.
 
 mod needle;
 mod written;
@@ -29,55 +28,55 @@ use std::io::{self, Read};
 use anyhow::{Result, bail};
 
 use self::needle::{Form, Needle};
-use self::written::{BEHIND, Found, Quotes, match_at, replacement};
+use self::written::{LOOK_BACK, Match, Quotes, match_at, write_replacement};
 use crate::base::types::{DiskName, Role};
 use crate::names::ids::DiskIds;
 
-/// So many bytes more than the longest value, each perhaps written as five, can belong to a match.
+/// The bytes that a match can have besides its value: tag, directory and quotes, with escapes.
 const AROUND: usize = 128;
-/// So many bytes of a stream are read at once.
+/// The bytes of a stream that are read at once.
 const CHUNK: usize = 1 << 20;
 
-/// Replaces what names another disk by what names one disk, the target.
+/// Replaces the identifiers of other disks by those of one disk, the target.
 #[derive(Clone, Debug)]
 pub struct Rewriter {
     needles: Vec<Needle>,
-    /// For every byte, the needles that a match which begins with it can be of.
+    /// For each byte, the indexes of the needles whose matches can begin with it.
     first: Vec<Vec<usize>>,
-    /// One bit for every two bytes: whether a match can begin with them. Most places of an initrd end here, cheaply.
+    /// A bit for each pair of bytes: whether a match can begin with it. This rules out most places of an initrd cheaply.
     pairs: Vec<u64>,
-    /// No match is longer.
+    /// The length in bytes of the longest possible match.
     longest: usize,
 }
 
 impl Rewriter {
-    /// Makes ready to rewrite for `target`; a disk of the same name among the others is passed over.
+    /// A rewriter from the identifiers of `others` to those of `target`. A disk with the target's name among the others is ignored.
     ///
     /// # Errors
-    /// Identifiers that are the same on two disks, or in two roles, and must not be (failure mode 3). The same label is none:
-    /// it becomes a UUID.
+    /// A UUID or PARTUUID is on two disks, or in two roles (failure mode 3). A label may be, and becomes a UUID.
     pub fn new(target: &DiskIds, others: &[DiskIds]) -> Result<Self> {
         let others: Vec<&DiskIds> = others.iter().filter(|d| d.name != target.name).collect();
         check_uuids(target, &others)?;
         Ok(Self::index(needle::all(target, others)))
     }
 
-    /// Finds what names any of these disks, as [`Rewriter::foreign`], and has nothing to write instead.
+    /// A rewriter that only finds the identifiers of these disks ([`Rewriter::foreign`]) and replaces none.
     ///
     /// # Errors
-    /// As [`Rewriter::new`]; more disks than there are names for.
+    /// As [`Rewriter::new`]; all names of disks are taken.
     pub fn finder(disks: &[DiskIds]) -> Result<Self> {
         let taken: Vec<DiskName> = disks.iter().map(|disk| disk.name).collect();
         Self::new(&DiskIds { name: DiskName::free(&taken)?, parts: BTreeMap::new() }, disks)
     }
 
-    /// Finds words byte for byte, whatever is around them, but that `-` may stand for a `_` behind their first two bytes: what is
-    /// shown for each, and the word. There is nothing to write instead.
+    /// A rewriter that only finds these words, given as the text to report and the word. They match byte for byte whatever is around
+    /// them, except that `-` matches `_` after the first two bytes.
     pub fn words(words: impl IntoIterator<Item = (String, Vec<u8>)>) -> Self {
         let exact = |(shown, value)| Needle { form: Form::Exact, value, any_case: false, new: None, shown };
         Self::index(words.into_iter().map(exact).collect())
     }
 
+    /// Builds the tables by which most places of a text are skipped.
     fn index(needles: Vec<Needle>) -> Self {
         let mut new = Self { needles, first: vec![Vec::new(); 256], pairs: vec![0; 1 << 10], longest: 0 };
         for (number, needle) in new.needles.iter().enumerate() {
@@ -114,20 +113,20 @@ impl Rewriter {
         new
     }
 
-    /// The hash of all that is searched for: what has nothing of it is free of whatever has the same.
+    /// A hash of all needles. A file in which one rewriter found nothing needs no search by another with the same hash.
     pub fn fingerprint(&self) -> blake3::Hash {
         blake3::hash(format!("{:?}", self.needles).as_bytes())
     }
 
-    /// The text with everything that names another disk replaced, as far as the target has something to put there. Doing it
-    /// twice is the same as doing it once.
+    /// The text with every identifier of another disk replaced, if the target has a partition of that role. A second call changes
+    /// nothing.
     pub fn rewrite(&self, text: &[u8]) -> Vec<u8> {
         let mut out = Vec::with_capacity(text.len());
         let mut done = 0;
         self.scan(text, 0, text.len(), &mut Quotes::default(), |found| {
             if let Some(new) = &found.needle.new {
                 out.extend(text.get(done..found.span.start).unwrap_or_default());
-                replacement(&found, new, text, &mut out);
+                write_replacement(&found, new, text, &mut out);
                 done = found.span.end;
             }
         });
@@ -135,14 +134,14 @@ impl Rewriter {
         out
     }
 
-    /// What in the text names another disk, for people, each once: `UUID=… (root of disk0)`.
+    /// The identifiers of other disks in a text, each once, as text for people: `UUID=… (root of disk0)`.
     pub fn foreign(&self, text: &[u8]) -> Vec<String> {
         let mut seen = Vec::new();
         self.scan(text, 0, text.len(), &mut Quotes::default(), |found| note(&mut seen, &found));
         seen
     }
 
-    /// As [`Rewriter::foreign`], over a stream of any length in bounded memory.
+    /// As [`Rewriter::foreign`], for a stream of any length in bounded memory.
     ///
     /// # Errors
     /// Those of reading.
@@ -158,22 +157,22 @@ impl Rewriter {
         let mut next = 0;
         loop {
             let more = stream.by_ref().take(chunk as u64).read_to_end(&mut held)?;
-            // A match may begin only where all that it can need is there.
+            // Places too near the end wait for more bytes: a match there could be incomplete.
             let upto = if more == 0 { held.len() } else { held.len().saturating_sub(self.longest) };
             next = self.scan(&held, next, upto, &mut quotes, |found| note(&mut seen, &found));
             if more == 0 {
                 return Ok(seen);
             }
-            let behind = next.saturating_sub(BEHIND);
+            let dropped = next.saturating_sub(LOOK_BACK);
             quotes.open_at(&held, next);
-            quotes.cut(behind);
-            held.drain(..behind.min(held.len()));
-            next -= behind;
+            quotes.drop_bytes(dropped);
+            held.drain(..dropped.min(held.len()));
+            next -= dropped;
         }
     }
 
     /// Calls `each` for every match that begins in `from..upto`, and returns where the next one may begin.
-    fn scan<'n>(&'n self, text: &[u8], from: usize, upto: usize, quotes: &mut Quotes, mut each: impl FnMut(Found<'n>)) -> usize {
+    fn scan<'n>(&'n self, text: &[u8], from: usize, upto: usize, quotes: &mut Quotes, mut each: impl FnMut(Match<'n>)) -> usize {
         let mut at = from;
         while at < upto {
             let rest = text.get(at..).unwrap_or_default().windows(2).take(upto - at);
@@ -197,27 +196,28 @@ impl Rewriter {
         at
     }
 
-    /// The longest match that begins just here.
-    fn find(&self, text: &[u8], at: usize, quotes: &mut Quotes) -> Option<Found<'_>> {
+    /// The longest match that begins at this place.
+    fn find(&self, text: &[u8], at: usize, quotes: &mut Quotes) -> Option<Match<'_>> {
         let candidates = self.first.get(usize::from(*text.get(at)?))?;
         let matches = candidates.iter().filter_map(|&n| match_at(self.needles.get(n)?, text, at, quotes));
         matches.max_by_key(|found| found.span.end)
     }
 }
 
-/// Where the bit for two bytes is.
+/// The index and bit for a pair of bytes in [`Rewriter::pairs`].
 fn pair(a: u8, b: u8) -> (usize, u64) {
     let number = usize::from(a) << 8 | usize::from(b);
     (number >> 6, 1 << (number & 63))
 }
 
-fn note(seen: &mut Vec<String>, found: &Found<'_>) {
+/// Adds a match to the list of identifiers, unless it is there.
+fn note(seen: &mut Vec<String>, found: &Match<'_>) {
     if !seen.contains(&found.needle.shown) {
         seen.push(found.needle.shown.clone());
     }
 }
 
-/// No UUID may be on the target and on another disk, nor in two roles of the others.
+/// Checks that no UUID is on the target and on another disk, or in two roles of the other disks.
 fn check_uuids(target: &DiskIds, others: &[&DiskIds]) -> Result<()> {
     let mut known: Vec<(String, &'static str, &Role, DiskName)> = Vec::new();
     for disk in [target].into_iter().chain(others.iter().copied()) {
@@ -229,8 +229,8 @@ fn check_uuids(target: &DiskIds, others: &[&DiskIds]) -> Result<()> {
                 let twin = known.iter().find(|(v, _, r, d)| *v == value && (*d == target.name || *r != role));
                 if let Some((_, _, twin_role, twin_disk)) = twin {
                     bail!(
-                        "{twin_role} of {twin_disk} and {role} of {} have the same {what} {value}; give one a new one \
-                         (file systems: tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, swaplabel -U, \
+                        "{twin_role} of {twin_disk} and {role} of {} have the same {what} {value}, so it doesn't identify one. \
+                         Give one of them a new one (file systems: tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, swaplabel -U, \
                          cryptsetup luksUUID; partitions: sgdisk --partition-guid=N:R)",
                         disk.name
                     );
@@ -285,7 +285,7 @@ pub(crate) mod tests {
         Rewriter::new(&b, &[a]).unwrap()
     }
 
-    /// For the same disk, but beside one with another root.
+    /// For the same target, but another disk with another root.
     pub fn from_another() -> Rewriter {
         let (mut a, b) = disks();
         a.parts.get_mut(&Role::Root).unwrap().uuid = Some(ROOT_A.replace('c', "e"));
@@ -301,7 +301,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f15_every_form_of_an_identifier() {
+    fn f15_every_form_of_an_identifier_is_rewritten() {
         let upper = ROOT_A.to_uppercase();
         let short = |uuid: &str| uuid.replace('-', "");
         let by_b = |n: u32| format!("/dev/disk/by-partuuid/{B}{n}");
@@ -327,7 +327,7 @@ pub(crate) mod tests {
                 format!("devexists-\\x2fdev\\x2fdisk\\x2fby-uuid\\x2f{ROOT_A}.sh"),
                 format!("devexists-\\x2fdev\\x2fdisk\\x2fby-uuid\\x2f{ROOT_B}.sh"),
             ),
-            // Shorter ones.
+            // Shorter UUIDs.
             ("UUID=AAAA-0001 /boot".into(), "UUID=BBBB-0001 /boot".into()),
             ("uuid=aaaa-0001 /boot".into(), "uuid=BBBB-0001 /boot".into()),
             ("UUID=\"AAAA-0001\" /boot".into(), "UUID=\"BBBB-0001\" /boot".into()),
@@ -373,7 +373,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f13_a_container_and_what_is_in_it() {
+    fn f13_the_ids_of_a_container_and_of_its_file_system_are_rewritten() {
         let (mut a, mut b) = disks();
         let [box_a, box_b] = ["eeeeeeee", "ffffffff"].map(|start| format!("{start}-1111-4111-8111-111111111111"));
         for (disk, uuid, label) in [(&mut a, &box_a, "box"), (&mut b, &box_b, "box1")] {
@@ -396,7 +396,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f13_kernel_command_lines_and_crypttab() {
+    fn f13_kernel_command_lines_and_crypttab_are_rewritten() {
         let long = |root: &str| {
             format!(
                 "root=/dev/mapper/root cryptdevice=UUID={root}:root resume=UUID={root} rd.luks.uuid=luks-{root} \
@@ -425,7 +425,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f15_what_only_looks_alike_stays() {
+    fn f15_texts_that_only_look_alike_stay() {
         for text in [
             format!("x{ROOT_A}"),
             format!("{ROOT_A}0"),
@@ -464,11 +464,11 @@ pub(crate) mod tests {
         let mut twin = b.clone();
         twin.parts.get_mut(&Role::Home).unwrap().partuuid = PartUuid::parse(&format!("{A}3")).unwrap();
         assert!(Rewriter::new(&twin, std::slice::from_ref(&a)).unwrap_err().to_string().contains("PARTUUID"));
-        assert!(Rewriter::new(&b, &[a, b.clone()]).is_ok(), "the target among the others is passed over");
+        assert!(Rewriter::new(&b, &[a, b.clone()]).is_ok(), "the target among the others is ignored");
     }
 
     #[test]
-    fn what_has_no_counterpart_stays_and_is_reported() {
+    fn identifiers_without_a_counterpart_stay_and_are_reported() {
         let (a, mut b) = disks();
         b.parts.remove(&Role::Root);
         let rewriter = Rewriter::new(&b, &[a]).unwrap();
@@ -478,7 +478,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_label_of_two_roles_is_left_and_reported() {
+    fn a_label_of_two_roles_stays_and_is_reported() {
         let (mut a, b) = disks();
         a.parts.get_mut(&Role::Home).unwrap().label = Some("root".into());
         let rewriter = Rewriter::new(&b, &[a]).unwrap();
@@ -487,7 +487,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f06_a_remembered_device_name_that_is_now_the_targets_is_its_own() {
+    fn f06_a_remembered_device_name_that_now_belongs_to_the_target_stays() {
         let (a, mut b) = disks();
         b.parts.get_mut(&Role::Home).unwrap().paths.insert("/dev/sda2".into());
         let rewriter = Rewriter::new(&b, &[a]).unwrap();
@@ -577,7 +577,7 @@ pub(crate) mod tests {
         ]
     }
 
-    /// Gives a few bytes at a time.
+    /// Returns a few bytes at a time.
     struct Trickle<'a>(&'a [u8], usize);
 
     impl Read for Trickle<'_> {
@@ -593,7 +593,7 @@ pub(crate) mod tests {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
         #[test]
-        fn rewriting_twice_is_rewriting_once(pieces in proptest::collection::vec(piece(), 0..20)) {
+        fn rewriting_again_changes_nothing(pieces in proptest::collection::vec(piece(), 0..20)) {
             let text = pieces.concat();
             let rewriter = to_b();
             let once = rewriter.rewrite(&text);
@@ -606,7 +606,7 @@ pub(crate) mod tests {
         }
 
         #[test]
-        fn a_stream_is_a_text(pieces in proptest::collection::vec(piece(), 0..60), chunk in 1usize..4096, step in 1usize..300) {
+        fn a_stream_is_searched_like_a_text(pieces in proptest::collection::vec(piece(), 0..60), chunk in 1usize..4096, step in 1usize..300) {
             let text = pieces.concat();
             let rewriter = to_b();
             prop_assert_eq!(rewriter.search(Trickle(&text, step), chunk).unwrap(), rewriter.foreign(&text));

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::types::{DiskName, PartUuid, Role};
 
-/// By what a LUKS container can be named.
+/// The identifiers of a LUKS container.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ContainerIds {
     /// Its UUID.
@@ -15,16 +15,16 @@ pub struct ContainerIds {
     pub label: Option<String>,
 }
 
-/// By what one partition can be named.
+/// The identifiers of one partition.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PartIds {
     /// The unique GUID of the partition.
     pub partuuid: PartUuid,
-    /// The UUID of the file system (or swap space) on it, as blkid(8) prints it: of that in its LUKS container, if it is one.
+    /// The UUID of its file system or swap space, as blkid(8) prints it; if the partition is a LUKS container, of the one inside.
     pub uuid: Option<String>,
-    /// The label of that file system.
+    /// The label of that file system or swap space.
     pub label: Option<String>,
-    /// The LUKS container.
+    /// The LUKS container on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<ContainerIds>,
     /// The name of the partition in the GPT.
@@ -34,17 +34,17 @@ pub struct PartIds {
 }
 
 impl PartIds {
-    /// A partition of which nothing else is known.
+    /// A partition of which only the PARTUUID is known.
     pub fn new(partuuid: PartUuid) -> Self {
         Self { partuuid, uuid: None, label: None, container: None, partlabel: None, paths: BTreeSet::new() }
     }
 }
 
-/// By what the partitions of one disk can be named.
+/// The identifiers of one disk's partitions.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DiskIds {
-    /// The disk.
+    /// The disk's name.
     pub name: DiskName,
-    /// Its partitions, as far as they are known.
+    /// Its known partitions.
     pub parts: BTreeMap<Role, PartIds>,
 }

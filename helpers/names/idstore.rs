@@ -1,7 +1,7 @@
-//! What each disk of the pair was called when it was last seen.
+//! The identifiers that each disk of the pair had when it was last seen.
 //!
-//! After a failover the other disk is gone, and with it the UUIDs of its file systems; a kernel's entry may still name them. They are
-//! kept in a file of the root, which the sync brings to every disk.
+//! After a failover the other disk may be gone, but a menu entry may still name the UUIDs of its file systems. They are saved in a file of
+//! the root, which a sync copies to every disk.
 
 use anyhow::{Context, Result};
 
@@ -9,13 +9,13 @@ use crate::base::root::Root;
 use crate::names::ids::DiskIds;
 use crate::write::state;
 
+/// The file's name in [`state::DIRECTORY`].
 const NAME: &str = "identifiers.json";
 
-/// The identifiers of all disks: those of the parts that are there as they are now, the others as they were when last seen. Of a
-/// disk that isn't in the configuration any more, nothing.
+/// Completes the identifiers of `now` by the saved ones: a partition that is missing gets those that it had when it was last seen.
 ///
 /// # Errors
-/// A store that can't be read. One that doesn't parse is taken for an empty one: the disks that are there fill it again.
+/// The file can't be read. One that doesn't parse counts as empty: present disks fill it again.
 pub fn complete(root: &Root, now: Vec<DiskIds>) -> Result<Vec<DiskIds>> {
     let path = format!("{}/{NAME}", state::DIRECTORY);
     let stored = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
@@ -31,7 +31,7 @@ fn merge(now: Vec<DiskIds>, stored: &[DiskIds]) -> Vec<DiskIds> {
                 if part.paths.is_empty() {
                     *part = seen.clone();
                 } else if part.container.is_some() && part.container == seen.container && part.uuid.is_none() {
-                    // A container that isn't open.
+                    // The container isn't open.
                     (part.uuid, part.label) = (seen.uuid.clone(), seen.label.clone());
                 }
             }
@@ -41,10 +41,10 @@ fn merge(now: Vec<DiskIds>, stored: &[DiskIds]) -> Vec<DiskIds> {
     now.into_iter().map(complete).collect()
 }
 
-/// Keeps what is known for a time when a disk is gone.
+/// Saves the identifiers for the time when a disk is missing.
 ///
 /// # Errors
-/// A root that can't be written.
+/// The root can't be written.
 pub fn save(ids: &[DiskIds]) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(ids).context("the identifiers can't be written as JSON")?;
     bytes.push(b'\n');
@@ -58,7 +58,7 @@ mod tests {
     use crate::names::ids::{ContainerIds, PartIds};
 
     #[test]
-    fn what_is_in_a_closed_container_is_remembered() {
+    fn ids_in_a_closed_container_are_remembered() {
         let disk = |uuid: Option<&str>, container: &str| {
             let partuuid = PartUuid::parse("aaaaaaaa-0000-4000-8000-000000000002").unwrap();
             let part = PartIds {

@@ -1,5 +1,5 @@
-//! Mount and swap units that an administrator wrote, and their drop-ins (systemd.mount(5), systemd.swap(5)): they name disks as lines of
-//! fstab(5) do. Automount units name none.
+//! Mount and swap units of the administrator, and their drop-ins (systemd.mount(5), systemd.swap(5)): like lines of fstab(5), they name
+//! disks. Automount units name none.
 
 use std::path::Path;
 use std::{fs, io};
@@ -8,13 +8,13 @@ use crate::base::root::Root;
 use crate::base::types::DirPath;
 use crate::names::ident::Rewriter;
 
-/// Where administrators have their units.
+/// The directory of the administrator's units.
 const DIR: &str = "/etc/systemd/system";
 
-/// The paths of those that are there. Symbolic links, and what lies behind them, are other names of a unit, masks, or another's files.
+/// The paths of existing units and drop-ins. Symbolic links aren't followed: they are aliases, masks, or files of other packages.
 ///
 /// # Errors
-/// A directory that can't be read.
+/// A directory can't be read.
 pub fn files(root: &Root) -> io::Result<Vec<String>> {
     let mut paths = Vec::new();
     let is_unit = |name: &str| name.ends_with(".mount") || name.ends_with(".swap");
@@ -31,7 +31,7 @@ pub fn files(root: &Root) -> io::Result<Vec<String>> {
     Ok(paths)
 }
 
-/// The names in a directory that no link leads to.
+/// The names in a directory; empty if a symbolic link leads to it.
 fn names(root: &Root, dir: &str) -> io::Result<Vec<String>> {
     let mut steps = Path::new(dir).ancestors().filter(|step| step.parent().is_some());
     match steps.all(|step| fs::symlink_metadata(root.path(step)).is_ok_and(|meta| meta.is_dir())) {
@@ -40,13 +40,13 @@ fn names(root: &Root, dir: &str) -> io::Result<Vec<String>> {
     }
 }
 
-/// The name of the unit that the file of this path is about, if it is one of [`files`].
+/// The unit's name for a path of [`files`], also for a drop-in's path.
 fn name(path: &str) -> Option<&str> {
     let name = path.strip_prefix(DIR)?.strip_prefix('/')?.split('/').next()?;
     Some(name.strip_suffix(".d").unwrap_or(name))
 }
 
-/// The directory that the mount unit of this path is about: its name has to say the same as its `Where=`, and drop-ins need none.
+/// The mount point of the mount unit at this path, from its name: systemd requires `Where=` to be the same, and drop-ins may lack it.
 pub fn dir(path: &str) -> Option<DirPath> {
     let mut parts = name(path)?.strip_suffix(".mount")?.split("\\x");
     let mut dir = format!("/{}", parts.next()?.replace('-', "/")).into_bytes();
@@ -58,13 +58,13 @@ pub fn dir(path: &str) -> Option<DirPath> {
     DirPath::parse(std::str::from_utf8(&dir).ok()?).ok()
 }
 
-/// What names another disk in the name of the unit of this path. systemd takes no swap unit whose `What=` says something else, and so
-/// such a unit can't be rewritten.
+/// The identifiers of other disks in the unit's name. Such a unit can't be rewritten, because systemd requires a swap unit's name to match
+/// its `What=`.
 pub fn named_after(path: &str, rewriter: &Rewriter) -> Vec<String> {
     name(path).map(|name| rewriter.foreign(name.as_bytes())).unwrap_or_default()
 }
 
-/// Whether a mount unit is about something that boot doesn't wait for: `nofail` in its options is to systemd what it is in fstab.
+/// Whether boot can do without a mount unit: it has the option `nofail`, as in fstab.
 pub fn may_fail(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(text);
     let mut options = text.lines().filter_map(|line| line.split_once('=')).filter(|(key, _)| key.trim() == "Options");
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn f26_a_mount_units_name_is_its_directory() {
+    fn f26_a_mount_units_name_gives_its_mount_point() {
         for (name, expected) in [
             ("home.mount", Some("/home")),
             ("mnt-root1-boot.mount", Some("/mnt/root1/boot")),

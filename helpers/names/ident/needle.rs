@@ -1,20 +1,20 @@
-//! What is searched for: everything that names a partition of another disk, and what to write instead.
+//! The needles of a search: the identifiers of other disks' partitions, each with its replacement.
 
 use std::collections::BTreeMap;
 
 use crate::base::types::{DiskName, Role};
 use crate::names::ids::{DiskIds, PartIds};
 
-/// The four kinds of identifiers that have a tag and a directory below /dev/disk.
+/// The kinds of identifiers that have a tag (`UUID=`) and a directory below /dev/disk.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(super) enum Kind {
+pub(super) enum IdKind {
     Uuid,
     PartUuid,
     Label,
     PartLabel,
 }
 
-impl Kind {
+impl IdKind {
     pub(super) fn tag(self) -> &'static str {
         match self {
             Self::Uuid => "UUID",
@@ -34,43 +34,43 @@ impl Kind {
     }
 }
 
-/// What stands before a value, and so how the value is recognised.
+/// The form in which a value is written, and by which it is recognised.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Form {
-    /// Nothing: the value stands for itself.
+    /// The value alone.
     Bare,
     /// `TAG=`, perhaps with a quote after it.
-    Tag(Kind),
+    Tag(IdKind),
     /// `by-KIND/`.
-    Dir(Kind),
+    Dir(IdKind),
     /// The value is a path.
     Path,
-    /// The value is the name of a unit without its suffix, escaped already.
+    /// The value is the escaped name of a unit without its suffix.
     Unit,
-    /// The value is written byte for byte, whatever is around, but that `-` may stand for `_`.
+    /// The value is written byte for byte, whatever is around it, except that `-` matches `_`.
     Exact,
 }
 
-/// Something that names another disk.
+/// An identifier of another disk.
 #[derive(Clone, Debug)]
 pub(super) struct Needle {
     pub(super) form: Form,
     pub(super) value: Vec<u8>,
     pub(super) any_case: bool,
-    /// What to write instead; None if the target has nothing of the kind.
-    pub(super) new: Option<(Kind, String)>,
-    /// For people.
+    /// The replacement; None if the target has no partition of that role.
+    pub(super) new: Option<(IdKind, String)>,
+    /// The text for people.
     pub(super) shown: String,
 }
 
-/// Everything that names a partition of the others.
+/// The needles for all partitions of the other disks.
 pub(super) fn all(target: &DiskIds, others: Vec<&DiskIds>) -> Vec<Needle> {
     let mut needles = Needles { target, others, list: Vec::new() };
     needles.add_uuids();
-    needles.add_labels(Kind::Label, |ids| ids.label.clone(), |ids| ids.uuid.clone());
+    needles.add_labels(IdKind::Label, |ids| ids.label.clone(), |ids| ids.uuid.clone());
     let container = |ids: &PartIds| ids.container.clone();
-    needles.add_labels(Kind::Label, |ids| container(ids)?.label, |ids| container(ids)?.uuid);
-    needles.add_labels(Kind::PartLabel, |ids| ids.partlabel.clone(), |_| None);
+    needles.add_labels(IdKind::Label, |ids| container(ids)?.label, |ids| container(ids)?.uuid);
+    needles.add_labels(IdKind::PartLabel, |ids| ids.partlabel.clone(), |_| None);
     needles.add_paths();
     needles.list
 }
@@ -86,7 +86,7 @@ impl<'a> Needles<'a> {
         self.others.iter().flat_map(|disk| disk.parts.iter().map(|(role, ids)| (disk.name, role, ids))).collect()
     }
 
-    fn push(&mut self, form: Form, value: impl Into<Vec<u8>>, any_case: bool, new: Option<(Kind, String)>, shown: &str) {
+    fn push(&mut self, form: Form, value: impl Into<Vec<u8>>, any_case: bool, new: Option<(IdKind, String)>, shown: &str) {
         let value = value.into();
         if !value.is_empty() {
             self.list.push(Needle { form, value, any_case, new, shown: shown.to_owned() });
@@ -98,11 +98,11 @@ impl<'a> Needles<'a> {
             let own = self.target.parts.get(role);
             let pair = |of: fn(&PartIds) -> Option<String>| {
                 let own = own.and_then(of).filter(|u| !u.is_empty());
-                of(ids).map(|u| (Kind::Uuid, u, own))
+                of(ids).map(|u| (IdKind::Uuid, u, own))
             };
             let uuid = pair(|ids| ids.uuid.clone());
             let container = pair(|ids| ids.container.as_ref()?.uuid.clone());
-            let partuuid = (Kind::PartUuid, ids.partuuid.to_string(), own.map(|own| own.partuuid.to_string()));
+            let partuuid = (IdKind::PartUuid, ids.partuuid.to_string(), own.map(|own| own.partuuid.to_string()));
             for (kind, value, new) in uuid.into_iter().chain(container).chain([partuuid]) {
                 let shown = format!("{}={} ({role} of {disk})", kind.tag(), value.escape_debug());
                 if is_long_uuid(&value) {
@@ -119,8 +119,13 @@ impl<'a> Needles<'a> {
         }
     }
 
-    /// Labels of one kind; where the target has none that can be written, the UUID is, or the PARTUUID.
-    fn add_labels(&mut self, kind: Kind, label: impl Fn(&PartIds) -> Option<String>, uuid: impl Fn(&PartIds) -> Option<String>) {
+    /// Adds labels of one kind. If the target has no label that can be used, the replacement is its UUID, or else its PARTUUID.
+    fn add_labels(
+        &mut self,
+        kind: IdKind,
+        label: impl Fn(&PartIds) -> Option<String>,
+        uuid: impl Fn(&PartIds) -> Option<String>,
+    ) {
         let label = |ids: &PartIds| label(ids).filter(|l| !l.is_empty());
         let parts = self.parts();
         let mut owners: BTreeMap<String, Vec<(DiskName, &Role)>> = BTreeMap::new();
@@ -139,8 +144,8 @@ impl<'a> Needles<'a> {
                         && !parts.iter().any(|p| label(p.2).as_ref() == Some(l))
                 };
                 let uuid = uuid(ids).filter(|u| plain(u));
-                let partuuid = (Kind::PartUuid, ids.partuuid.to_string());
-                Some(label(ids).filter(fit).map(|l| (kind, l)).or(uuid.map(|u| (Kind::Uuid, u))).unwrap_or(partuuid))
+                let partuuid = (IdKind::PartUuid, ids.partuuid.to_string());
+                Some(label(ids).filter(fit).map(|l| (kind, l)).or(uuid.map(|u| (IdKind::Uuid, u))).unwrap_or(partuuid))
             });
             let mut shown = format!("{}={} ({}", kind.tag(), value.escape_debug(), all_of(owners));
             shown.push_str(
@@ -168,7 +173,7 @@ impl<'a> Needles<'a> {
                 continue;
             }
             let new = one_role(&owners).and_then(|role| self.target.parts.get(role));
-            let new = new.map(|own| (Kind::PartUuid, own.partuuid.to_string()));
+            let new = new.map(|own| (IdKind::PartUuid, own.partuuid.to_string()));
             let shown = format!("{} ({})", path.escape_debug(), all_of(&owners));
             self.push(Form::Path, path, false, new.clone(), &shown);
             self.push(Form::Unit, libsystemd::unit::escape_path(path), false, new, &shown);
@@ -176,7 +181,7 @@ impl<'a> Needles<'a> {
     }
 }
 
-/// The role that all owners have, or None where they differ.
+/// The role of all owners, or None if they differ.
 fn one_role<'r>(owners: &[(DiskName, &'r Role)]) -> Option<&'r Role> {
     let (_, role) = owners.first()?;
     owners.iter().all(|(_, r)| r == role).then_some(*role)
@@ -195,7 +200,7 @@ fn plain(label: &str) -> bool {
     label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
 }
 
-/// A label as udev writes it in names of links: what isn't in its list becomes `\xHH`.
+/// A label as in the names of udev's links: a character outside udev's list becomes `\xHH`.
 fn udev_encode(label: &str) -> String {
     let mut out = String::new();
     for c in label.chars() {

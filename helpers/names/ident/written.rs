@@ -1,20 +1,20 @@
-//! How identifiers are written in a text: recognised with quotes and escapes, and replaced in the same form.
+//! Finds identifiers in a text, with their quotes and escapes, and writes replacements in the same form.
 
 use std::ops::Range;
 
-use super::needle::{Form, Kind, Needle};
+use super::needle::{Form, IdKind, Needle};
 
-/// Where a needle was found, and how it is written there.
-pub(super) struct Found<'n> {
+/// A place in a text where a needle was found.
+pub(super) struct Match<'n> {
     pub(super) needle: &'n Needle,
     pub(super) span: Range<usize>,
     style: Style,
 }
 
-/// How characters of a match are written, so that their replacements can be written alike.
+/// The way in which the characters of a match are written; the replacement is written the same way.
 #[derive(Default)]
 struct Style {
-    /// Written forms of `-`, `/` and `=`, where they occurred.
+    /// The written forms of `-`, `/` and `=`; None if the character didn't occur.
     hyphen: Option<Vec<u8>>,
     slash: Option<Vec<u8>>,
     equals: Option<Vec<u8>>,
@@ -57,10 +57,11 @@ impl Style {
         }
     }
 }
-/// So many bytes before a match are looked at at most.
-pub(super) const BEHIND: usize = 32;
 
-/// Whether a double quote is open on its line, for places that come one after the other.
+/// The number of bytes before a match that are examined at most.
+pub(super) const LOOK_BACK: usize = 32;
+
+/// Tells whether a double quote is open on a line, for places in ascending order.
 #[derive(Default)]
 pub(super) struct Quotes {
     upto: usize,
@@ -68,7 +69,7 @@ pub(super) struct Quotes {
 }
 
 impl Quotes {
-    /// Whether one is open before a place.
+    /// Whether a double quote is open before a place.
     pub(super) fn open_at(&mut self, text: &[u8], at: usize) -> bool {
         let passed = text.get(self.upto..at).unwrap_or_default();
         let line = passed.rsplit(|b| *b == b'\n').next().unwrap_or_default();
@@ -78,13 +79,14 @@ impl Quotes {
         self.open
     }
 
-    /// The text goes on without so many bytes at its beginning, all of which are before the last place.
-    pub(super) fn cut(&mut self, bytes: usize) {
+    /// Adjusts to a text that lost this many bytes at its beginning, all of them before the last place.
+    pub(super) fn drop_bytes(&mut self, bytes: usize) {
         self.upto = self.upto.saturating_sub(bytes);
     }
 }
 
-/// The byte that is written at a place, and how many bytes it takes: itself, `\xHH` (also with its backslash doubled), or `\OOO`.
+/// Decodes the byte at a place and returns it with the length of its written form: the byte itself, `\xHH` (also with a doubled
+/// backslash), or `\OOO`.
 fn read(text: &[u8], at: usize) -> Option<(u8, usize)> {
     let rest = text.get(at..)?;
     let hex = |high: u8, low: u8| {
@@ -103,13 +105,13 @@ fn read(text: &[u8], at: usize) -> Option<(u8, usize)> {
     escaped.or_else(|| rest.first().map(|b| (*b, 1)))
 }
 
-/// Whether the text up to a place ends in an escape sequence, so that its last letter or digit is none.
+/// Whether the text before a place ends in an escape sequence: its last letter or digit then isn't one.
 fn ends_in_escape(text: &[u8], at: usize) -> bool {
     at.checked_sub(4).is_some_and(|start| text.get(start..at).and_then(|t| read(t, 0)).is_some_and(|(_, len)| len == 4))
 }
 
-/// Whether what stands just here is a needle.
-pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &mut Quotes) -> Option<Found<'n>> {
+/// The match of a needle that begins at this place, if there is one.
+pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &mut Quotes) -> Option<Match<'n>> {
     let before = at.checked_sub(1).and_then(|p| text.get(p)).copied();
     let alnum = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_alphanumeric());
     let word_before = alnum(before) && !ends_in_escape(text, at);
@@ -117,7 +119,7 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &
     let mut end = at;
     match needle.form {
         Form::Bare | Form::Dir(_) if word_before => return None,
-        Form::Tag(Kind::Uuid | Kind::PartUuid) if word_before => return None,
+        Form::Tag(IdKind::Uuid | IdKind::PartUuid) if word_before => return None,
         Form::Tag(_) if word_before || before == Some(b'_') => return None,
         Form::Unit if before.is_some_and(|b| b.is_ascii_alphanumeric() || br"_\-.:".contains(&b)) => return None,
         Form::Path if text.get(at) == Some(&b'/') && before.is_some_and(|b| is_path(b) || b == b'/') => return None,
@@ -127,13 +129,13 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &
         Form::Unit => {
             end += needle.value.len();
             let whole = text.get(at..end) == Some(&needle.value) && text.get(end) == Some(&b'.');
-            return whole.then_some(Found { needle, span: at..end, style });
+            return whole.then_some(Match { needle, span: at..end, style });
         }
         Form::Exact => {
             end += needle.value.len();
             let is_written = |(wanted, byte): (&u8, &u8)| wanted == byte || (*wanted, *byte) == (b'_', b'-');
             let whole = needle.value.iter().zip(text.get(at..end)?).all(is_written);
-            return whole.then_some(Found { needle, span: at..end, style });
+            return whole.then_some(Match { needle, span: at..end, style });
         }
         Form::Tag(kind) => {
             style.tag = text.get(at..at + kind.tag().len())?.to_vec();
@@ -150,7 +152,7 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &
     let after = text.get(end).copied();
     let ends = match needle.form {
         Form::Bare => !alnum(after),
-        // One that nobody closes ends with its line.
+        // An unclosed quote ends with its line.
         Form::Tag(_) if !style.quote.is_empty() => {
             matches!(after, None | Some(b'\n')) || text.get(end..)?.starts_with(&style.quote)
         }
@@ -161,17 +163,17 @@ pub(super) fn match_at<'n>(needle: &'n Needle, text: &[u8], at: usize, quotes: &
         Form::Dir(_) | Form::Path => is_end_of_path(text, end, &style),
         Form::Unit | Form::Exact => false,
     };
-    ends.then_some(Found { needle, span: at..end, style })
+    ends.then_some(Match { needle, span: at..end, style })
 }
 
-/// Matches bytes of a needle, escaped or not, and returns where they end. Blanks count only as escapes unless `blanks`.
+/// Matches bytes of a needle, escaped or not, and returns their end. Blanks must be escaped unless `blanks`.
 fn literal(needle: &Needle, wanted: &[u8], text: &[u8], at: usize, style: &mut Style, blanks: bool) -> Option<usize> {
     let mut end = at;
     for &wanted in wanted {
         let (byte, len) = read(text, end)?;
         let written = text.get(end..end + len)?;
         let same = byte == wanted || needle.any_case && byte.eq_ignore_ascii_case(&wanted);
-        // The name of a unit: `/` is written `-`, and `-` is escaped.
+        // In the name of a unit, `/` is written `-`, and `-` is escaped.
         let as_unit = wanted == b'/' && written == b"-" && style.hyphen.as_ref().is_some_and(|h| h.len() > 1);
         if !same && !as_unit || len == 1 && byte.is_ascii_whitespace() && !blanks {
             return None;
@@ -182,7 +184,7 @@ fn literal(needle: &Needle, wanted: &[u8], text: &[u8], at: usize, style: &mut S
     Some(end)
 }
 
-/// A quote, perhaps behind a backslash.
+/// The quote at a place, with a backslash before it if there is one.
 fn quote_at(text: &[u8], at: usize) -> &[u8] {
     let rest = text.get(at..).unwrap_or_default();
     match rest {
@@ -197,7 +199,7 @@ fn is_end_of_value(text: &[u8], at: usize) -> bool {
     byte.is_ascii_whitespace() || byte.is_ascii_control() || br#""',:;)]}|&<>`"#.contains(&byte) || !quote_at(text, at).is_empty()
 }
 
-/// Characters that the name of a device file can have after what looks like its end.
+/// Whether a byte can continue the path of a device file.
 fn is_path(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || br"_-+.@~%#\".contains(&byte) || !byte.is_ascii()
 }
@@ -214,8 +216,8 @@ fn is_end_of_path(text: &[u8], at: usize, style: &Style) -> bool {
     }
 }
 
-/// Writes what is to stand in the place of a match.
-pub(super) fn replacement(found: &Found<'_>, new: &(Kind, String), text: &[u8], out: &mut Vec<u8>) {
+/// Writes the replacement of a match.
+pub(super) fn write_replacement(found: &Match<'_>, new: &(IdKind, String), text: &[u8], out: &mut Vec<u8>) {
     let (kind, value) = new;
     let style = &found.style;
     match found.needle.form {
@@ -242,7 +244,7 @@ pub(super) fn replacement(found: &Found<'_>, new: &(Kind, String), text: &[u8], 
     }
 }
 
-/// Whether a place is directly after `root=` or `resume=`, perhaps with a quote between.
+/// Whether a place is directly after `root=` or `resume=`, or after a quote there.
 fn is_root_argument(text: &[u8], at: usize) -> bool {
     let before = text.get(at.saturating_sub(16)..at).unwrap_or_default();
     let before = before.strip_suffix(b"\"").or(before.strip_suffix(b"'")).unwrap_or(before);
