@@ -1,4 +1,4 @@
-//! A btrfs of several devices, as the kernel shows it (fs/btrfs/sysfs.c of Linux), and the devices' superblocks.
+//! The btrfs on /, which may have several devices: as the kernel shows it (Linux, fs/btrfs/sysfs.c), and its devices' superblocks.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -13,25 +13,26 @@ use crate::devices::mounts;
 
 const BTRFS: &str = "/sys/fs/btrfs";
 
-/// The btrfs that is mounted on /.
+/// The btrfs on / and its devices.
 pub(crate) struct Mounted {
     /// Its UUID.
     pub uuid: Uuid,
-    /// The ids of its devices, those of missing ones too.
+    /// The ids of its devices, also of missing ones.
     pub ids: Vec<u64>,
-    /// The kernel's names of those that are read and written. btrfs doesn't let go of one that was pulled, nor does it take one that is
-    /// put back, before it is mounted anew.
+    /// The kernel's names of the devices in use. Until the next mount, btrfs keeps a device that was pulled, and doesn't use one that is
+    /// plugged in again.
     pub at_work: Vec<String>,
 }
 
-/// Which part is done of what keeps the btrfs on / busy, as btrfs(8) tells that when it is run with these words. None where it is over.
+/// The progress, from 0 to 1, of a balance or replacement of the btrfs on /, as btrfs(8) prints it when run with these arguments. None if
+/// none is running.
 pub(crate) fn part_done(words: &[&str]) -> Option<f64> {
-    // That there is something left makes its exit status 1.
+    // Its exit status is 1 while work is left.
     let done = program::command("btrfs").ok()?.args(words).arg("/").output().ok()?;
     part(&String::from_utf8_lossy(&done.stdout))
 }
 
-/// "1.4% done, 0 write errs, …" of a replacement; "3 out of about 8 chunks balanced (4 considered),  62% left".
+/// Reads "1.4% done, 0 write errs, …" (a replacement) or "3 out of about 8 chunks balanced (4 considered),  62% left".
 fn part(said: &str) -> Option<f64> {
     let words: Vec<&str> = said.split_ascii_whitespace().collect();
     words.windows(2).find_map(|two| {
@@ -46,18 +47,18 @@ fn part(said: &str) -> Option<f64> {
 }
 
 impl Mounted {
-    /// Looks; None where another file system is mounted.
+    /// Reads the mounts and /sys; None if / is not a btrfs.
     ///
     /// # Errors
-    /// What is mounted, or what the kernel shows of it, can't be read.
+    /// /proc or /sys can't be read.
     pub fn look(root: &Root) -> Result<Option<Self>> {
         let table = mounts::table_of(root)?;
         let Some(mount) = mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs") else { return Ok(None) };
-        // The node of a device that was pulled is gone.
+        // A device that was pulled has no node.
         let source = fs::canonicalize(root.path(&mount.source)).unwrap_or_else(|_| mount.source.clone().into());
         for uuid in root.names(BTRFS)? {
             let shown = Path::new(BTRFS).join(&uuid);
-            // Links, of which that of a device that was pulled leads nowhere. One that was missing at the mount has none.
+            // The link of a device that was pulled dangles; a device that was missing at the mount has no link.
             let links = root.names(shown.join("devices"))?;
             let Some(uuid) = uuid.to_str().and_then(|uuid| Uuid::try_parse(uuid).ok()) else { continue };
             if links.iter().any(|name| Some(name.as_os_str()) == source.file_name()) {
@@ -71,15 +72,16 @@ impl Mounted {
         Ok(None)
     }
 
-    /// Whether it goes on without one of its devices.
+    /// Whether it is degraded: one of its devices is missing.
     pub fn lacks_a_device(&self) -> bool {
         self.at_work.len() < self.ids.len()
     }
 
-    /// The kinds of chunks of which some lie on one of several devices only, as "data, single". btrfs is not mounted writable without that.
+    /// The kinds of chunks that are on a single one of several devices, such as "data, single". Without that device, btrfs can't be mounted
+    /// writable.
     ///
     /// # Errors
-    /// What the kernel shows can't be read.
+    /// /sys can't be read.
     pub fn not_mirrored(&self, root: &Root) -> Result<Vec<String>> {
         let mut found = Vec::new();
         if self.ids.len() < 2 {
@@ -97,28 +99,28 @@ impl Mounted {
         Ok(found)
     }
 
-    /// The devices that it goes on without.
+    /// The ids of the missing devices.
     ///
     /// # Errors
-    /// A device that can't be read.
+    /// A device in use can't be read.
     pub fn lost(&self, root: &Root) -> Result<Vec<u64>> {
         let here = self.at_work.iter().map(|name| self.device(root, name).map(|(id, _)| id)).collect::<Result<Vec<_>>>()?;
         Ok(self.ids.iter().copied().filter(|id| !here.contains(id)).collect())
     }
 
-    /// What blkid(8) calls UUID_SUB, of each device that is at work.
+    /// The UUID of each device in use, which blkid(8) calls UUID_SUB.
     ///
     /// # Errors
-    /// A device that can't be read.
+    /// A device can't be read.
     pub fn device_uuids(&self, root: &Root) -> Result<Vec<String>> {
         self.at_work.iter().map(|name| self.device(root, name).map(|(_, uuid)| uuid.to_string())).collect()
     }
 
-    /// Id and UUID of a device by the kernel's name: of its superblock (struct btrfs_super_block of Linux), dev_item.devid and
-    /// dev_item.uuid.
+    /// The id and UUID of the device with this kernel name, from its superblock: dev_item.devid and dev_item.uuid of Linux's struct
+    /// btrfs_super_block.
     ///
     /// # Errors
-    /// A device that can't be read, or holds something else.
+    /// The device can't be read, or belongs to another file system.
     pub fn device(&self, root: &Root, kname: &str) -> Result<(u64, Uuid)> {
         let path = root.path("/dev").join(kname.replace('!', "/"));
         let mut block = [0; 0x11b];
@@ -139,11 +141,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_btrfs_says_of_its_work() {
+    fn progress_is_read_from_btrfs_output() {
         for (said, expected) in [
             ("Balance on '/' is running\n3 out of about 8 chunks balanced (4 considered),  50% left\n", Some(0.5)),
             ("Balance on '/' is running\n0 out of about 8 chunks balanced (1 considered), 100% left\n", Some(0.0)),
-            // More of them than it had expected, and none at all.
+            // More chunks than it had expected, and no chunks.
             ("9 out of about 8 chunks balanced (10 considered), -25% left\n", None),
             ("0 out of about 0 chunks balanced (0 considered), -nan% left\n", None),
             ("No balance found on '/'\n", None),

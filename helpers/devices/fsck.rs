@@ -1,6 +1,6 @@
-//! The repair of a spare's boot partitions by their own fsck, while they are not mounted. In a FAT file system, two names may share a
-//! chain of clusters after a cut, and deleting one of them would destroy the other. An ext4 superblock is two sectors, and no kernel
-//! mounts the half of one.
+//! Repairs a spare's boot partitions with fsck.fat or e2fsck, while they are not mounted. After a power cut, two names on a FAT may share
+//! their clusters, so that deleting one would destroy the other; and an ext4 superblock, which is two sectors long, may be half written,
+//! so that no kernel mounts it.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -16,20 +16,20 @@ use crate::base::program;
 use crate::devices::inventory::Partition;
 use crate::devices::mounts;
 
-/// Whether a FAT file system needs fsck.fat: it is marked dirty, or what is there says so. The mark alone isn't enough: fsck.fat takes it
-/// away in no particular order with its other writes, and after a cut among these nothing would be left to tell.
+/// Whether a FAT file system needs fsck.fat: it is marked dirty, or fsck.fat finds errors. The mark alone isn't enough: fsck.fat removes
+/// it in no particular order with its other writes, so that it may be gone after an interrupted repair.
 ///
 /// # Errors
-/// Those of reading the device; something that isn't FAT.
+/// The device can't be read, or isn't FAT.
 fn fat_needs_repair(device: &Path) -> Result<bool> {
     Ok(is_dirty(device)? || fsck_fat("-n", device)?)
 }
 
-/// Whether a FAT file system was left by a writer that didn't end well: bit 0 of the state byte that Linux and Windows keep in the
-/// boot sector, at 0x41 for FAT32 and 0x25 for FAT12 and FAT16.
+/// Whether a FAT file system is marked dirty, because it was not unmounted cleanly: bit 0 of the state byte that Linux and Windows keep in
+/// the boot sector, at 0x41 for FAT32 and 0x25 for FAT12 and FAT16.
 ///
 /// # Errors
-/// Those of reading the device; something that isn't FAT.
+/// The device can't be read, or isn't FAT.
 fn is_dirty(device: &Path) -> Result<bool> {
     let mut sector = [0; 512];
     let file = File::open(device).with_context(|| format!("{} can't be opened", device.display()))?;
@@ -39,38 +39,38 @@ fn is_dirty(device: &Path) -> Result<bool> {
         _ => 0,
     };
     if word(510) != 0xaa55 {
-        bail!("{} has no boot sector of a FAT file system", device.display());
+        bail!("{} holds no FAT file system", device.display());
     }
-    // Sectors per FAT, of 16 bits: 0 on FAT32, which has a field of its own.
+    // The 16-bit number of sectors per FAT is 0 on FAT32, which has another field for it.
     let state = if word(22) == 0 { 0x41 } else { 0x25 };
     Ok(sector.get(state).is_some_and(|byte| byte & 1 != 0))
 }
 
-/// Repairs what a cut has left of a boot partition's file system. Mounts of a FAT that needs it are taken away first, by systemd where it
-/// made them; what the generator made is started again at the end of the sync. Returns the program that had something to repair.
+/// Repairs a boot partition's file system after an interrupted write. A FAT that needs repair is unmounted first, by systemd; the
+/// generator's mount units are started again at the end of the sync. Returns the program that repaired something.
 ///
 /// # Errors
-/// A file system that stays mounted or can't be repaired.
+/// The file system stays mounted, or can't be repaired.
 pub fn repair(part: &Partition) -> Result<Option<&'static str>> {
     let table = mounts::table()?;
     let uses: Vec<_> = table.iter().filter(|m| m.is_on(part)).collect();
     let device = Path::new(&part.path);
     match part.fstype.as_deref() {
-        // What somebody writes to is marked dirty, and may look like it.
+        // While it is mounted writable, it is marked dirty, and fsck.fat may see half-written changes.
         Some("vfat") if uses.iter().any(|m| m.is_writable()) || !fat_needs_repair(device)? => Ok(None),
         Some("vfat") => {
-            let _nobody_else = claim(part)?;
+            let _held = claim(part)?;
             check_fat(device)?;
             Ok(Some("fsck.fat"))
         }
-        // What the kernel has mounted has a whole superblock, and its journal was replayed.
+        // A mounted file system has a whole superblock, and its journal was replayed.
         Some("ext2" | "ext3" | "ext4") if uses.is_empty() => Ok(check_ext(device)?.then_some("e2fsck")),
         _ => Ok(None),
     }
 }
 
-/// Takes a partition's mounts away, and holds its device so that it can't be mounted: a disk that was just plugged in is about to be, by
-/// systemd (open(2) of a block device with O_EXCL).
+/// Unmounts a partition, and keeps its device open so that it can't be mounted (O_EXCL of a block device, open(2)): systemd is about to
+/// mount a disk that was just plugged in.
 fn claim(part: &Partition) -> Result<File> {
     const TRIES: u32 = 5;
     for _ in 0..TRIES {
@@ -81,14 +81,14 @@ fn claim(part: &Partition) -> Result<File> {
             Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {}
             Err(error) => return Err(error).with_context(|| format!("{} can't be opened", part.path)),
         }
-        // mount(8) is at work, and hasn't got it into the table yet.
+        // mount(8) is running, and its mount isn't in the table yet.
         thread::sleep(Duration::from_millis(200));
     }
-    bail!("{} was left by a cut and can't be unmounted for repair; unmount it, and start the sync again", part.path)
+    bail!("{} needs a repair after an interrupted write, but is in use. Unmount it, and start the sync again", part.path)
 }
 
-/// Has fsck.fat correct errors until it finds none: what it makes of one (a directory whose cluster is free becomes an empty one that lies
-/// nowhere, and can't be read) may be the next.
+/// Runs fsck.fat until it finds no more errors: correcting one (a directory whose cluster is free becomes an empty one without clusters,
+/// which can't be read) may make the next.
 fn check_fat(device: &Path) -> Result<()> {
     const RUNS: u32 = 5;
     for _ in 0..RUNS {
@@ -96,10 +96,13 @@ fn check_fat(device: &Path) -> Result<()> {
             return Ok(());
         }
     }
-    bail!("fsck.fat finds errors in {} again and again; make a new file system there (mkfs.vfat -F32)", device.display());
+    bail!(
+        "fsck.fat still finds errors on {} after {RUNS} runs. Make a new file system there (mkfs.vfat -F32), and start the sync again",
+        device.display()
+    );
 }
 
-/// Whether fsck.fat finds errors, with -n, or has corrected some, with -a.
+/// Runs fsck.fat, and returns whether it found errors (with -n) or corrected some (with -a).
 fn fsck_fat(option: &str, device: &Path) -> Result<bool> {
     let done = program::command("fsck.fat")?.arg(option).arg(device).output().context("fsck.fat can't be run")?;
     // fsck.fat(8), EXIT STATUS.
@@ -108,25 +111,32 @@ fn fsck_fat(option: &str, device: &Path) -> Result<bool> {
         Some(1) => Ok(true),
         _ => {
             let said = String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; ");
-            bail!("fsck.fat can't repair {}: {said}", device.display());
+            bail!(
+                "fsck.fat can't repair {}: {said}. Check the disk, or make a new file system there (mkfs.vfat -F32), and start \
+                 the sync again",
+                device.display()
+            );
         }
     }
 }
 
-/// Has e2fsck correct what it may without being asked, and then whatever it finds: everything on a boot partition is compared with the
+/// Runs e2fsck for safe corrections, then, if those aren't enough, for all: the sync compares everything on a boot partition with the
 /// source, byte for byte. Returns whether it changed anything.
 fn check_ext(device: &Path) -> Result<bool> {
     let mut said = String::new();
     for answer in ["-p", "-y"] {
         let done = program::command("e2fsck")?.arg(answer).arg(device).output().context("e2fsck can't be run")?;
-        // Errors were corrected (e2fsck(8), EXIT CODE); also by what replayed the journal.
+        // 1: errors were corrected (e2fsck(8), EXIT CODE), or the journal was replayed.
         match done.status.code() {
             Some(0) => return Ok(false),
             Some(1) => return Ok(true),
             _ => said = String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; "),
         }
     }
-    bail!("e2fsck can't repair {}: {said}; make a new file system there", device.display());
+    bail!(
+        "e2fsck can't repair {}: {said}. Check the disk, or make a new file system there, and start the sync again",
+        device.display()
+    );
 }
 
 #[cfg(test)]
@@ -151,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn f24_what_fsck_makes_of_an_error_is_repaired_too() {
+    fn f24_errors_that_a_correction_makes_are_corrected_too() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(64 << 20).unwrap();
         let run = |name: &str, args: &[&str]| {

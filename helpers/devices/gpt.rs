@@ -1,5 +1,5 @@
-//! What the disks of the pair look like, kept so that one of them can be made again when nothing is left of it: partition tables in the
-//! form of sfdisk(8), and what is on the partitions.
+//! The saved layouts of the pair's disks, from which a lost disk can be made again: partition tables in the form of sfdisk(8), and the
+//! kind of content of each partition.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,10 +18,10 @@ use crate::write::state;
 /// The file's name in [`state::DIRECTORY`].
 pub const NAME: &str = "layout.json";
 
-/// A partition.
+/// The saved layout of a partition.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PartLayout {
-    /// The role that the configuration gives it; `root` also for a part of a shared root.
+    /// The role that the configuration gives it; `root` also for a device of a shared root.
     pub role: Option<Role>,
     /// Its PARTUUID.
     pub partuuid: PartUuid,
@@ -33,31 +33,31 @@ pub struct PartLayout {
     pub name: Option<String>,
     /// Its attributes in the GPT, as sfdisk writes them.
     pub attributes: String,
-    /// The UUID of the LUKS container that it is. What follows is of what is in that.
+    /// The UUID of the LUKS container on it; the fields below then describe the content of the container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<String>,
-    /// The kind of what is on it, as blkid(8) has it: `ext4`, `swap`, …
+    /// The type of its content by blkid(8): `ext4`, `swap`, …
     pub fstype: Option<String>,
-    /// The UUID of that.
+    /// The UUID of the content.
     pub uuid: Option<String>,
-    /// The label of that.
+    /// The label of the content.
     pub label: Option<String>,
 }
 
-/// A disk.
+/// The saved layout of a disk.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct DiskLayout {
-    /// What the configuration calls it.
+    /// Its name in the configuration.
     pub name: DiskName,
     /// The size of its sectors in bytes.
     pub sector: u64,
-    /// Its partition table, by lines, as `sfdisk DISK` takes it. It names no device.
+    /// Its partition table as lines of input for `sfdisk DISK`. They name no device.
     pub table: Vec<String>,
     /// Its partitions, in their order on the disk.
     pub partitions: Vec<PartLayout>,
 }
 
-/// What `sfdisk --json` prints.
+/// The output of `sfdisk --json`.
 #[derive(Deserialize)]
 struct Printed {
     partitiontable: Table,
@@ -67,7 +67,7 @@ struct Printed {
 struct Table {
     label: String,
     id: String,
-    #[serde(default = "usual_sector")]
+    #[serde(default = "default_sector")]
     sectorsize: u64,
     #[serde(default)]
     partitions: Vec<Row>,
@@ -83,28 +83,28 @@ struct Row {
     attrs: Option<String>,
 }
 
-fn usual_sector() -> u64 {
+fn default_sector() -> u64 {
     512
 }
 
 impl DiskLayout {
-    /// The disk with the ESP that is among these partitions with a role.
+    /// Reads the layout of the disk with the ESP in `roles`, which gives each known partition its role.
     ///
     /// # Errors
-    /// An ESP that isn't there; sfdisk that fails; a table that isn't GPT.
+    /// The ESP is missing; sfdisk fails; the partition table isn't GPT.
     pub fn read(name: DiskName, inventory: &Inventory, roles: &BTreeMap<Role, PartUuid>) -> Result<Self> {
-        let esp = roles.get(&Role::Esp).context("there is no esp=")?;
-        let part = inventory.find(esp)?.with_context(|| format!("the ESP {esp} of {name} isn't there"))?;
-        let disk = part.disk().with_context(|| format!("{} is no partition", part.path))?;
+        let esp = roles.get(&Role::Esp).context("the disk has no esp=")?;
+        let part = inventory.find(esp)?.with_context(|| format!("the ESP {esp} of {name} is missing"))?;
+        let disk = part.disk().with_context(|| format!("{} is not a partition", part.path))?;
         let printed = program::output("sfdisk", ["--json", &format!("/dev/{disk}")].map(Into::into))?;
         Self::parse(&printed, name, inventory, roles).with_context(|| format!("/dev/{disk}"))
     }
 
     pub(crate) fn parse(printed: &[u8], name: DiskName, inventory: &Inventory, roles: &BTreeMap<Role, PartUuid>) -> Result<Self> {
-        let printed: Printed = serde_json::from_slice(printed).context("what sfdisk printed can't be read")?;
+        let printed: Printed = serde_json::from_slice(printed).context("the output of sfdisk can't be understood")?;
         let mut table = printed.partitiontable;
         if table.label != "gpt" {
-            bail!("its partition table is of the kind {}, and not GPT", table.label);
+            bail!("its partition table is {}, not GPT", table.label);
         }
         table.partitions.sort_by_key(|row| row.start);
         let mut lines = vec!["label: gpt".to_owned(), format!("label-id: {}", table.id)];
@@ -112,9 +112,9 @@ impl DiskLayout {
         for row in table.partitions {
             let (name, attributes) = (row.name.filter(|name| !name.is_empty()), row.attrs.unwrap_or_default());
             lines.push(line(row.start, row.size, &row.r#type, row.uuid, name.as_deref(), &attributes));
-            let on_it = inventory.find(&row.uuid)?;
+            let found = inventory.find(&row.uuid)?;
             let of =
-                |value: fn(&Partition) -> &Option<String>| on_it.and_then(|part| value(part).clone()).filter(|v| !v.is_empty());
+                |value: fn(&Partition) -> &Option<String>| found.and_then(|part| value(part).clone()).filter(|v| !v.is_empty());
             partitions.push(PartLayout {
                 role: roles.iter().find(|(_, named)| **named == row.uuid).map(|(role, _)| role.clone()),
                 partuuid: row.uuid,
@@ -122,7 +122,7 @@ impl DiskLayout {
                 kind: row.r#type,
                 name,
                 attributes,
-                container: on_it.and_then(|part| part.container.as_ref()?.ids.uuid.clone()),
+                container: found.and_then(|part| part.container.as_ref()?.ids.uuid.clone()),
                 fstype: of(|part| &part.fstype),
                 uuid: of(|part| &part.uuid),
                 label: of(|part| &part.label),
@@ -136,7 +136,7 @@ impl DiskLayout {
     }
 }
 
-/// The UUID of a root that all disks share.
+/// The UUID of the file system on / if all disks share it.
 fn shared_root(config: &Config, inventory: &Inventory) -> Result<Option<String>> {
     if config.layout() == Layout::OwnRoots {
         return Ok(None);
@@ -146,11 +146,11 @@ fn shared_root(config: &Config, inventory: &Inventory) -> Result<Option<String>>
     Ok(root.and_then(|part| part.uuid.clone()))
 }
 
-/// A line of a partition table, as sfdisk writes and reads it: places in sectors.
+/// A line of a partition table in the form of sfdisk; `start` and `size` are in sectors.
 pub(crate) fn line(start: u64, size: u64, kind: &str, partuuid: PartUuid, name: Option<&str>, attributes: &str) -> String {
     let mut text = format!("start={start}, size={size}, type={kind}, uuid={partuuid}");
     if let Some(name) = name {
-        // sfdisk unescapes what begins with \x, and reads a line.
+        // sfdisk decodes \x escapes, and reads line by line.
         let plain = |c: char| -> String {
             match c {
                 '"' | '\\' => format!("\\x{:02x}", u32::from(c)),
@@ -166,30 +166,31 @@ pub(crate) fn line(start: u64, size: u64, kind: &str, partuuid: PartUuid, name: 
     text
 }
 
-/// The disks in a file that [`save`] has written.
+/// All layouts in a file that [`save`] wrote.
 ///
 /// # Errors
-/// A file that can't be read, or is another one.
+/// The file can't be read, or is another kind of file.
 pub fn load_all(file: &Path) -> Result<Vec<DiskLayout>> {
-    // Below a root, a relative path would be read there.
+    // `Root::read` would take a relative path as one below `/`.
     let absolute = std::path::absolute(file).with_context(|| file.display().to_string())?;
     let bytes = Root::new("/").read(absolute).with_context(|| file.display().to_string())?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is no such file", file.display()))
+    serde_json::from_slice(&bytes)
+        .with_context(|| format!("{} is not a file of disk layouts such as {}/{NAME}", file.display(), state::DIRECTORY))
 }
 
-/// The disk with this name in such a file.
+/// The layout of one disk in a file that [`save`] wrote.
 ///
 /// # Errors
-/// A file that can't be read, or has no such disk.
+/// As [`load_all`]; the file has no such disk.
 pub fn load(file: &Path, name: DiskName) -> Result<DiskLayout> {
     let disks = load_all(file)?;
-    disks.into_iter().find(|disk| disk.name == name).with_context(|| format!("{} knows no {name}", file.display()))
+    disks.into_iter().find(|disk| disk.name == name).with_context(|| format!("{} holds no layout of {name}", file.display()))
 }
 
-/// Keeps what the disks that are there look like, and of the others what is known of them.
+/// Saves the layouts of the disks that are present, and keeps the saved ones of missing disks.
 ///
 /// # Errors
-/// sfdisk that fails; a root that can't be written.
+/// sfdisk fails; the root can't be written.
 pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
     let path = format!("{}/{NAME}", state::DIRECTORY);
     let stored = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
@@ -197,12 +198,12 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
     let root_uuid = shared_root(config, inventory)?;
     let now = |disk: &Disk| -> Result<Option<DiskLayout>> {
         let known = || stored.iter().find(|old| old.name == disk.name && old.has(&disk.esp())).cloned();
-        // What is in a container that isn't open can't be seen.
+        // The content of a closed container is unknown.
         let closed = disk.parts.values().any(|part| inventory.is_closed(part));
         match inventory.find(&disk.esp())?.filter(|_| !closed || known().is_none()) {
             Some(esp) => {
                 let mut roles = disk.parts.clone();
-                // Of a shared root, no section names the parts.
+                // No section names the devices of a shared root.
                 let member = inventory.beside(esp).find(|part| root_uuid.is_some() && part.uuid == root_uuid);
                 roles.extend(member.and_then(Partition::partuuid).map(|partuuid| (Role::Root, partuuid)));
                 DiskLayout::read(disk.name, inventory, &roles).map(Some)
@@ -211,7 +212,7 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
         }
     };
     let disks = config.disks.iter().filter_map(|disk| now(disk).transpose()).collect::<Result<Vec<_>>>()?;
-    let mut bytes = serde_json::to_vec_pretty(&disks).context("it can't be written as JSON")?;
+    let mut bytes = serde_json::to_vec_pretty(&disks).context("the layouts can't be written as JSON")?;
     bytes.push(b'\n');
     state::keep(NAME, bytes)
 }
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_can_be_made_again() {
+    fn a_saved_table_makes_the_same_disk_again() {
         let tmp = tempfile::tempdir().unwrap();
         let disk = tmp.path().join("disk");
         std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
@@ -254,11 +255,11 @@ mod tests {
         );
         program::fed("sfdisk", ["-q".into(), node()], made.as_bytes()).unwrap();
         let roles = [(Role::Esp, PartUuid::parse(ESP).unwrap()), (Role::Root, PartUuid::parse(ROOT).unwrap())].into();
-        let look = || {
+        let read = || {
             let printed = program::output("sfdisk", ["--json".into(), node()]).unwrap();
             DiskLayout::parse(&printed, DiskName::parse("disk1").unwrap(), &inventory(), &roles).unwrap()
         };
-        let found = look();
+        let found = read();
         assert_eq!(found.table.join("\n") + "\n", made.replace(" NoBlock", "NoBlock"));
         let [esp, root] = &found.partitions[..] else { panic!("{found:?}") };
         assert_eq!(
@@ -269,16 +270,16 @@ mod tests {
             (root.bytes, root.fstype.as_deref(), root.uuid.as_deref(), &root.label),
             (2 << 20, Some("ext4"), Some("u-x2"), &None)
         );
-        // What is kept is enough.
+        // The saved layout is enough to make it again.
         let kept = serde_json::to_vec(&found).unwrap();
         let kept: DiskLayout = serde_json::from_slice(&kept).unwrap();
         std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
         program::fed("sfdisk", ["-q".into(), node()], kept.table.join("\n").as_bytes()).unwrap();
-        assert_eq!(look(), found);
+        assert_eq!(read(), found);
     }
 
     #[test]
-    fn a_relative_path_is_one_from_where_one_is() {
+    fn a_relative_path_is_relative_to_the_working_directory() {
         let tmp = tempfile::tempdir_in(".").unwrap();
         let file = Path::new(tmp.path().file_name().unwrap()).join("shape");
         assert!(file.is_relative());

@@ -1,4 +1,4 @@
-//! File systems that are mounted for a sync, in a mount namespace of its own.
+//! File systems that a sync mounts for itself, in its private mount namespace.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,22 +15,23 @@ use crate::devices::mounts::{Mount, at, table};
 use crate::write::below::Below;
 use crate::write::change::Change;
 
-/// From here on, what this process mounts is its own; what others unmount goes here too.
+/// Gives this process a mount namespace of its own: others don't see its mounts, but their unmounts happen here too.
 ///
 /// # Errors
-/// Lack of privilege.
+/// The process may not make mount namespaces.
 pub fn enter_private_namespace() -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace can't be made (this has to run as root)")?;
+    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace can't be made. Run this as root")?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).context("/ can't be made private")
 }
 
-/// A file system of the booted disk without what is mounted in it: what lies below those mounts is seen, and nothing is seen twice.
+/// A read-only view of one file system of the booted disk, without the file systems mounted in it: files below those mount points are
+/// seen, and no file is seen twice.
 pub struct Alone {
     place: PathBuf,
 }
 
 impl Alone {
-    /// Shows the file system that is seen at `dir`, read-only, at `place` (made if need be), in the private namespace only.
+    /// Mounts the view of the file system at `dir` on `place` (made if missing), in the private namespace.
     ///
     /// # Errors
     /// Those of mount(2).
@@ -43,7 +44,7 @@ impl Alone {
         Ok(new)
     }
 
-    /// Where it is.
+    /// The directory that it is mounted on.
     pub fn place(&self) -> &Path {
         &self.place
     }
@@ -51,33 +52,35 @@ impl Alone {
 
 impl Drop for Alone {
     fn drop(&mut self) {
-        // It goes with the namespace at the latest.
+        // Otherwise it ends with the namespace.
         let _ = umount2(&self.place, MntFlags::MNT_DETACH);
     }
 }
 
-/// A file system that is mounted for being written: a spare's, or, in the initrd, the root's.
+/// A file system mounted for writing: one of a spare or, in the initrd, the root.
 pub struct Held {
     below: Option<Below>,
     place: PathBuf,
     device: String,
     flags: MsFlags,
-    /// Whether the file system has to become read-only again.
+    /// Whether the file system was read-only before, and must be again.
     rests_read_only: bool,
     writable: bool,
 }
 
 impl Held {
-    /// Mounts a partition at `place` (made if need be) read-only, in the private namespace only.
+    /// Mounts a partition read-only on `place` (made if missing), in the private namespace.
     ///
     /// # Errors
-    /// A partition without a file system, or with one that can't be mounted on its own; what is mounted then not being on it.
+    /// The partition holds no file system that can be mounted directly; mount(2) fails; the mounted file system is on another partition.
     pub fn open(part: &Partition, place: &Path) -> Result<Self> {
         let fstype = match part.fstype.as_deref() {
             None => bail!("{} holds no file system; make one there, and start the sync again", part.node()),
-            Some("crypto_LUKS") => bail!("{} is a LUKS container that isn't open, see dualroot.conf(5), luks=", part.path),
+            Some("crypto_LUKS") => {
+                bail!("{} is a LUKS container that isn't open. Name it in luks=, see dualroot.conf(5)", part.path)
+            }
             Some(other @ ("LVM2_member" | "linux_raid_member")) => {
-                bail!("{} holds {other}, which dualroot doesn't open by itself", part.path)
+                bail!("{} holds {other}, which dualroot can't mount. Use a partition with a file system of its own", part.path)
             }
             Some(fs) => fs,
         };
@@ -94,16 +97,16 @@ impl Held {
             None => {
                 let data = match fstype {
                     "vfat" => Some("umask=0077,utf8,tz=UTC,errors=remount-ro"),
-                    // The top, whichever subvolume is its default.
+                    // The top of the file system, whichever subvolume is the default.
                     "btrfs" => Some("subvolid=5"),
                     _ => None,
                 };
                 mount(Some(part.node()), place, Some(fstype), flags | MsFlags::MS_RDONLY, data)
             }
         }
-        .with_context(|| format!("{0} can't be mounted; see what fsck(8) says of it ('fsck {0}')", part.node()))?;
+        .with_context(|| format!("{0} can't be mounted. Check its file system ('fsck {0}')", part.node()))?;
         if !at(&table()?, place).is_some_and(|m| m.is_on(part)) {
-            bail!("what is mounted at {} is not {}", place.display(), part.path);
+            bail!("the file system mounted on {} is not that of {}", place.display(), part.path);
         }
         Ok(Self {
             below: Some(Below::open(place)?.from_medium()),
@@ -115,15 +118,14 @@ impl Held {
         })
     }
 
-    /// Takes hold of the file system that is mounted at `dir`, in the private namespace only, without what is mounted in it; None
-    /// where nothing is mounted.
+    /// Opens the file system that is mounted on `dir`, without those mounted in it, in the private namespace; None if nothing is mounted.
     ///
     /// # Errors
     /// Those of mount(2).
     pub fn over(dir: &Path) -> Result<Option<Self>> {
         let table = table()?;
         let Some(there) = at(&table, dir) else { return Ok(None) };
-        // Over itself: an initrd may have no other directory for it.
+        // Bound over itself: an initrd may have no other directory for it.
         mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("{} can't be bound to itself", dir.display()))?;
         Ok(Some(Self {
@@ -136,16 +138,16 @@ impl Held {
         }))
     }
 
-    /// Makes it writable, here and nowhere else. That it is being written is on the medium before anything else: a cut that takes FAT's
-    /// dirty bit, and leaves what was written after it, would not be noticed.
+    /// Makes it writable, in the private namespace only, and flushes: FAT's dirty bit must reach the medium before any other write, or a
+    /// power cut between them would not be noticed.
     ///
     /// # Errors
-    /// A medium that can't be written.
+    /// The medium can't be written.
     pub fn make_writable(&mut self) -> Result<()> {
         self.writable = true;
         let why = |error: &Errno| match error {
-            // mount(2): the device is read-only, or, of ext4, the file system has become so by an error.
-            Errno::EACCES | Errno::EROFS => "; it is read-only: look at the disk, and at the kernel's log",
+            // mount(2): the device is read-only, or an error has made an ext4 so.
+            Errno::EACCES | Errno::EROFS => ", because it is read-only. Check the disk and the kernel log ('journalctl -k')",
             _ => "",
         };
         self.remount(MsFlags::empty()).map_err(|error| {
@@ -158,23 +160,23 @@ impl Held {
         mount(None::<&str>, &self.place, None::<&str>, MsFlags::MS_REMOUNT | self.flags | more, None::<&str>)
     }
 
-    /// The handle to work below.
+    /// The handle for reading and writing it.
     ///
     /// # Errors
-    /// None before [`Held::release`].
+    /// It was released; never before [`Held::release`].
     pub fn below(&self) -> Result<&Below> {
         self.below.as_ref().context("the file system is not mounted any more")
     }
 
-    /// Where it is mounted, in the private namespace.
+    /// The directory that it is mounted on, in the private namespace.
     pub fn place(&self) -> &Path {
         &self.place
     }
 
-    /// Flushes it, makes it read-only again if it was, and lets go of it. FAT's dirty bit is cleared by that (failure mode 24).
+    /// Flushes it, makes it read-only again if it was, and unmounts it. This clears FAT's dirty bit (failure mode 24).
     ///
     /// # Errors
-    /// What is still to be written can't be.
+    /// Those of flushing, remounting and unmounting.
     pub fn release(mut self) -> Result<()> {
         self.put_back()
     }
@@ -194,7 +196,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        // Only reached with something left to do after another error, which is the one to report.
+        // There is something left to do only after another error, which is the one to report.
         let _ = self.put_back();
     }
 }
@@ -247,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mounted_file_system_is_written_where_nobody_sees_it() {
+    fn a_mounted_file_system_is_writable_in_the_private_namespace_only() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }

@@ -1,4 +1,4 @@
-//! Which partitions the machine has, by lsblk(8), and by what names each can be called.
+//! The machine's partitions, by lsblk(8), and the identifiers of each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -20,34 +20,34 @@ pub(crate) const ESP_TYPE: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
 /// A LUKS container on a partition.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Container {
-    /// By what it itself can be named.
+    /// Its own identifiers.
     pub ids: ContainerIds,
-    /// Where it is open: the device node of what is in it, and that device's number.
+    /// The device node and device number of its content, if it is open.
     mapping: Option<(String, String)>,
 }
 
 /// A partition, or another block device, as lsblk shows it.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Partition {
-    /// The kernel's name, as `sda2`.
+    /// The kernel's name, such as `sda2`.
     pub kname: String,
-    /// The kernel's name of the disk that it is a part of.
+    /// The kernel's name of the disk that it is on.
     #[serde(default)]
     pkname: Option<String>,
     /// The device node.
     pub path: String,
     #[serde(rename = "maj:min")]
     number: String,
-    /// lsblk's word for what it is: `part`, `crypt`, …
+    /// lsblk's type of device: `part`, `crypt`, …
     #[serde(rename = "type", default)]
     kind: String,
-    /// The type of the file system on it, as `ext4` or `vfat`: of that in its LUKS container, where that is open.
+    /// The type of its file system, such as `ext4` or `vfat`; of the one inside, if it is an open LUKS container.
     pub fstype: Option<String>,
     /// The UUID of that file system; None in a container that isn't open.
     pub uuid: Option<String>,
     /// Its label.
     pub label: Option<String>,
-    /// The LUKS container that it is.
+    /// The LUKS container on it.
     #[serde(skip)]
     pub container: Option<Container>,
     partuuid: Option<String>,
@@ -60,7 +60,7 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// The device node that holds its file system: it itself, or what its open LUKS container is mapped to.
+    /// The device node of its file system: its own, or the mapping of its open LUKS container.
     pub fn node(&self) -> &str {
         self.mapping().map_or(&self.path, |(node, _)| node)
     }
@@ -77,20 +77,21 @@ impl Partition {
     /// The device number of [`Partition::node`].
     ///
     /// # Errors
-    /// A number that lsblk didn't print as MAJOR:MINOR.
+    /// lsblk didn't print the number as MAJOR:MINOR.
     pub fn device(&self) -> Result<u64> {
         let number = self.mapping().map_or(&self.number, |(_, number)| number);
         number
             .split_once(':')
             .and_then(|(major, minor)| Some(nix::sys::stat::makedev(major.trim().parse().ok()?, minor.trim().parse().ok()?)))
-            .with_context(|| format!("lsblk gives {} the number '{number}'", self.node()))
+            .with_context(|| format!("lsblk prints '{number}' as the device number of {}, expected MAJOR:MINOR", self.node()))
     }
 
-    /// Of ext4 with a torn superblock, libblkid (2.39 and later) says nothing. It is what it was, for [`crate::devices::fsck`] to repair.
-    fn look_for_ext(&mut self) {
+    /// Recognises ext4 with a half-written superblock, which libblkid (2.39 and later) doesn't report, so that
+    /// [`crate::devices::fsck`] can repair it.
+    fn detect_torn_ext(&mut self) {
         let mut block = [0; 1024];
         let unknown = self.fstype.is_none() && self.partuuid.is_some();
-        // A device that can't be read is met by whoever needs it.
+        // If the device can't be read, those who need it report that.
         let read = unknown && File::open(self.node()).is_ok_and(|device| device.read_exact_at(&mut block, 1024).is_ok());
         if let Some((uuid, label)) = ext(&block).filter(|_| read) {
             self.fstype = Some("ext4".to_owned());
@@ -99,8 +100,8 @@ impl Partition {
         }
     }
 
-    /// It is a LUKS container, and this is what it is mapped to, if it is open.
-    fn look_into(&mut self, inside: Option<&Self>) {
+    /// Makes this a LUKS container, with the mapping `inside` if it is open.
+    fn set_container(&mut self, inside: Option<&Self>) {
         let (uuid, label) = (self.uuid.take(), self.label.take());
         let mapping = inside.map(|inside| (inside.path.clone(), inside.number.clone()));
         if let Some(inside) = inside {
@@ -109,17 +110,17 @@ impl Partition {
         self.container = Some(Container { ids: ContainerIds { uuid, label }, mapping });
     }
 
-    /// Its PARTUUID, where it has one.
+    /// Its PARTUUID, if it has one.
     pub fn partuuid(&self) -> Option<PartUuid> {
         PartUuid::parse(self.partuuid.as_deref()?).ok()
     }
 
-    /// The kernel's name of the disk that it is a part of.
+    /// The kernel's name of the disk that it is on.
     pub fn disk(&self) -> Option<&str> {
         self.pkname.as_deref()
     }
 
-    /// That of its file system, and that of its container.
+    /// The UUIDs of its file system and of its container.
     fn uuids(&self) -> impl Iterator<Item = &str> {
         self.uuid.as_deref().into_iter().chain(self.container.as_ref().and_then(|container| container.ids.uuid.as_deref()))
     }
@@ -129,58 +130,58 @@ impl Partition {
     }
 }
 
-/// All partitions of the machine.
+/// All partitions and other block devices of the machine.
 #[derive(Clone, Debug, Default)]
 pub struct Inventory {
     parts: Vec<Partition>,
-    /// Kernel name → the links below /dev/disk that lead to it.
+    /// The links below /dev/disk, by the kernel's name of the device.
     links: BTreeMap<String, BTreeSet<String>>,
-    /// The UUIDs of mounted btrfs file systems that lie on several devices.
+    /// The UUIDs of mounted btrfs file systems with several devices.
     spread: BTreeSet<String>,
 }
 
 impl Inventory {
-    /// Asks lsblk, and reads udev's links and what the kernel says of btrfs.
+    /// Runs lsblk, and reads udev's links and the kernel's list of btrfs file systems.
     ///
     /// # Errors
-    /// lsblk that fails or prints something else than expected.
+    /// lsblk fails, or its output can't be understood.
     pub fn read() -> Result<Self> {
         let columns = "KNAME,PKNAME,PATH,MAJ:MIN,TYPE,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
         let mut read = Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))?;
-        read.parts.iter_mut().for_each(Partition::look_for_ext);
+        read.parts.iter_mut().for_each(Partition::detect_torn_ext);
         Ok(read)
     }
 
-    /// What `lsblk --json --list` printed, the links to each device by its kernel name, and the UUIDs of file systems that are known
-    /// to lie on several devices.
+    /// An inventory from the output of `lsblk --json --list`, the links to each device by its kernel name, and the UUIDs of btrfs file
+    /// systems with several devices.
     ///
     /// # Errors
-    /// Text that isn't what lsblk prints.
+    /// The output can't be understood.
     pub fn parse(json: &[u8], links: BTreeMap<String, BTreeSet<String>>, spread: BTreeSet<String>) -> Result<Self> {
         #[derive(Deserialize)]
         struct Printed {
             blockdevices: Vec<Partition>,
         }
-        let printed: Printed = serde_json::from_slice(json).context("what lsblk printed can't be read")?;
+        let printed: Printed = serde_json::from_slice(json).context("the output of lsblk can't be understood")?;
         let mut parts = printed.blockdevices;
         let mappings: Vec<Partition> = parts.iter().filter(|part| part.kind == "crypt").cloned().collect();
         for part in parts.iter_mut().filter(|part| part.fstype.as_deref() == Some("crypto_LUKS")) {
-            part.look_into(mappings.iter().find(|mapping| mapping.pkname.as_ref() == Some(&part.kname)));
+            part.set_container(mappings.iter().find(|mapping| mapping.pkname.as_ref() == Some(&part.kname)));
         }
         Ok(Self { parts, links, spread })
     }
 
-    /// The partition of this PARTUUID, or None when it isn't there.
+    /// The partition with this PARTUUID, or None if it is missing.
     ///
     /// # Errors
-    /// Two partitions of one PARTUUID, as after a copy with dd(1) (failure mode 3).
+    /// Two partitions have this PARTUUID, as after a copy with dd(1) (failure mode 3).
     pub fn find(&self, wanted: &PartUuid) -> Result<Option<&Partition>> {
         let mut found = self.parts.iter().filter(|p| p.has_partuuid(wanted));
         let first = found.next();
         if let (Some(a), Some(b)) = (first, found.next()) {
             bail!(
-                "{} and {} both have the PARTUUID {wanted}; give one a new one ('sgdisk --partition-guid=N:R' on the copy)",
+                "{} and {} both have the PARTUUID {wanted}. Give the copy a new one ('sgdisk --partition-guid=N:R DISK')",
                 a.path,
                 b.path
             );
@@ -188,7 +189,7 @@ impl Inventory {
         Ok(first)
     }
 
-    /// Whether the partition of this PARTUUID is there, and is a LUKS container that isn't open.
+    /// Whether the partition with this PARTUUID is present and is a LUKS container that isn't open.
     pub fn is_closed(&self, wanted: &PartUuid) -> bool {
         self.find(wanted).is_ok_and(|part| part.is_some_and(Partition::is_closed))
     }
@@ -198,12 +199,12 @@ impl Inventory {
         self.parts.iter().filter(move |other| other.pkname.is_some() && other.pkname == part.pkname && other.kname != part.kname)
     }
 
-    /// All of them, and other block devices.
+    /// All partitions and other block devices.
     pub fn all(&self) -> impl Iterator<Item = &Partition> {
         self.parts.iter()
     }
 
-    /// Every label of a file system, and name of a partition, but those of the disk with this device node.
+    /// The labels of all file systems and the names of all partitions, except those on the disk with this device node.
     pub fn labels_beside(&self, disk: &str) -> BTreeSet<String> {
         let kname = self.parts.iter().find(|part| part.path == disk).map(|part| part.kname.as_str());
         let others =
@@ -211,10 +212,10 @@ impl Inventory {
         others.flat_map(|part| [part.label.clone(), part.partlabel.clone()]).flatten().collect()
     }
 
-    /// Every partition of a disk of the pair that is there, by role.
+    /// The present partitions of a disk of the pair, by role.
     ///
     /// # Errors
-    /// As [`Inventory::find`]; an `esp=` that isn't an ESP by its partition type and file system.
+    /// As [`Inventory::find`]; the partition of `esp=` isn't an ESP by its type, or isn't FAT.
     pub fn disk(&self, disk: &Disk) -> Result<BTreeMap<Role, &Partition>> {
         let mut found = BTreeMap::new();
         for (role, partuuid) in &disk.parts {
@@ -222,11 +223,15 @@ impl Inventory {
             if *role == Role::Esp {
                 let kind = part.parttype.as_deref().unwrap_or("nothing").to_lowercase();
                 if kind != ESP_TYPE {
-                    bail!("{}, esp= of {}, is no EFI system partition: its type is {kind}", part.path, disk.name);
+                    bail!(
+                        "{} (esp= of {}) is not an EFI system partition: its type is {kind}. Set it with 'sgdisk --typecode=N:ef00 DISK'",
+                        part.path,
+                        disk.name
+                    );
                 }
                 let fs = part.fstype.as_deref().unwrap_or("nothing");
                 if fs != "vfat" {
-                    bail!("{}, esp= of {}, holds {fs} and not FAT; make one with 'mkfs.vfat -F32'", part.path, disk.name);
+                    bail!("{} (esp= of {}) holds {fs}, not FAT. Make a FAT with 'mkfs.vfat -F32'", part.path, disk.name);
                 }
             }
             found.insert(role.clone(), part);
@@ -234,9 +239,9 @@ impl Inventory {
         Ok(found)
     }
 
-    /// The identifiers of a disk: of a partition that isn't there only what the configuration says, and no paths. Partitions of the
-    /// same disk that the configuration doesn't name go by their device nodes: no other disk has anything to put in their place, but
-    /// what needs them needs this disk.
+    /// The identifiers of a disk's partitions. A missing partition has only its PARTUUID. Partitions that are on the same disk and not in
+    /// the configuration get their device node as role: they have no counterpart on another disk, but a file that names them needs this
+    /// disk.
     ///
     /// # Errors
     /// As [`Inventory::find`].
@@ -264,9 +269,9 @@ impl Inventory {
         links.into_iter().chain([part.path.clone()]).collect()
     }
 
-    /// The partitions that lie beside those of a disk, and that the configuration doesn't name. An identifier that another partition
-    /// has too, as the members of a RAID have, says nothing about a disk. That another device of a btrfs has it can't be told from the
-    /// partitions, when that device is missing or was added since udev looked at it.
+    /// The partitions on the same disk that the configuration doesn't name. An identifier that another partition has too, as in a RAID,
+    /// doesn't identify a disk, and is left out; so is that of a btrfs with several devices, of which the others may be missing, or may
+    /// have been added after udev's last look.
     fn unnamed(&self, config: &Config, disk: &Disk) -> Result<Vec<(Role, PartIds)>> {
         let mut whole: BTreeMap<&str, BTreeSet<DiskName>> = BTreeMap::new();
         let mut named = BTreeSet::new();
@@ -300,11 +305,11 @@ impl Inventory {
         Ok(found)
     }
 
-    /// No two partitions of the pair, and no other partition of the machine, may share a file system UUID with a different role or
-    /// disk: whatever is mounted by it would be a matter of chance (failure mode 3). Roots of a shared root aren't named, and may.
+    /// Checks that no other partition of the machine has the UUID of a file system or LUKS container of the pair: chance would decide
+    /// which one is mounted (failure mode 3). Devices of a shared root have the same UUID, but no section names them.
     ///
     /// # Errors
-    /// The first such pair.
+    /// Two partitions have the same UUID.
     pub fn check_unique(&self, config: &Config) -> Result<()> {
         for disk in &config.disks {
             for partuuid in disk.parts.values() {
@@ -314,7 +319,7 @@ impl Inventory {
                         |p: &&Partition| p.path != part.path && p.partuuid.is_some() && p.uuids().any(|other| other == uuid);
                     if let Some(twin) = self.parts.iter().find(same) {
                         bail!(
-                            "{} and {} both hold a file system, or a LUKS container, with the UUID {uuid}; give the copy a new one \
+                            "{} and {} both hold a file system or LUKS container with the UUID {uuid}. Give the copy a new one \
                              (tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, cryptsetup luksUUID)",
                             part.path,
                             twin.path
@@ -327,7 +332,7 @@ impl Inventory {
     }
 }
 
-/// UUID and label of a superblock of ext2, ext3 or ext4, whether or not its checksum is right (Linux, fs/ext4/ext4.h).
+/// UUID and label from an ext2, ext3 or ext4 superblock, whatever its checksum (Linux, fs/ext4/ext4.h).
 fn ext(block: &[u8; 1024]) -> Option<(String, Option<String>)> {
     if block.get(0x38..0x3a)? != [0x53, 0xef] {
         return None;
@@ -337,7 +342,7 @@ fn ext(block: &[u8; 1024]) -> Option<(String, Option<String>)> {
     Some((uuid, std::str::from_utf8(label).ok().filter(|label| !label.is_empty()).map(str::to_owned)))
 }
 
-/// udev's links below a directory, by the kernel name of the device that they lead to.
+/// udev's links in the directories below `dir`, by the kernel's name of their device.
 fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for kind in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -352,8 +357,8 @@ fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
     found
 }
 
-/// The UUIDs of mounted btrfs file systems of more than one device, missing ones counted: a directory below /sys/fs/btrfs each, with
-/// one for each device in its devinfo/ (fs/btrfs/sysfs.c of Linux).
+/// The UUIDs of mounted btrfs file systems with several devices, missing ones included: each has a directory below /sys/fs/btrfs, whose
+/// devinfo/ has an entry for each device (Linux, fs/btrfs/sysfs.c).
 fn spread(dir: &Path) -> BTreeSet<String> {
     let several = |uuid: &String| fs::read_dir(dir.join(uuid).join("devinfo")).is_ok_and(|devices| devices.count() > 1);
     let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
@@ -379,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn f24_a_torn_ext4_is_known() {
+    fn f24_an_ext4_with_a_torn_superblock_is_recognised() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(8 << 20).unwrap();
         let uuid = "cccccccc-0000-4000-8000-000000000001";
@@ -394,7 +399,7 @@ mod tests {
                    "partlabel":null,"parttype":null,"log-sec":512}}"#
             );
             let mut part: Partition = serde_json::from_str(&text).unwrap();
-            part.look_for_ext();
+            part.detect_torn_ext();
             (part.fstype, part.uuid, part.label)
         };
         let part = r#""bbbbbbbb-0000-4000-8000-000000000001""#;
@@ -406,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_a_container_is_what_the_partition_holds() {
+    fn an_open_container_shows_the_file_system_inside() {
         let luks = |n: u32, uuid: &str| line("sda", "aaaaaaaa", n, uuid, r#""box""#).replace("ext4", "crypto_LUKS");
         let mapping = r#"{"kname":"dm-0","pkname":"sda2","path":"/dev/mapper/x","maj:min":"253:0","type":"crypt","fstype":"xfs",
             "uuid":"inside","label":null,"partuuid":null,"partlabel":null,"parttype":null,"log-sec":512}"#;
@@ -432,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn f03_two_containers_of_one_uuid() {
+    fn f03_two_containers_with_one_uuid_are_refused() {
         let luks = |disk: &str, start: &str| {
             line(disk, start, 2, "cccccccc-0000-4000-8000-000000000001", "null").replace("ext4", "crypto_LUKS")
         };
@@ -444,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn f14_what_needs_a_partition_that_is_not_configured_needs_its_disk() {
+    fn f14_a_line_that_names_a_partition_outside_the_configuration_needs_its_disk() {
         let uuid = |n: u32| format!("cccccccc-0000-4000-8000-0000000000{n:02}");
         let mut lines = Vec::new();
         for (kname, start, first) in [("sda", "aaaaaaaa", 0), ("sdb", "bbbbbbbb", 4)] {
@@ -454,7 +459,7 @@ mod tests {
             // A mirror over both disks.
             lines.push(line(kname, start, 4, &uuid(9), r#""mirror""#));
         }
-        // A mirror whose other half udev doesn't know, and a btrfs on one disk.
+        // A mirror whose other half udev doesn't know, and a btrfs with one device.
         lines.push(line("sda", "aaaaaaaa", 5, &uuid(10), r#""half""#));
         lines.push(line("sda", "aaaaaaaa", 6, &uuid(11), "null"));
         let sys = tempfile::tempdir().unwrap();
@@ -491,7 +496,7 @@ mod tests {
         };
         assert_eq!(crypttab(&format!("swap UUID={} /dev/urandom swap", uuid(3))), 1);
         assert_eq!(crypttab(&format!("data UUID={} none luks,nofail", uuid(3))), 0);
-        // Made anew of what has the path: on a copy, that may be a file system.
+        // These lines format the device with this path: on a copy, that may be a file system.
         for (device, options, faults) in [
             ("/dev/sda3", "swap,nofail", 1),
             ("/dev/sda3", "noauto,tmp=ext4", 1),

@@ -1,4 +1,4 @@
-//! LUKS containers of spares: cryptsetup(8) opens them, as a service, with a key that lies on every disk's root.
+//! LUKS containers of spares: a service opens them by cryptsetup(8), with a key file on every disk's root.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -12,49 +12,52 @@ use crate::base::refusal::refused;
 use crate::base::types::{PartUuid, UnitName};
 use crate::names::crypttab::KEY;
 
-/// It has no fewer bytes than this: it is as random as it is long, and no more is done to make guesses slow.
+/// The least size in bytes of the key file: only its length protects it, as guesses aren't slowed down.
 pub const LEAST: u64 = 64;
 
 /// Opens the container on a partition.
 ///
 /// # Errors
-/// A service that fails: what to look at.
+/// The service fails.
 pub fn open(part: &PartUuid) -> Result<()> {
     let unit = UnitName::luks(part)?;
     let run = |verb: &str| program::output("systemctl", [verb, unit.as_str()].map(Into::into));
     let mut started = run("start");
-    // Closed by somebody else, it is still open to systemd.
+    // If somebody else has closed it, the service is still active.
     if started.is_ok() && !Path::new(&part.mapping()).exists() {
         started = run("restart");
     }
     started.map(drop).with_context(|| {
         format!(
-            "the LUKS container on {part} can't be opened by {KEY}; see 'systemctl status {unit}'; if files on it were open when the disk \
-             was pulled, what they are on is still in use ('dmsetup info')"
+            "the LUKS container on {part} can't be opened with {KEY}. See 'systemctl status {unit}'. If the disk was pulled while files on \
+             it were open, its old mapping is still in use (see 'dmsetup info'): end the programs that use it"
         )
     })
 }
 
-/// Closes it.
+/// Closes the container on a partition.
 ///
 /// # Errors
-/// A container that is in use.
+/// The container is in use.
 pub fn close(part: &PartUuid) -> Result<()> {
     program::output("systemctl", ["stop", UnitName::luks(part)?.as_str()].map(Into::into)).map(drop)
 }
 
-/// Whether a key file is there, which only root can read.
+/// Whether the key file exists.
 ///
 /// # Errors
-/// One that others can read, or that is too short: a refusal.
+/// Others than root can read it, it is too short, or it isn't a regular file: a refusal.
 pub fn has_key() -> Result<bool> {
     match fs::symlink_metadata(KEY) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(refused(format!("{KEY} can't be looked at: {e}"))),
-        Ok(meta) if meta.len() < LEAST => {
-            Err(refused(format!("{KEY} has {} bytes, fewer than {LEAST}; see dualroot(7)", meta.len())))
-        }
+        Err(e) => Err(refused(format!("{KEY} can't be read: {e}"))),
+        Ok(meta) if meta.len() < LEAST => Err(refused(format!(
+            "{KEY} has {} bytes, and at least {LEAST} are needed. Make a new key, see dualroot(7)",
+            meta.len()
+        ))),
         Ok(meta) if meta.is_file() && meta.uid() == 0 && meta.mode() & 0o077 == 0 => Ok(true),
-        Ok(_) => Err(refused(format!("{KEY} can be read by others than root; 'chown root {KEY}' and 'chmod 600 {KEY}'"))),
+        Ok(_) => {
+            Err(refused(format!("{KEY} must be a file that only root can read. Run 'chown root {KEY}' and 'chmod 600 {KEY}'")))
+        }
     }
 }

@@ -1,8 +1,8 @@
-//! What is mounted where, and a private, writable view of a spare's file systems.
+//! The table of mounts, and starting and stopping mount units.
 //!
-//! A sync never writes through /mnt/root1. It works in a mount namespace of its own, in which it binds the spare's file system (or
-//! mounts it, where nobody has) and makes *that* mount writable. Everybody else keeps the read-only mount that they had. What is
-//! written to is known by its device number, so that a directory on which nothing is mounted (failure mode 1) can't be meant.
+//! A sync never writes through /mnt/root1. In a mount namespace of its own, it mounts the spare's file system (or binds it, if it is
+//! mounted already) and makes *that* mount writable; everybody else keeps the read-only mount. The device number tells whether the right
+//! file system is mounted, so that a bare directory is never written to (failure mode 1).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -19,19 +19,19 @@ use crate::devices::inventory::Partition;
 /// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mount {
-    /// The device number; of btrfs, one that belongs to no device.
+    /// The device number; a btrfs has one that belongs to no device.
     pub(crate) device: u64,
-    /// The directory of the file system that is mounted.
+    /// The directory of the file system that is mounted, from its top.
     pub root: String,
-    /// Where it is mounted.
+    /// The mount point.
     pub at: PathBuf,
     /// The type of the file system.
     pub fstype: String,
-    /// The device, as it was given to mount(2).
+    /// The source given to mount(2), usually a device node.
     pub source: String,
     /// Whether this mount is read-only.
     read_only: bool,
-    /// Whether the file system is, for every mount of it.
+    /// Whether the whole file system is read-only.
     all_read_only: bool,
 }
 
@@ -55,25 +55,25 @@ impl Mount {
         })
     }
 
-    /// Whether anybody can write by this mount. A file system that a killed sync left writable behind a read-only mount isn't meant.
+    /// Whether files can be written through this mount. A read-only mount of a file system that a killed sync left writable isn't.
     pub fn is_writable(&self) -> bool {
         !self.read_only && !self.all_read_only
     }
 
-    /// Whether the file system lies on this partition.
+    /// Whether the file system is on this partition.
     pub fn is_on(&self, part: &Partition) -> bool {
         part.device().is_ok_and(|device| self.is_of(device))
     }
 
-    /// Whether the file system lies on the device with this number.
+    /// Whether the file system is on the device with this number.
     pub fn is_of(&self, device: u64) -> bool {
-        // btrfs has device numbers of its own; its source is a device node.
+        // A btrfs has a number of its own, but its source is a device node.
         self.device == device
             || (self.source.starts_with("/dev/") && fs::metadata(&self.source).is_ok_and(|m| m.rdev() == device))
     }
 }
 
-/// `\040` and its kin, as the kernel writes them.
+/// Decodes escapes such as `\040`, as the kernel writes them.
 fn unescape(field: &str) -> String {
     let mut out = Vec::new();
     let mut rest = field.as_bytes();
@@ -93,15 +93,15 @@ fn unescape(field: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Every mount of this namespace, in the order in which they were made.
+/// All mounts of this namespace, in the order in which they were made.
 ///
 /// # Errors
-/// /proc that isn't there.
+/// /proc can't be read.
 pub fn table() -> Result<Vec<Mount>> {
     table_of(&Root::new("/"))
 }
 
-/// What the /proc below `root` has for that.
+/// As [`table`], from the /proc below `root`.
 ///
 /// # Errors
 /// As [`table`].
@@ -111,10 +111,10 @@ pub fn table_of(root: &Root) -> Result<Vec<Mount>> {
     Ok(String::from_utf8_lossy(&text).lines().filter_map(Mount::parse).collect())
 }
 
-/// Has systemd take mounts away.
+/// Unmounts these mounts by stopping their systemd units.
 ///
 /// # Errors
-/// A mount that stays.
+/// A file system stays mounted.
 pub fn stop(mounts: &[&Mount]) -> Result<()> {
     for mount in mounts {
         let path = mount.at.to_str().context("a mount point isn't UTF-8")?;
@@ -124,7 +124,7 @@ pub fn stop(mounts: &[&Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Has systemd make the spares' mounts that could not be made at boot, for lack of a directory to mount them on.
+/// Starts the spares' mount units that could not start at boot because their mount point was missing.
 pub fn start_spares(log: &Log) {
     let Ok(units) = fs::read_dir("/run/systemd/generator") else { return };
     let table = table().unwrap_or_default();
@@ -133,7 +133,7 @@ pub fn start_spares(log: &Log) {
         let Some(name) = name.to_str().filter(|n| n.starts_with("mnt-root") && n.ends_with(".mount")) else { continue };
         let text = fs::read_to_string(unit.path()).unwrap_or_default();
         let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key));
-        // systemd would wait for the device of an absent spare; what is mounted needs no start.
+        // For an absent spare, systemd would wait for the device.
         if !values("What=").all(|device| Path::new(device).exists())
             || values("Where=").any(|dir| at(&table, Path::new(dir)).is_some())
         {
@@ -145,15 +145,15 @@ pub fn start_spares(log: &Log) {
     }
 }
 
-/// The mount that one sees at a directory: of those that were made there, the last.
+/// The visible mount on a directory: the last one that was made there.
 pub fn at<'a>(table: &'a [Mount], dir: &Path) -> Option<&'a Mount> {
     table.iter().rev().find(|m| m.at == dir)
 }
 
-/// Files in use as swap space that lie on a btrfs, as the kernel lists them (proc_swaps(5)).
+/// The active swap files that are on a btrfs, from the kernel's list (proc_swaps(5)).
 ///
 /// # Errors
-/// /proc that isn't there, or can't be read.
+/// /proc can't be read.
 pub fn swap_files_on_btrfs(root: &Root) -> Result<Vec<PathBuf>> {
     let table = table_of(root)?;
     let text = root.read_opt("/proc/swaps").context("/proc/swaps can't be read")?.unwrap_or_default();
@@ -172,15 +172,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mountinfo_lines() {
+    fn lines_of_mountinfo_are_read() {
         let m = Mount::parse("36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root ro,errors=continue").unwrap();
         assert_eq!(
             (m.device, m.root.as_str(), m.at.as_path(), m.fstype.as_str(), m.read_only, m.all_read_only),
             (makedev(98, 0), "/mnt1", Path::new("/mnt 2"), "ext3", false, true)
         );
         assert!(!m.is_writable());
-        let left_by_a_killed_sync = Mount::parse("36 35 98:0 / /mnt/root1 ro,nosuid - ext4 /dev/sdb2 rw").unwrap();
-        assert!(!left_by_a_killed_sync.is_writable());
+        let after_a_killed_sync = Mount::parse("36 35 98:0 / /mnt/root1 ro,nosuid - ext4 /dev/sdb2 rw").unwrap();
+        assert!(!after_a_killed_sync.is_writable());
         assert!(Mount::parse("36 35 98:0 / /mnt rw - ext4 /dev/sdb2 rw").unwrap().is_writable());
         assert_eq!(Mount::parse("36 35 98:0 / /mnt rw - ext3 /dev/root rw").unwrap().root, "/");
         for bad in ["", "36 35 98 / /mnt rw - ext3 a rw", "36 35 98:0 / /mnt rw", "- - - -"] {
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_mount_of_a_directory_is_seen() {
+    fn the_last_mount_on_a_directory_is_the_visible_one() {
         let line = |id: u32, source: &str| Mount::parse(&format!("{id} 1 8:{id} / /boot rw - vfat {source} rw")).unwrap();
         let table = [line(1, "/dev/a"), line(2, "/dev/b")];
         assert_eq!(at(&table, Path::new("/boot")).unwrap().source, "/dev/b");

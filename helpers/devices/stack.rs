@@ -1,5 +1,5 @@
-//! The layers under a file system: volumes of LVM, arrays of md and mappings, down to the partitions that it lies on. The kernel shows
-//! them in `/sys/class/block/*/slaves` (Documentation/ABI/stable/sysfs-block).
+//! The layers under a file system (LVM volumes, md arrays, LUKS mappings) down to its partitions. The kernel shows them in
+//! `/sys/class/block/*/slaves` (Linux, Documentation/ABI/stable/sysfs-block).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,15 +11,15 @@ use crate::base::root::Root;
 /// The block devices under a file system.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Stack {
-    /// Those that lie on nothing else, by the kernel's names: partitions, or whole disks.
+    /// The kernel's names of the lowest devices: partitions or whole disks.
     leaves: BTreeSet<String>,
-    /// Whether anything lies between the file system and the leaves.
+    /// Whether there is any layer between the file system and the leaves.
     layered: bool,
 }
 
 impl Stack {
-    /// The stack of a file system, by the first field of its line of fstab(5); None where that names no block device that is there.
-    /// PARTUUID= and PARTLABEL= name a partition itself, and are not looked up.
+    /// The stack under the device that the first field of a line of fstab(5) names; None if it names no present block device, or names a
+    /// partition by PARTUUID= or PARTLABEL=.
     ///
     /// # Errors
     /// /sys can't be read.
@@ -45,13 +45,13 @@ impl Stack {
         Ok(stack)
     }
 
-    /// Whether the file system lies on a mapping, a volume or an array, and all its leaves are among these.
+    /// Whether there are layers under the file system, and all its leaves are among `parts`, kernel names.
     pub fn is_layered_within(&self, parts: &BTreeSet<String>) -> bool {
         self.layered && self.leaves.is_subset(parts)
     }
 }
 
-/// The kernel's name of a device that is there, as fstab(5) names it.
+/// The kernel's name of the present device that fstab(5) names in this way.
 fn device(root: &Root, spec: &str) -> Option<String> {
     let path = match spec.split_once('=') {
         Some(("UUID", uuid)) => format!("/dev/disk/by-uuid/{}", uuid.trim_matches('"')),

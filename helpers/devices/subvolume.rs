@@ -1,4 +1,4 @@
-//! Subvolumes of a btrfs, by btrfs(8).
+//! Lists and removes subvolumes of a btrfs, by btrfs(8).
 
 use std::process::Stdio;
 use std::thread;
@@ -17,8 +17,8 @@ pub fn is_subvolume(top: &Below, path: &str) -> bool {
     top.stat(path.as_ref()).is_ok_and(|stat| stat.is_some_and(|stat| stat.st_ino == TOP))
 }
 
-/// Has the kernel give back the room of subvolumes that were removed, which it does while the file system is writable, and waits for it.
-/// Not for ever: where somebody still has a file of one open, it stays until that ends.
+/// Waits until the kernel has freed the space of removed subvolumes, which it does only while the file system is writable. Gives up after
+/// a minute: a subvolume with an open file is freed only when the file is closed.
 pub(crate) fn reclaim(top: &Below) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(60);
     btrfs(top, &["filesystem", "sync", "."])?;
@@ -37,13 +37,14 @@ pub(crate) fn reclaim(top: &Below) -> Result<()> {
     Ok(())
 }
 
-/// The subvolumes in a subvolume below the top of the file system, by paths from its own top directory.
+/// The subvolumes directly in the subvolume `path`, as paths below it. Both are below the handle `top`, the top of the file system.
 pub(crate) fn subvolumes_in(top: &Below, path: &str) -> Result<Vec<String>> {
     let listed = btrfs(top, &["subvolume", "list", "-o", &format!("./{path}")])?;
     inner(&listed, if path == "." { "" } else { path })
 }
 
-/// The subvolumes in the subvolume that is mounted at the handle: `path` from the top of the file system.
+/// The subvolumes directly in the subvolume that the handle `mounted` is for, as paths below it. `path` is its path from the top of the
+/// file system.
 ///
 /// # Errors
 /// Those of btrfs(8).
@@ -51,24 +52,26 @@ pub fn subvolumes_of(mounted: &Below, path: &str) -> Result<Vec<String>> {
     inner(&btrfs(mounted, &["subvolume", "list", "-o", "."])?, path)
 }
 
+/// The paths below `path` in the output of `btrfs subvolume list`.
 pub(crate) fn inner(listed: &[u8], path: &str) -> Result<Vec<String>> {
     let within = if path.is_empty() { String::new() } else { format!("{path}/") };
     let one = |line: &str| {
-        // "ID 260 gen 10 top level 256 path dualroot/5/var/lib/machines", by the path from the top of the file system.
+        // "ID 260 gen 10 top level 256 path dualroot/5/var/lib/machines", a path from the top of the file system.
         let inner = line.split_once(" path ").and_then(|(_, inner)| inner.strip_prefix(&within));
-        inner.map(str::to_owned).with_context(|| format!("btrfs subvolume list has '{line}' in '{path}'"))
+        inner.map(str::to_owned).with_context(|| format!("'btrfs subvolume list' printed '{line}' for the subvolume '{path}'"))
     };
     String::from_utf8_lossy(listed).lines().map(one).collect()
 }
 
+/// Removes a subvolume.
 pub(crate) fn delete(top: &Below, path: &str) -> Result<()> {
     btrfs(top, &["subvolume", "delete", path]).map(|_| ())
 }
 
-/// Runs btrfs(8) in the top of a file system.
+/// Runs btrfs(8) with the directory `top` as its working directory.
 pub(crate) fn btrfs(top: &Below, args: &[&str]) -> Result<Vec<u8>> {
     let mut command = program::command("btrfs")?;
-    // The child changes to the directory by our handle: no path can lead it elsewhere.
+    // The child enters the directory by our handle, so that no path can lead it elsewhere.
     let done = command.args(args).current_dir(top.proc_path()).output().context("btrfs can't be run")?;
     if !done.status.success() {
         let said = String::from_utf8_lossy(&done.stderr);

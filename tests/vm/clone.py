@@ -69,7 +69,7 @@ def check_refusals(pair):
             ("a place that no disk has", f"--replace disk7 --yes-erase B {device('B')}", "there is no [disk7]"),
             ("a file", "--yes-erase X /etc/fstab", "is no disk that lsblk knows"),
             ("a layout that isn't there", f"--layout /etc/layout.json --yes-erase B {device('B')}", "/etc/layout.json: No such file"),
-            ("a layout of other disks", f"--layout /run/layout.json --yes-erase B {device('B')}", "knows no disk1")):
+            ("a layout of other disks", f"--layout /run/layout.json --yes-erase B {device('B')}", "holds no layout of disk1")):
         refused(pair, what, arguments, expected)
     # What is so for a moment: how that is brought about, and how it ends.
     part = f"{device('T')}-part1"
