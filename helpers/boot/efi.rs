@@ -1,8 +1,8 @@
-//! EFI variables, read and written in efivarfs (or any directory of such files), and what they say of the disk that was booted.
+//! Reads and writes EFI variables in efivarfs (or any directory of such files), and finds the booted disk by them.
 //!
-//! Types and traits are the crate efivar's. Its own access to variables, its lists of boot entries and its device path parser panic
-//! on what they don't expect, so that these parts are here: UEFI specification 2.10, 3.1 (variables, load options) and 10.3.5
-//! (media device paths); Boot Loader Interface for the loader's variable.
+//! Types and traits are from the crate efivar. Its access to variables, its lists of boot entries and its parser of device paths panic on
+//! unexpected values, so these parts are here. Sources: UEFI specification 2.10, 3.1 (variables, load options) and 10.3.5 (media device
+//! paths); Boot Loader Interface for the loader's variables.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
@@ -20,7 +20,7 @@ use crate::base::root::Root;
 use crate::base::types::PartUuid;
 use crate::boot::load_option::BootOption;
 
-/// No variable that dualroot reads is larger; firmware commonly stops at 32 KiB.
+/// The largest variable that is read, in bytes; firmware commonly stops at 32 KiB.
 const LARGEST: usize = 64 << 10;
 
 /// The namespace of the Boot Loader Interface.
@@ -50,18 +50,17 @@ impl EfiVars {
         self.dir.join(var.to_string())
     }
 
-    /// A variable's attributes and value; None for one that does not exist, or that is empty, which is how efivarfs shows one that
-    /// is being made or deleted.
+    /// A variable's attributes and value; None if it doesn't exist or is empty, as efivarfs shows one that is being made or deleted.
     ///
     /// # Errors
-    /// Those of reading; fewer than four bytes; more than 64 KiB. The message does not name the variable.
+    /// Those of reading; fewer than four bytes; more than 64 KiB. The message doesn't name the variable.
     pub fn get(&self, var: &Variable) -> io::Result<Option<(VariableFlags, Vec<u8>)>> {
         let mut file = match fs::File::open(self.path(var)) {
             Ok(file) => file,
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
             Err(e) => return Err(e),
         };
-        // One read: efivarfs asks the firmware again for each, and two could see two values. It gives EINTR when it limits the rate.
+        // One read, as efivarfs asks the firmware at each, and two could see two values. It returns EINTR when it limits the rate.
         let mut buffer = vec![0; LARGEST + 1];
         let mut retries = 0_u32;
         let length = loop {
@@ -89,10 +88,10 @@ impl EfiVars {
         Ok(self.get(var).with_context(|| format!("can't read the EFI variable {}", var.name()))?.map(|(_, value)| value))
     }
 
-    /// All boot entries of the firmware, by number. One that can't be understood has neither partition nor file.
+    /// All boot entries of the firmware, sorted by number. One that can't be understood has neither partition nor file.
     ///
     /// # Errors
-    /// Variables that can't be read.
+    /// A variable can't be read.
     pub fn boot_options(&self) -> Result<Vec<BootOption>> {
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
@@ -113,18 +112,18 @@ impl EfiVars {
         Ok(options)
     }
 
-    /// The boot entry of this number, as the specification spells its variable.
+    /// The boot entry with this number, in the variable `Boot####` (upper-case digits); None if it doesn't exist.
     ///
     /// # Errors
-    /// A variable that can't be read.
+    /// The variable can't be read.
     pub fn boot_option(&self, number: u16) -> Result<Option<BootOption>> {
         Ok(self.value(&Variable::new(&number.boot_var_name()))?.map(|raw| BootOption::parse(number, raw)))
     }
 
-    /// BootCurrent: the number of the boot entry that the firmware has booted; None where there is no such variable.
+    /// BootCurrent: the number of the boot entry that the firmware booted; None if the variable doesn't exist.
     ///
     /// # Errors
-    /// A variable that can't be read, or of another length than two bytes.
+    /// The variable can't be read, or isn't two bytes long.
     pub fn boot_current(&self) -> Result<Option<u16>> {
         let Some(value) = self.value(&Variable::new("BootCurrent"))? else { return Ok(None) };
         let [low, high] = value[..] else {
@@ -133,10 +132,10 @@ impl EfiVars {
         Ok(Some(u16::from_le_bytes([low, high])))
     }
 
-    /// BootOrder: the numbers of boot entries in the order that the firmware tries them; none where there is no such variable.
+    /// BootOrder: the numbers of boot entries in the order in which the firmware tries them; empty if the variable doesn't exist.
     ///
     /// # Errors
-    /// A variable that can't be read, or of an odd length.
+    /// The variable can't be read, or has an odd length.
     pub fn boot_order(&self) -> Result<Vec<u16>> {
         let value = self.value(&Variable::new("BootOrder"))?.unwrap_or_default();
         let (numbers, []) = value.as_chunks::<2>() else {
@@ -154,7 +153,7 @@ impl EfiVars {
         self.set(&Variable::new("BootOrder"), VariableFlags::default(), &value).context("can't write the EFI variable BootOrder")
     }
 
-    /// Writes BootNext: the entry that the firmware boots the next time, and only then (UEFI specification, 3.3).
+    /// Writes BootNext: the boot entry for the next boot only (UEFI specification, 3.3).
     ///
     /// # Errors
     /// Those of writing the variable.
@@ -163,7 +162,7 @@ impl EfiVars {
             .context("can't write the EFI variable BootNext")
     }
 
-    /// Writes a boot entry as it is, see [`BootOption::encode`].
+    /// Writes a boot entry, encoded by [`BootOption::encode`].
     ///
     /// # Errors
     /// Those of writing the variable.
@@ -183,14 +182,14 @@ impl EfiVars {
         remove().with_context(|| format!("can't remove the EFI variable {}", var.name()))
     }
 
-    /// Writes a variable, attributes in front, in the one write that efivarfs takes for one.
+    /// Writes a variable, attributes first, in a single write, as efivarfs requires.
     ///
     /// # Errors
-    /// Those of the file system. The message does not name the variable.
+    /// Those of the file system. The message doesn't name the variable.
     pub fn set(&mut self, var: &Variable, attributes: VariableFlags, value: &[u8]) -> io::Result<()> {
         let bytes = [&attributes.bits().to_le_bytes(), value].concat();
         make_mutable(&self.path(var))?;
-        // No truncation: efivarfs sets the size by the write, and a variable without a value must not exist in between.
+        // Not truncated before: the write sets the size, and a variable without a value must not exist in between.
         let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(self.path(var))?;
         let mut retries = 0_u32;
         let written = loop {
@@ -205,7 +204,7 @@ impl EfiVars {
         if written != bytes.len() {
             return Err(io::Error::new(ErrorKind::WriteZero, "only a part was written"));
         }
-        // Where the variables are plain files, a shorter value leaves the end of the longer one.
+        // If the variables are plain files, a shorter value leaves the end of a longer one.
         if file.metadata()?.len() > bytes.len() as u64 {
             file.set_len(bytes.len() as u64)?;
         }
@@ -213,7 +212,7 @@ impl EfiVars {
     }
 }
 
-/// efivarfs makes variables immutable that the kernel doesn't know; other file systems may not have such flags.
+/// Removes a variable's immutable flag, which efivarfs sets on variables that the kernel doesn't know. Other file systems may lack it.
 fn make_mutable(path: &Path) -> io::Result<()> {
     let file = match fs::File::open(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
@@ -245,8 +244,8 @@ impl VarWriter for EfiVars {
     }
 }
 
-/// The number of a boot entry by its file's name: `Boot`, four hexadecimal digits (upper case by the specification, but not by
-/// all firmware), and the namespace.
+/// The number of a boot entry from its file's name: `Boot`, four hexadecimal digits (upper case in the specification, but not in all
+/// firmware), and the namespace.
 fn boot_number(name: &str) -> Option<u16> {
     let (digits, vendor) = name.strip_prefix("Boot")?.split_once('-')?;
     let plain = digits.len() == 4 && digits.bytes().all(|b| b.is_ascii_hexdigit());
@@ -254,18 +253,18 @@ fn boot_number(name: &str) -> Option<u16> {
     u16::from_str_radix(digits, 16).ok().filter(|_| plain && global)
 }
 
-/// The ESP that the system was booted from: by LoaderDevicePartUUID, which the boot loader sets, or else by the firmware's
-/// BootCurrent and the partition that its boot entry names.
+/// The ESP that the system was booted from: that in LoaderDevicePartUUID, which the boot loader sets, or else the partition of the boot
+/// entry in the firmware's BootCurrent.
 ///
 /// # Errors
-/// Variables that can't be read, or say something else than they should; neither variable; a boot entry without a GPT partition,
-/// as firmware makes for its own use.
+/// A variable can't be read or has an invalid value; neither exists; the boot entry names no GPT partition, as those that firmware makes
+/// for itself.
 pub fn booted_esp(vars: &EfiVars) -> Result<PartUuid> {
     if let Some(value) = vars.value(&Variable::new_with_vendor("LoaderDevicePartUUID", LOADER))? {
         return loader_uuid(&value);
     }
     let Some(number) = vars.boot_current()? else {
-        bail!("there is neither of the EFI variables LoaderDevicePartUUID and BootCurrent: expected a boot by systemd-boot");
+        bail!("neither of the EFI variables LoaderDevicePartUUID and BootCurrent exists: expected a boot by systemd-boot");
     };
     let name = number.boot_var_name();
     let no_loader = "the EFI variable LoaderDevicePartUUID is missing";
@@ -277,19 +276,18 @@ pub fn booted_esp(vars: &EfiVars) -> Result<PartUuid> {
     })
 }
 
-/// The file of the boot entry that the firmware says it has booted, where that is one on this ESP: with backslashes, as it is there.
+/// The file of the boot entry that the firmware booted, with backslashes; None if that entry is for another ESP, or unknown.
 pub fn booted_file(vars: &EfiVars, esp: &PartUuid) -> Option<String> {
     let option = vars.boot_option(vars.boot_current().ok()??).ok()??;
     option.file.filter(|_| option.partition.as_ref() == Some(esp))
 }
 
-/// Whether the firmware says that it boots what is signed only (UEFI, section 3.3).
+/// Whether Secure Boot is on (UEFI specification, 3.3).
 pub fn is_secure(vars: &EfiVars) -> bool {
     vars.value(&Variable::new("SecureBoot")).is_ok_and(|value| value.as_deref() == Some(&[1]))
 }
 
-/// What the boot loader says in one of its variables, such as LoaderInfo (Boot Loader Interface); None where it doesn't say, or nothing
-/// that can be read.
+/// The text of one of the boot loader's variables, such as LoaderInfo (Boot Loader Interface); None if it doesn't exist or isn't text.
 pub fn loader_says(vars: &EfiVars, name: &str) -> Option<String> {
     let value = vars.value(&Variable::new_with_vendor(name, LOADER)).ok()??;
     let units: Vec<u16> = value.chunks_exact(2).filter_map(|two| Some(u16::from_le_bytes(two.try_into().ok()?))).collect();
@@ -351,14 +349,14 @@ mod tests {
     }
 
     #[test]
-    fn the_loaders_variable() {
+    fn the_loaders_variable_names_the_booted_esp() {
         for text in [ESP.to_owned(), ESP.to_uppercase(), format!("{ESP}\0")] {
             assert_eq!(booted(&[(LOADER_FILE, file(&wide(&text)))]), ESP);
         }
     }
 
     #[test]
-    fn f26_the_loaders_variable_says_something_else() {
+    fn f26_an_invalid_loaders_variable_is_an_error() {
         for (value, why) in [
             (b"\x36\0\x36".to_vec(), "its length is odd, 3"),
             (wide(""), "it says ''"),
@@ -384,15 +382,15 @@ mod tests {
     }
 
     #[test]
-    fn without_it_the_firmwares() {
+    fn without_the_loaders_variable_the_firmwares_entry_counts() {
         let current = ("BootCurrent", file(&[0x1a, 0]));
         assert_eq!(booted(&[current.clone(), ("Boot001A", file(&boot0001()))]), ESP);
-        // An empty variable is none.
+        // An empty variable counts as absent.
         assert_eq!(booted(&[(LOADER_FILE, Vec::new()), current.clone(), ("Boot001A", file(&boot0001()))]), ESP);
-        assert!(booted(&[]).starts_with("there is neither of the EFI variables"));
+        assert!(booted(&[]).starts_with("neither of the EFI variables"));
         assert!(booted(std::slice::from_ref(&current)).contains("BootCurrent names Boot001A, which does not exist"));
         assert_eq!(booted(&[("BootCurrent", file(&[1]))]), "the EFI variable BootCurrent has 1 bytes, expected 2");
-        // Neither what firmware makes for itself nor an MBR disk's signature is a partition's.
+        // Neither an entry that firmware makes for itself nor one for an MBR disk names a GPT partition.
         let fv = [&[1, 0, 0, 0, 8, 0][..], &wide("UiApp\0"), &[4, 7, 4, 0, 0x7f, 0xff, 4, 0]].concat();
         let mbr = drive_option(EFIHardDriveType::Mbr);
         for value in [fv, mbr, Vec::new(), vec![1; 5], vec![1, 0, 0, 0, 255, 255, 65, 0, 0, 0]] {
@@ -402,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn boot_entries_and_their_order() {
+    fn boot_entries_and_their_order_are_read_and_written() {
         let (dir, mut vars) = vars(&[
             ("Boot0001", file(&boot0001())),
             ("Boot000a", file(b"")),
@@ -420,7 +418,7 @@ mod tests {
         assert_eq!(options[0].file.as_deref(), Some("\\EFI\\systemd\\systemd-bootx64.efi"));
         assert_eq!(options[1].partition, None);
         assert_eq!(vars.boot_order().unwrap(), [1, 10]);
-        // Written, and a shorter value leaves nothing behind.
+        // A shorter value leaves no rest of the longer one.
         vars.set_boot_order(&[7]).unwrap();
         assert_eq!(vars.boot_order().unwrap(), [7]);
         assert_eq!(fs::read(dir.path().join(format!("BootOrder-{GLOBAL}"))).unwrap(), [7, 0, 0, 0, 7, 0]);
@@ -435,7 +433,7 @@ mod tests {
     fn f29_a_variable_that_the_kernel_does_not_know_is_written_and_removed() {
         let (dir, mut vars) = vars(&[("Alone", file(b"x"))]);
         let path = dir.path().join(format!("Alone-{GLOBAL}"));
-        // As efivarfs has it; that takes root, and not every file system can.
+        // As efivarfs does. It needs root, and not every file system has the flag.
         let immutable = || ioctl_setflags(fs::File::open(&path).unwrap(), IFlags::IMMUTABLE).is_ok();
         if !immutable() {
             return;
@@ -449,14 +447,14 @@ mod tests {
     }
 
     #[test]
-    fn absent_and_odd_boot_order() {
+    fn an_absent_boot_order_is_empty_and_an_odd_one_an_error() {
         assert_eq!(vars(&[]).1.boot_order().unwrap(), [0_u16; 0]);
         let error = vars(&[("BootOrder", file(&[1, 0, 2]))]).1.boot_order().unwrap_err();
         assert_eq!(format!("{error:#}"), "the EFI variable BootOrder has an odd length, 3");
     }
 
     #[test]
-    fn the_crates_traits() {
+    fn the_crates_traits_read_write_and_delete() {
         let (_dir, mut vars) = vars(&[("A", file(b"x")), ("B", vec![1])]);
         assert_eq!(vars.read(&Variable::new("A")).unwrap(), (b"x".to_vec(), VariableFlags::from_bits_retain(6)));
         assert!(matches!(vars.read(&Variable::new("C")), Err(efivar::Error::VarNotFound { .. })));
@@ -468,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn without_efi() {
+    fn without_efi_there_are_no_variables() {
         let dir = tempfile::tempdir().unwrap();
         assert!(EfiVars::open(&Root::new(dir.path())).is_none());
         fs::create_dir_all(dir.path().join("sys/firmware/efi")).unwrap();
@@ -490,7 +488,7 @@ mod tests {
             BootOption::parse(1, boot);
         }
 
-        /// f26: a boot entry that is right but for a few bytes.
+        /// f26: a valid boot entry with a few bytes changed.
         #[test]
         fn f26_mutated_boot_entry(changes in proptest::collection::vec((0_usize..200, any::<u8>()), 0..6), cut in 0_usize..200) {
             let mut raw = boot0001();

@@ -1,5 +1,5 @@
-//! Boot loader entries of type 1, as the Boot Loader Specification (UAPI.1) has them: their file names with boot counters, the files
-//! they need, and their rewriting for another disk, line by line.
+//! Menu entries of type 1 (Boot Loader Specification, UAPI.1): their file names with boot counters, the files that they need, and their
+//! rewriting for another disk, line by line.
 
 use std::fmt;
 use std::ops::Range;
@@ -8,28 +8,28 @@ use anyhow::{Context, Result, bail};
 
 use crate::names::ident::Rewriter;
 
-/// The file name of an entry or of a unified kernel image: an id, boot counters, and an extension.
+/// The file name of an entry or of a unified kernel image: id, boot counters, extension.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct EntryName {
-    /// The id without counters and extension; it is the same on every disk, as the firmware's variables refer to it.
+    /// The id, without counters and extension. It is the same on every disk, because EFI variables refer to it.
     pub id: String,
-    /// The tries that are left; None where the entry isn't counted (any more).
+    /// The boot attempts that are left; None if the entry isn't counted, or not any more.
     pub tries_left: Option<u32>,
-    /// The tries that have failed; None where the name doesn't say.
+    /// The boot attempts that failed; None if the name doesn't tell.
     pub tries_done: Option<u32>,
     extension: String,
 }
 
 impl EntryName {
-    /// Reads `ID.conf`, `ID+LEFT.conf` or `ID+LEFT-DONE.conf`, or the same with `.efi`. A plus sign with something else than counters
-    /// behind it belongs to the id, as for the boot loader.
+    /// Reads `ID.conf`, `ID+LEFT.conf` or `ID+LEFT-DONE.conf`, or the same with `.efi`. As in the boot loader, a plus sign that isn't
+    /// followed by counters belongs to the id.
     ///
     /// # Errors
     /// Another extension, an empty id, one that begins with a dot, and names with slashes or control characters.
     pub fn parse(name: &str) -> Result<Self> {
         let quoted = name.escape_debug();
         if name.starts_with('.') || name.contains(['/', '\\']) || name.chars().any(char::is_control) {
-            bail!("'{quoted}' is no name for a boot loader entry");
+            bail!("'{quoted}' is not a valid name for a menu entry");
         }
         let (stem, extension) = name.rsplit_once('.').with_context(|| format!("'{quoted}' has no extension"))?;
         if !extension.eq_ignore_ascii_case("conf") && !extension.eq_ignore_ascii_case("efi") {
@@ -66,7 +66,7 @@ fn counters(text: &str) -> Option<(u32, Option<u32>)> {
     }
 }
 
-/// A line's key and value; None for blank lines, comments, and keys without a value.
+/// A line's key and value; None for a blank line, a comment, or a key without a value.
 fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
     let line = line.trim_ascii();
     if line.starts_with(b"#") {
@@ -77,14 +77,14 @@ fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((key, value.trim_ascii()))
 }
 
-/// The files that an entry needs, as paths below its partition: kernel, every initrd, EFI program, unified kernel image and device
-/// trees. Paths that aren't UTF-8 are none that FAT has.
+/// The files that an entry needs, as paths below its partition: kernel, initrds, EFI program, unified kernel image and device trees.
+/// Paths that aren't UTF-8 are left out: FAT has none.
 pub fn files(entry: &[u8]) -> Vec<String> {
     let lines = entry.split(|b| *b == b'\n');
     lines.flat_map(|line| paths(line).into_iter().map(|(_, path)| path)).collect()
 }
 
-/// The entry with other paths where `to` says so; it is given what [`files`] returns. Every other byte stays.
+/// The entry with each of its [`files`] replaced by the path that `to` returns for it, if any. Every other byte stays.
 pub fn redirect(entry: &[u8], to: impl Fn(&str) -> Option<String>) -> Vec<u8> {
     let mut out = Vec::with_capacity(entry.len());
     for line in entry.split_inclusive(|b| *b == b'\n') {
@@ -102,12 +102,12 @@ pub fn redirect(entry: &[u8], to: impl Fn(&str) -> Option<String>) -> Vec<u8> {
     out
 }
 
-/// The paths in a line: where each stands, and what it is below the partition. Like the boot loader and the firmware, this takes off
-/// quotes around a value, and takes backslashes and several slashes for one. No `..` leads out of the partition.
+/// The paths in a line, with their places, as paths below the partition. As in the boot loader and the firmware, quotes around a value are
+/// dropped, and a backslash, or several slashes, count as one slash. No `..` leads out of the partition.
 fn paths(line: &[u8]) -> Vec<(Range<usize>, String)> {
     let Some((key, value)) = field(line) else { return Vec::new() };
-    let behind = line.len() - line.trim_ascii_end().len();
-    let mut start = line.len() - behind - value.len();
+    let blanks = line.len() - line.trim_ascii_end().len();
+    let mut start = line.len() - blanks - value.len();
     let value = match value {
         [b'"', inner @ .., b'"'] => {
             start += 1;
@@ -138,33 +138,33 @@ fn paths(line: &[u8]) -> Vec<(Range<usize>, String)> {
     found
 }
 
-/// The value of a key, of the last line that has it.
+/// The value of the last line with this key.
 pub fn value<'a>(text: &'a [u8], key: &str) -> Option<&'a [u8]> {
     text.split(|b| *b == b'\n').filter_map(field).rfind(|(k, _)| *k == key.as_bytes()).map(|(_, value)| value)
 }
 
-/// What the disks' sections put in front of menu titles.
+/// The prefixes of menu titles, from title= in the disks' sections.
 #[derive(Clone, Default, Debug)]
 pub struct Titles {
     /// The prefix of the disk that the entry is for.
     pub own: Option<String>,
-    /// The prefixes of all disks; one of them at the beginning of a title is replaced.
+    /// The prefixes of all disks, which are replaced at the beginning of a title.
     pub all: Vec<String>,
 }
 
-/// An entry as it has to be for the rewriter's target: every identifier of another disk replaced, and the title with the target's
-/// prefix. Every other byte stays. Rewriting twice is rewriting once.
+/// The entry for the rewriter's target: identifiers of other disks are replaced, and the title has the target's prefix. Every other byte
+/// stays. A second call changes nothing.
 pub fn rewrite(entry: &[u8], rewriter: &Rewriter, titles: &Titles) -> Vec<u8> {
     let mut out = Vec::with_capacity(entry.len() + 64);
     for line in entry.split_inclusive(|b| *b == b'\n') {
         match field(line) {
             Some((b"title", title)) if !titles.all.is_empty() => {
-                // The value is a part of the line: what is before and behind it stays.
-                let behind = line.len() - line.trim_ascii_end().len();
-                let before = line.len() - behind - title.len();
+                // The bytes before and after the title stay.
+                let after = line.len() - line.trim_ascii_end().len();
+                let before = line.len() - after - title.len();
                 out.extend(line.get(..before).unwrap_or_default());
                 out.extend(retitle(title, titles));
-                out.extend(line.get(line.len() - behind..).unwrap_or_default());
+                out.extend(line.get(line.len() - after..).unwrap_or_default());
             }
             Some((b"title", _)) => out.extend(line),
             _ => out.extend(rewriter.rewrite(line)),
@@ -192,11 +192,11 @@ fn retitle(title: &[u8], titles: &Titles) -> Vec<u8> {
     }
 }
 
-/// What the ids of entries that boot older generations begin with. They have no sort key: so the boot loader puts them behind those
-/// that have one, and among the others the greatest name comes first, and nothing is less than a hyphen.
+/// The beginning of the ids of entries for older generations. The boot loader sorts them last: they have no sort key, and entries without
+/// one come after those with one, in descending order of their names, and the hyphen is the least character.
 pub(crate) const OFFER: &str = "-dualroot-";
 
-/// Whether this is the file name of an entry that boots an older generation: that of its own disk, so that it is never copied.
+/// Whether this is the file name of an entry for an older generation. Those are on the same disk only, so it is never copied.
 pub fn is_offer(name: &str) -> bool {
     name.starts_with(OFFER)
 }
@@ -206,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn f25_names_and_counters() {
+    fn f25_names_and_counters_are_read_as_by_the_boot_loader() {
         for (name, id, left, done) in [
             ("a.conf", "a", None, None),
             ("a+3.conf", "a", Some(3), None),
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_an_entry() {
+    fn all_files_of_an_entry_are_found() {
         let entry = b"# linux /not\ntitle x\nlinux /t/1/linux\ninitrd\t/ucode.img\ninitrd  /t/1/initrd \r\n\
             devicetree-overlay /a.dtbo /b.dtbo\noptions root=UUID=1 initrd=/x\nlinux\n";
         assert_eq!(files(entry), ["t/1/linux", "ucode.img", "t/1/initrd", "a.dtbo", "b.dtbo"]);

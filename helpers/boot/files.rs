@@ -1,4 +1,4 @@
-//! What lies on a boot partition (ESP or XBOOTLDR), and what each file is for.
+//! The files on a boot partition (ESP or XBOOTLDR), and the class of each.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,25 +6,25 @@ use anyhow::{Result, bail};
 
 use crate::write::below::{Below, Kind, is_temporary};
 
-/// Where an ESP says which boots its disk has seen; see [`crate::pair::lineage`]. In a directory that isn't watched: writing it is no change
-/// that a spare has to follow.
+/// The file on an ESP that records the boots of its disk, see [`crate::pair::lineage`]. Its directory isn't watched, because writing it needs
+/// no sync.
 pub const LINEAGE: &str = "EFI/dualroot/lineage";
 
-/// What a file on a boot partition is for; its class decides when in a sync it is written.
+/// The class of a file on a boot partition; it decides when a sync writes the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Class {
-    /// A boot loader entry of type 1 (UAPI.1), `loader/entries/*.conf`.
+    /// A menu entry of type 1 (UAPI.1), `loader/entries/*.conf`.
     Entry,
-    /// A unified kernel image in `EFI/Linux`: entry and payload in one (an entry of type 2).
+    /// A unified kernel image in `EFI/Linux`: a menu entry of type 2 with its payload.
     Uki,
     /// `loader/loader.conf`.
     LoaderConf,
     /// A boot loader, or any other EFI program.
     Loader,
-    /// Whatever entries refer to, and everything else.
+    /// A file that entries refer to, or any other file.
     Payload,
-    /// What never travels: the random seed, which the boot loader rewrites at every boot and which no two disks may share, and the
-    /// disk's lineage.
+    /// A file that is never copied: the disk's lineage, and the random seed, which the boot loader rewrites at every boot and which no two
+    /// disks may share.
     Local,
 }
 
@@ -35,7 +35,7 @@ impl Class {
     }
 }
 
-/// The class of a file by its path below the partition. FAT ignores case, and so does this.
+/// The class of a file by its path below the partition, ignoring case as FAT does.
 pub fn classify(path: &str) -> Class {
     let path = fold(path);
     let efi = path.ends_with(".efi");
@@ -50,7 +50,7 @@ pub fn classify(path: &str) -> Class {
     }
 }
 
-/// The form in which FAT compares names; used on every file system, as a boot partition may be FAT on one disk only.
+/// A path in lower case, to compare paths as FAT does; used for every file system, because a boot partition may be FAT on one disk only.
 pub fn fold(path: &str) -> String {
     path.to_lowercase()
 }
@@ -58,33 +58,33 @@ pub fn fold(path: &str) -> String {
 /// A file on a boot partition.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BootFile {
-    /// Its path below the partition, as written there.
+    /// Its path below the partition, in its original case.
     pub path: String,
     /// Its size in bytes.
     pub size: u64,
-    /// The BLAKE3 hash of its content: sizes and times don't tell a changed initrd (failure mode 11).
+    /// The BLAKE3 hash of its content: size and time may be the same for a changed initrd (failure mode 11).
     pub hash: blake3::Hash,
-    /// The content itself, of entries and loader.conf.
+    /// The content of an entry or loader.conf; None for other files.
     pub text: Option<Vec<u8>>,
 }
 
-/// All of a boot partition but what is left from interrupted syncs.
+/// The files on a boot partition.
 #[derive(Clone, Default, Debug)]
 pub struct BootFiles {
-    /// By [`fold`]ed path.
+    /// Files by [`fold`]ed path, without temporary ones.
     pub files: BTreeMap<String, BootFile>,
-    /// Directories, as written.
+    /// Directories, in their original case.
     pub dirs: BTreeSet<String>,
-    /// Temporary files of ours, with their sizes and hashes: an interrupted sync may have left an entry pointing at one. And what
-    /// fsck.fat made of them: on the booted disk that is nothing to copy, and on a spare it would fill the partition, cut by cut.
+    /// Temporary files of interrupted syncs, by folded path: an entry may refer to one. Also files that fsck.fat made of them, which are not
+    /// copied, and which would fill a spare's partition after many power cuts.
     pub temporary: BTreeMap<String, BootFile>,
 }
 
 impl BootFiles {
-    /// Reads a whole boot partition, contents and all.
+    /// Reads a whole boot partition, with the contents of all files.
     ///
     /// # Errors
-    /// Those of reading; a name with a control character, or two names that differ only in case; directories nested too deeply.
+    /// Those of reading; an invalid name, two names that differ only in case, or directories nested too deeply.
     pub fn scan(below: &Below) -> Result<Self> {
         let mut found = Self::default();
         found.scan_dir(below, "", 0)?;
@@ -93,7 +93,7 @@ impl BootFiles {
 
     fn scan_dir(&mut self, below: &Below, dir: &str, depth: u8) -> Result<()> {
         if depth > 16 {
-            bail!("{dir}: directories are nested more than 16 deep; is the file system damaged?");
+            bail!("{dir}: directories are nested more than 16 deep; the file system may be damaged. Check it with fsck(8)");
         }
         for (name, kind) in below.list(if dir.is_empty() { "." } else { dir })? {
             let path = if dir.is_empty() { name.clone() } else { format!("{dir}/{name}") };
@@ -107,7 +107,7 @@ impl BootFiles {
                 Kind::File(size) => {
                     let class = classify(&path);
                     let text = if matches!(class, Class::Entry | Class::LoaderConf) { below.read(&path)? } else { None };
-                    // A file that is gone again by now was never there.
+                    // A file that has been removed since the listing is left out.
                     let Some(hash) = below.hash(&path)? else { continue };
                     self.add(BootFile { path, size, hash, text })?;
                 }
@@ -117,27 +117,27 @@ impl BootFiles {
         Ok(())
     }
 
-    /// Takes in a directory, by its path.
+    /// Adds a directory by its path.
     ///
     /// # Errors
-    /// A path with names that no boot partition has.
+    /// The path contains an invalid name.
     pub fn add_dir(&mut self, path: &str) -> Result<()> {
         check(path)?;
         self.dirs.insert(path.to_owned());
         Ok(())
     }
 
-    /// Takes in a file.
+    /// Adds a file.
     ///
     /// # Errors
-    /// A path with names that no boot partition has, or that differs only in case from another one.
+    /// The path contains an invalid name, or differs only in case from another one.
     pub fn add(&mut self, file: BootFile) -> Result<()> {
         check(&file.path)?;
         let key = fold(&file.path);
         if is_temporary(file.path.rsplit('/').next().unwrap_or_default()) {
             self.temporary.insert(key, file);
         } else if let Some(twin) = self.files.get(&key) {
-            bail!("{} and {} differ only in case, which FAT can't hold; rename one", twin.path, file.path);
+            bail!("{} and {} differ only in case, and FAT can't hold both. Rename one", twin.path, file.path);
         } else {
             self.files.insert(key, file);
         }
@@ -150,11 +150,14 @@ impl BootFiles {
     }
 }
 
-/// Whatever a damaged directory lists, no path leads out of the partition, or is more than one line in a message.
+/// Checks that a path doesn't lead out of the partition, and is one line in a message, even if a damaged directory lists it.
 fn check(path: &str) -> Result<()> {
     let is_odd = |name: &str| matches!(name, "" | "." | "..") || name.contains('\\') || name.chars().any(char::is_control);
     if path.split('/').any(is_odd) {
-        bail!("'{}' is no name for a boot file; is the file system damaged?", path.escape_debug());
+        bail!(
+            "'{}' is not a valid name for a boot file; the file system may be damaged. Check it with fsck(8)",
+            path.escape_debug()
+        );
     }
     Ok(())
 }
@@ -166,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn f26_names_that_lead_elsewhere_are_refused() {
+    fn f26_paths_that_lead_out_of_the_partition_are_refused() {
         let mut files = BootFiles::default();
         for path in ["../linux", "a/../linux", "/linux", "a//linux", "a/./b", "", "a/", "a\\b", "a\u{1b}"] {
             let file = BootFile { path: path.to_owned(), size: 0, hash: blake3::hash(b""), text: None };
@@ -176,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn classes() {
+    fn classes_follow_from_paths() {
         for (path, class) in [
             ("loader/entries/a.conf", Class::Entry),
             ("LOADER/ENTRIES/A.CONF", Class::Entry),

@@ -1,4 +1,4 @@
-//! Initrds: finding the names of disks in them.
+//! Searches initrds for identifiers of disks.
 
 use std::io::{self, BufReader, Cursor, Read, Write};
 use std::process::Stdio;
@@ -10,7 +10,7 @@ use crate::base::program;
 use crate::boot::entry;
 use crate::names::ident::Rewriter;
 
-/// A kernel image or initrd is not larger, in bytes.
+/// The largest kernel image or initrd that is searched, in bytes.
 pub(crate) const LARGEST: u64 = 4 << 30;
 
 /// The paths of the initrds that an entry names.
@@ -19,7 +19,7 @@ pub fn initrds(text: &[u8]) -> Vec<String> {
     lines.flat_map(entry::files).collect()
 }
 
-/// The programs that undo what the kernel can: by the bytes that the compressed data begin with.
+/// The first bytes of each compression that the kernel knows, and the program that undoes it.
 pub(crate) const COMPRESSED: [(&[u8], &str); 6] = [
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
@@ -29,11 +29,11 @@ pub(crate) const COMPRESSED: [(&[u8], &str); 6] = [
     (b"BZh", "bzip2"),
 ];
 
-/// What an initrd names of other disks: archives one behind the other, each plain (as that with the microcode) or compressed. The last
-/// compressed one ends the file, as initramfs-tools and dracut make them.
+/// The identifiers of other disks in an initrd: a sequence of archives, plain (such as that with the microcode) or compressed. A compressed
+/// one ends the file, as initramfs-tools and dracut make them.
 ///
 /// # Errors
-/// Those of reading; a compression that isn't known, or whose program isn't installed.
+/// Those of reading; the compression is unknown, or its program isn't installed.
 pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut stream = BufReader::new(stream.take(LARGEST));
     let mut found = Vec::new();
@@ -52,14 +52,14 @@ pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<Strin
             continue;
         }
         let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) else {
-            bail!("it begins with {}, which is no archive and no compression that is known", start.escape_ascii());
+            bail!("it begins with {}, which is neither a cpio archive nor a known compression", start.escape_ascii());
         };
         found.extend(compressed(program, Cursor::new(start).chain(stream), rewriter)?);
         return Ok(found);
     }
 }
 
-/// One cpio archive of the "newc" form, up to its trailer: every file's data is searched.
+/// Searches the names and data of all files in a cpio archive of the "newc" form, up to its trailer.
 pub(crate) fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut found = Vec::new();
     loop {
@@ -76,7 +76,7 @@ pub(crate) fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewr
         if name.strip_suffix(b"\0").unwrap_or(&name) == b"TRAILER!!!" {
             return Ok(found);
         }
-        // With what ends it, as where a compressed archive is searched.
+        // With its NUL, as in a compressed archive.
         found.extend(rewriter.foreign(&name));
         found.extend(rewriter.foreign_in_stream(stream.take(size))?);
         io::copy(&mut stream.take((4 - size % 4) % 4), &mut io::sink())?;
@@ -84,9 +84,12 @@ pub(crate) fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewr
     }
 }
 
+/// Searches compressed data, decompressed by this program.
 pub(crate) fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut child = program::command(program)
-        .with_context(|| format!("it is compressed by {program} and can't be looked into; install {program}"))?
+        .with_context(|| {
+            format!("it is compressed with {program}, which is not installed, so it can't be searched. Install {program}")
+        })?
         .arg("-dc")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -95,15 +98,15 @@ pub(crate) fn compressed(program: &str, mut stream: impl Read + Send, rewriter: 
         .with_context(|| format!("{program} can't be run"))?;
     let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else { bail!("{program} has no pipes") };
     let found = thread::scope(|scope| {
-        // The program may stop reading early, for garbage behind its data: then its exit status tells.
+        // The program may stop reading early because of garbage after its data; its exit status tells.
         scope.spawn(move || io::copy(&mut stream, &mut input).and_then(|_| input.flush()).is_ok());
         rewriter.foreign_in_stream(output)
     });
     let status = child.wait().with_context(|| format!("{program} can't be waited for"))?;
     let found = found.with_context(|| format!("the output of {program} can't be read"))?;
-    // gzip passes over zeros behind its data; anything else there, which the kernel would unpack too, makes it end with 2.
+    // gzip skips zeros after its data; for anything else there, which the kernel would unpack, it exits with 2.
     if !status.success() {
-        bail!("{program} can't decompress it ({status}); make the initrd anew");
+        bail!("{program} can't decompress it ({status}). Make the initrd again");
     }
     Ok(found)
 }

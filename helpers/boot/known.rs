@@ -1,5 +1,5 @@
-//! Which files on the boot partitions came from a booted disk of the pair. A spare's own vendor directories (failure mode 4) were
-//! never seen there, and so are never deleted.
+//! The list of boot files that were ever on a booted disk of the pair. Only these are deleted from a spare, so that its own vendor
+//! directories stay (failure mode 4).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,31 +10,32 @@ use crate::base::types::Role;
 use crate::boot::files::BootFiles;
 use crate::write::state;
 
+/// The file's name in [`state::DIRECTORY`].
 const NAME: &str = "boot-files.json";
-/// A list that has grown beyond this is begun anew: then files stay that could go.
+/// The greatest number of paths for a role. A longer list is begun again, and files that could be deleted stay.
 const MOST: usize = 20_000;
 
-/// Folded paths by the role's name.
+/// The folded paths of known boot files, by the key of their partition's role.
 #[derive(Default)]
 pub struct Known(BTreeMap<String, BTreeSet<String>>);
 
 impl Known {
-    /// Reads the list; one that doesn't parse is taken for an empty one, which deletes less.
+    /// Reads the saved list. One that doesn't parse counts as empty, so that less is deleted.
     ///
     /// # Errors
-    /// A file that is there but can't be read.
+    /// The file exists but can't be read.
     pub fn load(root: &Root) -> Result<Self> {
         let path = format!("{}/{NAME}", state::DIRECTORY);
         let bytes = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
         Ok(Self(serde_json::from_slice(&bytes).unwrap_or_default()))
     }
 
-    /// The folded paths of one partition.
+    /// The folded paths for one role.
     pub fn of(&self, role: &Role) -> Option<&BTreeSet<String>> {
         self.0.get(role.key())
     }
 
-    /// Adds what is on a partition of the booted disk now.
+    /// Adds the files that are on a partition of the booted disk.
     pub fn add(&mut self, role: &Role, files: &BootFiles) {
         let paths = self.0.entry(role.key().to_owned()).or_default();
         if paths.len() > MOST {
@@ -43,10 +44,10 @@ impl Known {
         paths.extend(files.files.keys().cloned());
     }
 
-    /// Keeps the list on the booted root, from where it is copied with it.
+    /// Saves the list on the booted root, with which it is copied to spares.
     ///
     /// # Errors
-    /// A root that can't be written.
+    /// The root can't be written.
     pub fn save(&self) -> Result<()> {
         state::keep(NAME, serde_json::to_vec(&self.0).context("the list can't be written as JSON")?)
     }

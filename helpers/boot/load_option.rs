@@ -1,29 +1,29 @@
-//! The firmware's boot options (Boot####), as they are encoded.
+//! The encoding of the firmware's boot entries (variables `Boot####`).
 
 use anyhow::{Result, bail};
 use efivar::boot::{EFIHardDrive, EFIHardDriveType};
 
 use crate::base::types::PartUuid;
 
-/// A boot entry of the firmware: what a variable `Boot####` says.
+/// A boot entry of the firmware, from a variable `Boot####`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BootOption {
     /// The number in the variable's name.
     pub number: u16,
     /// Whether the firmware tries it by itself (LOAD_OPTION_ACTIVE).
     pub active: bool,
-    /// What the firmware's menu shows; bytes that aren't UTF-16 are replaced.
+    /// The text in the firmware's menu; invalid UTF-16 is replaced.
     pub description: String,
-    /// The GPT partition that it boots from; None for entries that name none, as firmware makes them, and for MBR disks.
+    /// The GPT partition that it boots from; None if it names none, as an entry that firmware makes for itself or one for an MBR disk.
     pub partition: Option<PartUuid>,
-    /// The file that it boots, with backslashes, as `\EFI\systemd\systemd-bootx64.efi`.
+    /// The file that it boots, with backslashes, such as `\EFI\systemd\systemd-bootx64.efi`.
     pub file: Option<String>,
     /// The whole value.
     pub raw: Vec<u8>,
 }
 
 impl BootOption {
-    /// Reads an EFI_LOAD_OPTION (UEFI specification, 3.1.3). What is not well-formed leaves fields empty.
+    /// Reads an EFI_LOAD_OPTION (UEFI specification, 3.1.3). Fields of a malformed one stay empty.
     pub fn parse(number: u16, raw: Vec<u8>) -> Self {
         let mut option = Self { number, active: false, description: String::new(), partition: None, file: None, raw };
         let Some((attributes, rest)) = option.raw.split_first_chunk::<4>() else { return option };
@@ -39,13 +39,13 @@ impl BootOption {
         option
     }
 
-    /// The value of a `Boot####` variable that boots `file` (with backslashes) from a partition, active, by the short device path
-    /// that begins with the partition's node, which firmware completes whatever the disk is connected to.
+    /// The value of a `Boot####` variable for an active entry that boots `file` (with backslashes) from a partition. The device path is
+    /// the short form, which begins with the partition's node, so that firmware finds the disk on any connector.
     ///
     /// # Errors
-    /// A file name too long for a device path.
+    /// The file name is too long for a device path; `drive` is not a GPT partition.
     pub fn encode(description: &str, drive: &EFIHardDrive, file: &str) -> Result<Vec<u8>> {
-        // The crate's own encoder panics on other disks and on what is too long.
+        // The crate's encoder panics on these.
         if drive.sig_type != EFIHardDriveType::Gpt {
             bail!("the partition of a boot entry is not a GPT partition");
         }
@@ -65,7 +65,7 @@ impl BootOption {
     }
 }
 
-/// What matters in a device path: the first GPT partition and the file, up to the first end node.
+/// The first GPT partition and the file in a device path, up to its first end node.
 #[derive(Default)]
 pub(crate) struct DevicePath {
     partition: Option<PartUuid>,
@@ -87,7 +87,7 @@ impl DevicePath {
                         .filter(|drive| drive.sig_type == EFIHardDriveType::Gpt && !drive.partition_sig.is_nil())
                         .map(|drive| PartUuid::from(drive.partition_sig));
                 }
-                // File path, which may come in several parts.
+                // File path, which may be in several nodes.
                 (4, 4) => path.file.push_str(&utf16(data.as_chunks::<2>().0.iter().take_while(|unit| **unit != [0, 0]))),
                 // The end of the path, or of one of its instances.
                 (0x7f, _) => break,
@@ -99,7 +99,7 @@ impl DevicePath {
     }
 }
 
-/// Text of UTF-16LE units; what isn't UTF-16 is replaced.
+/// Text from UTF-16LE units; invalid ones are replaced.
 pub(crate) fn utf16<'a>(units: impl Iterator<Item = &'a [u8; 2]>) -> String {
     char::decode_utf16(units.map(|unit| u16::from_le_bytes(*unit))).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect()
 }
@@ -128,7 +128,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn device_paths() {
+    fn partition_and_file_are_read_from_device_paths() {
         let gpt = drive(EFIHardDriveType::Gpt).to_bytes_encap();
         let path = |nodes: &[&[u8]]| {
             let path = DevicePath::parse(&nodes.concat());
@@ -137,10 +137,10 @@ pub(crate) mod tests {
         let some = Some(ESP.to_owned());
         let name = [&[4, 4, 10, 0][..], &wide("\\a\0")].concat();
         assert_eq!(path(&[&[2, 1, 4, 0], &gpt, &name, &name, &[0x7f, 0xff, 4, 0]]), (some.clone(), "\\a\\a".to_owned()));
-        // Behind the end of the path there is another one, which isn't booted.
+        // Another path after the end of the first one isn't used.
         assert_eq!(path(&[&[0x7f, 0xff, 4, 0], &gpt]), (None, String::new()));
         assert_eq!(path(&[&[0x7f, 1, 4, 0], &gpt]), (None, String::new()));
-        // A length that is too small, or too large, ends it.
+        // An invalid length ends the path.
         assert_eq!(path(&[&[2, 1, 3, 0], &gpt]), (None, String::new()));
         assert_eq!(path(&[&[2, 1, 255, 255], &gpt]), (None, String::new()));
         assert_eq!(path(&[&gpt, &[4, 4, 255]]), (some, String::new()));
@@ -148,7 +148,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_cannot_be_encoded() {
+    fn other_disks_and_long_names_cannot_be_encoded() {
         assert!(BootOption::encode("x", &drive(EFIHardDriveType::Unknown), "y").is_err());
         assert!(BootOption::encode("x", &drive(EFIHardDriveType::Gpt), &"y".repeat(40_000)).is_err());
     }

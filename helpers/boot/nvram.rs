@@ -1,7 +1,7 @@
-//! The firmware's boot entries: one for each disk of the pair that is there, the booted disk's before the spares'.
+//! The firmware's boot entries: one for each present disk of the pair, that of the booted disk before those of the spares.
 //!
-//! The path that firmware falls back to (`EFI/BOOT`) is no guarantee: with entries for other disks in its variables, some firmware
-//! doesn't look for it. Entries are only ever added, and BootOrder is only changed where it has a spare before the booted disk.
+//! The fallback path `EFI/BOOT` is not enough: some firmware doesn't try it if it has entries for other disks. Entries are only added, never
+//! removed, and BootOrder changes only to add entries, or if a spare is before the booted disk.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -19,40 +19,40 @@ use crate::conf::{Config, Disk};
 use crate::devices::inventory::{Inventory, Partition};
 use crate::write::below::Below;
 
-/// The firmware of a machine, and what its boot entries follow from.
+/// The facts from which the firmware's boot entries follow.
 #[derive(Clone, Copy)]
 pub struct Firmware<'a> {
-    /// The system's root, for the variables and /sys.
+    /// The root directory, for the variables and /sys.
     pub root: &'a Root,
     /// The configuration.
     pub config: &'a Config,
     /// The booted disk.
     pub booted: &'a Disk,
-    /// The partitions that are there.
+    /// The present partitions.
     pub inventory: &'a Inventory,
 }
 
-/// A change to the firmware's variables.
+/// A change of one of the firmware's variables.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Change {
-    /// A new Boot#### variable.
+pub enum FirmwareChange {
+    /// A new boot entry (a `Boot####` variable).
     Create {
         /// Its number.
         number: u16,
-        /// What the firmware's menu is to show.
+        /// The text for the firmware's menu.
         description: String,
         /// The ESP that it boots.
         esp: PartUuid,
-        /// The boot loader's path there, with backslashes.
+        /// The boot loader's path on the ESP, with backslashes.
         file: String,
     },
     /// A new value of BootOrder.
     Order(Vec<u16>),
-    /// A value of BootNext: what the firmware boots the next time, and only then.
+    /// A value of BootNext: the boot entry for the next boot only.
     Next(u16),
 }
 
-impl fmt::Display for Change {
+impl fmt::Display for FirmwareChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Create { number, description, esp, file } => {
@@ -67,15 +67,15 @@ impl fmt::Display for Change {
     }
 }
 
-/// What the firmware's variables lack; nothing with `efi-entries=no`.
+/// The changes that the firmware's variables need; none with `efi-entries=no`.
 ///
 /// # Errors
-/// Variables that can't be read; a booted ESP without a boot loader.
-pub fn plan(firmware: &Firmware<'_>) -> Result<Vec<Change>> {
+/// A variable can't be read; the booted ESP has no boot loader.
+pub fn plan(firmware: &Firmware<'_>) -> Result<Vec<FirmwareChange>> {
     if !firmware.config.settings.efi_entries {
         return Ok(Vec::new());
     }
-    let vars = EfiVars::open(firmware.root).context("there are no EFI variables")?;
+    let vars = EfiVars::open(firmware.root).context("the system was not booted by EFI, so there are no boot entries")?;
     let mut disks = vec![(firmware.booted.name, firmware.booted.esp(), true)];
     for (_, spare) in firmware.config.spares(firmware.booted) {
         disks.push((spare.name, spare.esp(), firmware.inventory.find(&spare.esp())?.is_some()));
@@ -83,32 +83,32 @@ pub fn plan(firmware: &Firmware<'_>) -> Result<Vec<Change>> {
     Ok(decide(&vars.boot_options()?, &vars.boot_order()?, &disks, &loader(firmware, &vars)?))
 }
 
-/// What has the firmware boot this disk the next time.
+/// The changes after which the firmware boots this disk the next time.
 ///
 /// # Errors
-/// A disk that isn't there; otherwise as [`plan`].
-pub fn plan_next(firmware: &Firmware<'_>, disk: &Disk) -> Result<Vec<Change>> {
-    let vars = EfiVars::open(firmware.root).context("there are no EFI variables")?;
+/// The disk is missing; those of [`plan`].
+pub fn plan_next(firmware: &Firmware<'_>, disk: &Disk) -> Result<Vec<FirmwareChange>> {
+    let vars = EfiVars::open(firmware.root).context("the system was not booted by EFI, so there are no boot entries")?;
     if firmware.inventory.find(&disk.esp())?.is_none() {
-        bail!("{} is not there: no partition is its ESP, {}", disk.name, disk.esp());
+        bail!("{} is missing: no partition has the PARTUUID of its ESP, {}", disk.name, disk.esp());
     }
     Ok(decide_next(&vars.boot_options()?, (disk.name, disk.esp()), &loader(firmware, &vars)?))
 }
 
-fn decide_next(options: &[BootOption], (name, esp): (DiskName, PartUuid), file: &str) -> Vec<Change> {
-    // Other programs have entries for an ESP, too: updaters of firmware, other systems.
+fn decide_next(options: &[BootOption], (name, esp): (DiskName, PartUuid), file: &str) -> Vec<FirmwareChange> {
+    // Other systems and firmware updaters have entries for the same ESP.
     let is_loader = |o: &&BootOption| {
         o.partition == Some(esp) && o.active && o.file.as_deref().is_some_and(|own| own.eq_ignore_ascii_case(file))
     };
     let own = options.iter().find(is_loader).map(|o| o.number);
     match (own, free_number(&options.iter().map(|o| o.number).collect())) {
-        (Some(own), _) => vec![Change::Next(own)],
-        (None, Some(number)) => vec![create(number, name, esp, file), Change::Next(number)],
+        (Some(own), _) => vec![FirmwareChange::Next(own)],
+        (None, Some(number)) => vec![create(number, name, esp, file), FirmwareChange::Next(number)],
         (None, None) => Vec::new(),
     }
 }
 
-/// The numbers of the entries that boot a disk, by its ESP.
+/// The numbers of the entries that boot from this ESP.
 pub fn entries_of(options: &[BootOption], esp: PartUuid) -> impl Iterator<Item = u16> {
     options.iter().filter(move |o| o.partition == Some(esp) && o.file.is_some()).map(|o| o.number)
 }
@@ -117,11 +117,11 @@ fn free_number(taken: &BTreeSet<u16>) -> Option<u16> {
     (0..=u16::MAX).find(|n| !taken.contains(n))
 }
 
-fn create(number: u16, name: DiskName, esp: PartUuid, file: &str) -> Change {
-    Change::Create { number, description: format!("Linux Boot Manager ({name})"), esp, file: file.to_owned() }
+fn create(number: u16, name: DiskName, esp: PartUuid, file: &str) -> FirmwareChange {
+    FirmwareChange::Create { number, description: format!("Linux Boot Manager ({name})"), esp, file: file.to_owned() }
 }
 
-/// The path of the boot loader that every disk has.
+/// The path of the boot loader, which is the same on every disk.
 fn loader(firmware: &Firmware<'_>, vars: &EfiVars) -> Result<String> {
     let esp = firmware.booted.boot_places().into_iter().find(|(role, _, _)| *role == Role::Esp);
     let (_, _, dir) = esp.context("the booted disk has no ESP")?;
@@ -132,8 +132,8 @@ fn loader(firmware: &Firmware<'_>, vars: &EfiVars) -> Result<String> {
     }
 }
 
-/// What was booted itself is what the firmware is known to take. With Secure Boot, what it falls back to may be another one than
-/// systemd-boot, which starts that (shim).
+/// The boot loader on an ESP: the booted one if it is there, because the firmware is known to accept it. Otherwise systemd-boot or, first
+/// with Secure Boot, the fallback loader, which may be one that firmware accepts and that starts systemd-boot (shim).
 fn find_loader(esp: &Below, booted: Option<String>, is_secure: bool) -> Result<Option<String>> {
     let is_there =
         |file: &String| esp.stat(file.replace('\\', "/").trim_start_matches('/').as_ref()).is_ok_and(|stat| stat.is_some());
@@ -155,9 +155,9 @@ fn find_loader(esp: &Below, booted: Option<String>, is_secure: bool) -> Result<O
     Ok(None)
 }
 
-/// The decision, from what the variables hold. The first of the disks is the booted one. Those that aren't there get no entry, but what
-/// they have is behind the booted disk's: a disk that comes back after a failover is not to be booted by surprise.
-fn decide(options: &[BootOption], order: &[u16], disks: &[(DiskName, PartUuid, bool)], file: &str) -> Vec<Change> {
+/// The changes for these variables. `disks` are name, ESP and presence; the first one is the booted disk. A missing disk gets no entry, but
+/// its existing ones are sorted after those of the booted disk, so that a disk that comes back after a failover isn't booted by surprise.
+fn decide(options: &[BootOption], order: &[u16], disks: &[(DiskName, PartUuid, bool)], file: &str) -> Vec<FirmwareChange> {
     let mut changes = Vec::new();
     let mut taken: BTreeSet<u16> = options.iter().map(|o| o.number).collect();
     let mut of_disks: Vec<Vec<u16>> = Vec::new();
@@ -174,12 +174,12 @@ fn decide(options: &[BootOption], order: &[u16], disks: &[(DiskName, PartUuid, b
     }
     let new = reorder(order, &of_disks);
     if new != order {
-        changes.push(Change::Order(new));
+        changes.push(FirmwareChange::Order(new));
     }
     changes
 }
 
-/// BootOrder with the first disk's entries before the others', each disk in it, and everything else where it was.
+/// BootOrder with an entry of each disk in it, and one of the first disk before those of the others; everything else keeps its place.
 fn reorder(order: &[u16], of_disks: &[Vec<u16>]) -> Vec<u16> {
     let mut new = order.to_vec();
     let [booted, spares @ ..] = of_disks else { return new };
@@ -196,21 +196,21 @@ fn reorder(order: &[u16], of_disks: &[Vec<u16>]) -> Vec<u16> {
     }
     for spare in spares {
         if !new.iter().any(|n| spare.contains(n)) {
-            let behind = new.iter().rposition(|n| of_disks.iter().any(|d| d.contains(n))).map_or(0, |at| at + 1);
-            new.splice(behind..behind, spare.first().copied());
+            let last = new.iter().rposition(|n| of_disks.iter().any(|d| d.contains(n))).map_or(0, |at| at + 1);
+            new.splice(last..last, spare.first().copied());
         }
     }
     new
 }
 
-/// Makes every change of [`plan`]. Firmware that doesn't let them be written is complained of: what is on the disks boots all the same.
+/// Makes every change of [`plan`]. If the firmware refuses one, that is a warning only, because the disks boot without it.
 ///
 /// # Errors
 /// As [`plan`].
 pub fn carry_out(firmware: &Firmware<'_>, log: &Log) -> Result<()> {
     for change in plan(firmware)? {
         if let Err(e) = apply(firmware, &change) {
-            log.warning(&format!("the firmware's boot entries can't be written, so check them by hand (efibootmgr): {e:#}"));
+            log.warning(&format!("the firmware's boot entries can't be written; check them by hand (efibootmgr): {e:#}"));
         }
     }
     Ok(())
@@ -219,20 +219,20 @@ pub fn carry_out(firmware: &Firmware<'_>, log: &Log) -> Result<()> {
 /// Makes one change.
 ///
 /// # Errors
-/// Variables that the firmware doesn't let be written; a partition that is gone.
-pub fn apply(firmware: &Firmware<'_>, change: &Change) -> Result<()> {
-    let mut vars = EfiVars::open(firmware.root).context("there are no EFI variables")?;
+/// The firmware refuses to write the variable; the ESP is missing.
+pub fn apply(firmware: &Firmware<'_>, change: &FirmwareChange) -> Result<()> {
+    let mut vars = EfiVars::open(firmware.root).context("the system was not booted by EFI, so there are no boot entries")?;
     match change {
-        Change::Create { number, description, esp, file } => {
-            let part = firmware.inventory.find(esp)?.with_context(|| format!("the ESP {esp} is gone"))?;
+        FirmwareChange::Create { number, description, esp, file } => {
+            let part = firmware.inventory.find(esp)?.with_context(|| format!("the ESP {esp} is missing"))?;
             vars.set_boot_option(*number, &BootOption::encode(description, &drive(firmware, part, esp)?, file)?)
         }
-        Change::Order(order) => vars.set_boot_order(order),
-        Change::Next(number) => vars.set_boot_next(*number),
+        FirmwareChange::Order(order) => vars.set_boot_order(order),
+        FirmwareChange::Next(number) => vars.set_boot_next(*number),
     }
 }
 
-/// The device path node of a partition, from sysfs, which counts in 512 bytes whatever the disk does.
+/// The device path node of a partition, from sysfs, whose unit is 512 bytes on every disk.
 fn drive(firmware: &Firmware<'_>, part: &Partition, esp: &PartUuid) -> Result<EFIHardDrive> {
     let number = |name: &str| -> Result<u64> {
         let path = format!("/sys/class/block/{}/{name}", part.kname);
@@ -269,12 +269,12 @@ mod tests {
             let of_disks = [booted.to_vec(), spare.to_vec()];
             let new = reorder(order, &of_disks);
             assert_eq!(new, expected, "{order:?}");
-            assert_eq!(reorder(&new, &of_disks), new, "once is enough");
+            assert_eq!(reorder(&new, &of_disks), new, "a second call changes nothing");
         }
     }
 
     #[test]
-    fn an_entry_is_for_what_the_firmware_takes() {
+    fn an_entry_is_for_a_loader_that_the_firmware_accepts() {
         let tmp = tempfile::tempdir().unwrap();
         for path in ["EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/grubx64.efi", "EFI/systemd/systemd-bootx64.efi", "EFI/debian/shimx64.efi"]
         {
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_disk_gets_no_entry_but_goes_behind() {
+    fn a_missing_disk_gets_no_entry_and_is_sorted_last() {
         let esp = |n: u32| PartUuid::parse(&format!("{n:08}-0000-4000-8000-000000000000")).unwrap();
         let disk = |n: u32, present| (DiskName::parse(&format!("disk{n}")).unwrap(), esp(n), present);
         let option = |number, n| BootOption {
@@ -311,18 +311,25 @@ mod tests {
         };
         let both = [option(4, 0), option(5, 1)];
         let after_failover = decide(&both, &[4, 5, 1], &[disk(1, true), disk(0, false)], "x");
-        assert_eq!(after_failover, [Change::Order(vec![5, 4, 1])]);
+        assert_eq!(after_failover, [FirmwareChange::Order(vec![5, 4, 1])]);
         assert_eq!(decide(&both, &[5, 4, 1], &[disk(1, true), disk(0, false)], "x"), []);
-        assert_eq!(decide(&both, &[5, 1], &[disk(1, true), disk(0, false)], "x"), [], "what someone took out stays out");
+        assert_eq!(
+            decide(&both, &[5, 1], &[disk(1, true), disk(0, false)], "x"),
+            [],
+            "an entry that was removed from BootOrder stays out"
+        );
         assert_eq!(decide(&both[1..], &[5, 1], &[disk(1, true), disk(0, false)], "x"), []);
         let next = decide_next(&both, (disk(0, true).0, esp(0)), "x");
-        assert_eq!(next, [Change::Next(4)]);
+        assert_eq!(next, [FirmwareChange::Next(4)]);
         let next = decide_next(&both[1..], (disk(0, true).0, esp(0)), "x");
         assert!(
-            matches!(&next[..], [Change::Create { number: 0, esp: created, .. }, Change::Next(0)] if *created == esp(0)),
+            matches!(&next[..], [FirmwareChange::Create { number: 0, esp: created, .. }, FirmwareChange::Next(0)] if *created == esp(0)),
             "{next:?}"
         );
         let created = decide(&both[1..], &[5, 1], &[disk(1, true), disk(0, true)], "x");
-        assert!(matches!(&created[..], [Change::Create { number: 0, .. }, Change::Order(o)] if *o == [5, 0, 1]), "{created:?}");
+        assert!(
+            matches!(&created[..], [FirmwareChange::Create { number: 0, .. }, FirmwareChange::Order(o)] if *o == [5, 0, 1]),
+            "{created:?}"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Menu entries for older generations of a root.
+//! Menu entries for older generations of a root, and those of the booted disk that aren't copied.
 
 use std::collections::BTreeSet;
 
@@ -10,11 +10,11 @@ use crate::names::cmdline::{booted_by, words};
 use crate::names::generation::Generation;
 use crate::write::change::Content;
 
-/// The first version of systemd-boot for which that is so. For those before it, the hyphen is greater than letters.
+/// The first version of systemd-boot that sorts the hyphen below letters.
 pub(crate) const SORTS_HYPHENS_LAST: u32 = 250;
 
-/// Leaves of a booted disk's boot partition what boots the root that runs, a directory of the file system: entries for other subvolumes
-/// of it, such as older generations and snapshots, stay on their disk, and so does what only these need.
+/// Removes from the booted disk's boot files those that aren't copied: entries for other subvolumes than `root`, the running one, such as
+/// older generations and snapshots, and the files that only these entries need.
 pub fn keep_own(files: &mut BootFiles, root: &str) {
     let root = root.trim_matches('/');
     let is_other =
@@ -32,16 +32,15 @@ pub(crate) fn is_offered(file: &BootFile) -> bool {
     file.path.rsplit_once('/').is_some_and(|(_, name)| is_offer(name))
 }
 
-/// Whether entries for older generations come last in the menu of the boot loader, by its name and version (LoaderInfo of the Boot
-/// Loader Interface).
+/// Whether the boot loader sorts entries for older generations last, by its name and version (LoaderInfo, Boot Loader Interface).
 pub fn can_be_offered(loader: Option<&str>) -> bool {
     let version =
         loader.and_then(|info| info.strip_prefix("systemd-boot ")?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
     version.is_some_and(|version: u32| version >= SORTS_HYPHENS_LAST)
 }
 
-/// Entries for the generations that are kept, made of those that boot them now. A generation whose kernel or initrd is to be another
-/// one under the same name can't be booted any more, and isn't offered.
+/// The menu entries for the generations that are kept, made from the entries that boot them now. A generation gets none if its kernel or
+/// initrd will be replaced by another one of the same name.
 pub fn offers(spare: &BootFiles, wanted: &[Wanted], kept: &[Generation]) -> Vec<Wanted> {
     let stays = |path: &String| {
         let there = spare.files.get(&fold(path));
@@ -65,7 +64,7 @@ pub fn offers(spare: &BootFiles, wanted: &[Wanted], kept: &[Generation]) -> Vec<
     offers
 }
 
-/// Takes the offers of these generations out of what a boot partition holds, and returns their paths.
+/// Removes the menu entries for these older generations from a boot partition's files, and returns their paths.
 pub fn take_offers(files: &mut BootFiles, gone: &[Generation]) -> Vec<String> {
     let is_one = |file: &&BootFile| {
         is_offered(file) && file.text.as_deref().and_then(generation_of).is_some_and(|generation| gone.contains(&generation))
@@ -112,7 +111,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f09_what_boots_another_subvolume_stays_on_its_disk() {
+    fn f09_entries_for_other_subvolumes_are_not_copied() {
         let entry = |by: &str, kernel: &str| format!("linux /{kernel}\ninitrd /both\noptions root=UUID=1{by}\n");
         let mut files = spare(&[
             ("loader/entries/a.conf", &entry(" rootflags=subvol=@", "a")),
@@ -132,7 +131,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f19_offers_of_what_goes_are_taken_first() {
+    fn f19_entries_of_removed_generations_are_taken_out() {
         let offer = |number: u32| format!("options root=UUID=1 rootflags=subvol=dualroot/{number}\n");
         let mut files = spare(&[
             ("loader/entries/-dualroot-1-a.conf", &offer(1)),
@@ -145,7 +144,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn offers_are_for_boot_loaders_that_sort_them_last() {
+    fn old_boot_loaders_do_not_sort_older_entries_last() {
         for (loader, can) in [
             (Some("systemd-boot 249.11-0ubuntu3"), false),
             (Some("systemd-boot 250"), true),
@@ -159,7 +158,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn older_generations_are_offered_while_their_kernel_is_there() {
+    fn older_generations_have_entries_while_their_kernel_is_there() {
         let entry = |key: &str| {
             format!("title Debian\n{key}linux /t/linux\ninitrd /t/initrd\noptions root=UUID=1 rootflags=subvol=dualroot/6\n\n\n")
         };
@@ -183,11 +182,15 @@ pub(crate) mod tests {
         let six = numbers(&[6]);
         for key in ["", "sort-key debian\n"] {
             let now = on(&entry(key), "t+3.conf");
-            assert_eq!(offers(&now, &[], &six), [expected()], "nothing is to be there: it stays, as it is referred to");
+            assert_eq!(
+                offers(&now, &[], &six),
+                [expected()],
+                "the new entries don't replace the kernel: it stays, because an entry refers to it"
+            );
             assert_eq!(offers(&now, &[payload("initrd")], &six), [expected()]);
             assert_eq!(offers(&now, &[payload("another")], &six), []);
             assert_eq!(offers(&now, &[], &numbers(&[5])), []);
-            // What is offered stays as it is.
+            // An entry for an older generation stays as it is.
             let Content::Bytes(text) = expected().content else { panic!() };
             let later = on(std::str::from_utf8(&text).unwrap(), "-dualroot-6-t.conf");
             assert_eq!(offers(&later, &[payload("initrd")], &six), [expected()]);

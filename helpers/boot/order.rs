@@ -1,17 +1,17 @@
-//! The order in which the boot partitions of a spare become those of the booted disk.
+//! The order in which a sync writes the boot partitions of a spare.
 //!
-//! The plan is data: a list of [`Step`]s, made from what lies on both disks and from nothing else. Its order keeps one promise: *at
-//! every write boundary, the entry that the boot loader would take unattended is whole, all old or all new.* So:
+//! The plan is a list of [`Step`]s that follows from the files on both disks alone. Its order keeps one promise: *at every write boundary,
+//! the entry that the boot loader would boot unattended is whole, all old or all new.* So:
 //!
-//! 1. payloads (kernels, initrds, device trees) are written under names that no entry on the spare refers to. One that must keep its
-//!    name while its content changes is staged under a name of its own (`.dualroot-HASH-NAME`);
-//! 2. then entries are turned to what was written, each in one sector or by a rename; then loader.conf;
-//! 3. then entries that the booted disk doesn't have go: they may refer to names that get another content next;
-//! 4. then staged files get their own names, and the entries are turned back to them;
+//! 1. payloads (kernels, initrds, device trees) are written under names that no entry on the spare refers to. If the content of a name
+//!    changes, the new payload is first staged under another name (`.dualroot-HASH-NAME`);
+//! 2. then entries are changed to refer to these files, each in one sector or by a rename; then loader.conf;
+//! 3. then entries that the booted disk doesn't have are removed, because they may refer to names whose content changes next;
+//! 4. then staged payloads are written under their final names, and the entries are changed to those;
 //! 5. then the boot loaders, one after the other;
-//! 6. then files that nothing needs any more go.
+//! 6. then files that nothing needs any more are removed.
 //!
-//! Between any two of these everything is flushed ([`Change::Barrier`]); facts about FAT that this rests on are in dualroot(7).
+//! Everything is flushed between any two of these ([`Change::Barrier`]). dualroot(7) has the facts about FAT on which this relies.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,58 +26,58 @@ use crate::write::below::TEMPORARY;
 use crate::write::change::{Change, Content};
 use crate::write::sector::text_change;
 
-/// The steps that make the parts what they are to be, in the order that the module's documentation gives.
+/// The steps that give these partitions their wanted files, in the order of the module's documentation.
 ///
 /// # Errors
-/// Two wanted files of one name.
+/// Two wanted files have the same name.
 pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
-    let works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
-    Ok(in_order(works, &phases()))
+    let partitions = parts.iter().map(Partition::new).collect::<Result<Vec<_>>>()?;
+    Ok(in_order(partitions, &phases()))
 }
 
-/// The steps for parts that can't hold old and new side by side (failure mode 19): what nothing needs any more goes first. None where no
-/// entry that the spare has whole would be left then, which is the one that it boots until the new ones are there.
+/// The steps for partitions without space for old and new files at the same time (failure mode 19): unneeded files are removed first. None
+/// if the spare would be left without a whole entry to boot until the new ones are written.
 ///
 /// # Errors
 /// As [`plan`].
 pub fn plan_for_little_room(parts: &[Part<'_>]) -> Result<Option<Vec<Step>>> {
-    let works = parts.iter().map(Work::new).collect::<Result<Vec<_>>>()?;
-    if !works.iter().any(Work::has_an_entry) {
+    let partitions = parts.iter().map(Partition::new).collect::<Result<Vec<_>>>()?;
+    if !partitions.iter().any(Partition::has_whole_entry) {
         return Ok(None);
     }
     let phases: Vec<Phase<'_>> =
-        [Work::sweep as Phase<'_>, Work::drop_entries, Work::drop_files].into_iter().chain(phases()).collect();
-    Ok(Some(in_order(works, &phases)))
+        [Partition::sweep as Phase<'_>, Partition::drop_entries, Partition::drop_files].into_iter().chain(phases()).collect();
+    Ok(Some(in_order(partitions, &phases)))
 }
 
 fn phases<'a>() -> [Phase<'a>; 9] {
     [
-        Work::sweep,
-        Work::payloads,
-        Work::entries,
-        Work::loader_conf,
-        Work::drop_entries,
-        Work::settle_names,
-        Work::entries,
-        Work::loaders,
-        Work::drop_files,
+        Partition::sweep,
+        Partition::payloads,
+        Partition::entries,
+        Partition::loader_conf,
+        Partition::drop_entries,
+        Partition::final_names,
+        Partition::entries,
+        Partition::loaders,
+        Partition::drop_files,
     ]
 }
 
-fn in_order<'a>(mut works: Vec<Work<'a>>, phases: &[Phase<'a>]) -> Vec<Step> {
+fn in_order<'a>(mut partitions: Vec<Partition<'a>>, phases: &[Phase<'a>]) -> Vec<Step> {
     let mut steps = Steps::default();
     for phase in phases {
-        for work in &mut works {
-            phase(work, &mut steps);
+        for partition in &mut partitions {
+            phase(partition, &mut steps);
         }
         steps.barrier();
     }
     steps.list
 }
 
-type Phase<'a> = fn(&mut Work<'a>, &mut Steps);
+type Phase<'a> = fn(&mut Partition<'a>, &mut Steps);
 
-/// The steps, and which partitions have unflushed ones.
+/// The steps so far, and the partitions with steps that aren't flushed.
 #[derive(Default)]
 struct Steps {
     list: Vec<Step>,
@@ -97,26 +97,27 @@ impl Steps {
     }
 }
 
-/// One partition while its plan is made: `files` is what would be on it after the steps so far.
-struct Work<'a> {
+/// A partition while its plan is made.
+struct Partition<'a> {
     role: &'a Role,
     wanted: BTreeMap<String, &'a Wanted>,
     known: &'a BTreeSet<String>,
+    /// The files on it after the steps so far.
     files: BTreeMap<String, BootFile>,
     temporary: BTreeMap<String, BootFile>,
     dirs: BTreeSet<String>,
-    /// Folded path of a payload → the name it is staged under.
+    /// The names under which payloads are staged, by their folded paths.
     staged: BTreeMap<String, String>,
-    /// Folded paths of what entries that went referred to.
+    /// Folded paths of files that removed entries referred to.
     orphans: BTreeSet<String>,
 }
 
-impl<'a> Work<'a> {
+impl<'a> Partition<'a> {
     fn new(part: &'a Part<'a>) -> Result<Self> {
         let mut wanted = BTreeMap::new();
         for file in &part.wanted {
             if wanted.insert(fold(&file.path), file).is_some() {
-                bail!("{} is there twice, with and without boot counters; remove one", file.path);
+                bail!("{} exists twice on the booted disk, with and without boot counters. Remove one", file.path);
             }
         }
         Ok(Self {
@@ -135,17 +136,18 @@ impl<'a> Work<'a> {
         self.wanted.values().copied().filter(|w| classes.contains(&classify(&w.path))).collect()
     }
 
-    /// Folded paths that entries on the spare refer to now.
+    /// Folded paths of the files that present entries refer to.
     fn referred(&self) -> BTreeSet<String> {
         Bootable::all(&self.files).flat_map(|bootable| bootable.refers_to()).map(|path| fold(&path)).collect()
     }
 
+    /// Whether the file is there with its wanted content.
     fn has(&self, wanted: &Wanted) -> bool {
         self.files.get(&fold(&wanted.path)).is_some_and(|f| f.hash == wanted.hash)
     }
 
-    /// Whether an entry that is to be there in the end has all its files already, as they are to be.
-    fn has_an_entry(&self) -> bool {
+    /// Whether an entry that stays has all its files already, with their wanted content.
+    fn has_whole_entry(&self) -> bool {
         let is_whole = |path: &String| self.wanted.get(&fold(path)).is_some_and(|file| self.has(file));
         Bootable::all(&self.files).any(|bootable| match (&bootable, self.wanted.get(&fold(&bootable.file().path))) {
             (_, None) => false,
@@ -180,8 +182,8 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Leftovers of interrupted syncs that no entry refers to; and entries that a payload which is still to be written would bring
-    /// to life while it is half there.
+    /// Removes temporary files of interrupted syncs that no entry refers to, and entries with missing files: such an entry would become
+    /// bootable while its payload is half written.
     fn sweep(&mut self, steps: &mut Steps) {
         let referred = self.referred();
         for key in self.temporary.keys().filter(|k| !referred.contains(*k)).cloned().collect::<Vec<_>>() {
@@ -196,6 +198,7 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Writes payloads, staged if an entry refers to their name.
     fn payloads(&mut self, steps: &mut Steps) {
         let referred = self.referred();
         for file in self.wanted_of(&[Class::Payload]) {
@@ -224,7 +227,7 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Entries as they are to be, but with staged payloads for those whose names are still taken.
+    /// Writes the wanted entries; those of a staged payload refer to its temporary name.
     fn entries(&mut self, steps: &mut Steps) {
         for file in self.wanted_of(&[Class::Entry, Class::Uki]) {
             match &file.content {
@@ -267,8 +270,8 @@ impl<'a> Work<'a> {
         self.note(&path, &Content::Bytes(bytes), hash);
     }
 
-    /// Staged payloads under their own names, which no entry refers to just now.
-    fn settle_names(&mut self, steps: &mut Steps) {
+    /// Writes staged payloads under their final names, which no entry refers to at this time.
+    fn final_names(&mut self, steps: &mut Steps) {
         for key in std::mem::take(&mut self.staged).into_keys() {
             let Some(file) = self.wanted.get(&key).copied() else { continue };
             steps.push(self.role, Change::Create { path: file.path.clone(), content: file.content.clone() });
@@ -276,7 +279,7 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// One boot loader after the other, each flushed before the next: the firmware's fallback comes last.
+    /// Writes one boot loader after the other, each flushed before the next; the firmware's fallback is last.
     fn loaders(&mut self, steps: &mut Steps) {
         let mut loaders = self.wanted_of(&[Class::Loader]);
         loaders.sort_by_key(|w| fold(&w.path).starts_with("efi/boot/"));
@@ -290,10 +293,11 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Removes the entries that aren't wanted.
     fn drop_entries(&mut self, steps: &mut Steps) {
         let all = Bootable::all(&self.files).map(|bootable| (fold(&bootable.file().path), bootable.refers_to()));
         for (key, referred) in all.filter(|(key, _)| !self.wanted.contains_key(key)).collect::<Vec<_>>() {
-            // What only this entry referred to goes with it, wherever it came from.
+            // Files that only this entry needed are removed too, wherever they came from.
             for path in referred {
                 if classify(&path) == Class::Payload {
                     self.orphans.insert(fold(&path));
@@ -303,6 +307,7 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Removes files that nothing needs and that came from a booted disk, temporary files, and directories that become empty.
     fn drop_files(&mut self, steps: &mut Steps) {
         let referred = self.referred();
         let gone = |key: &&String| {
@@ -323,11 +328,11 @@ impl<'a> Work<'a> {
                 dir = parent;
             }
         }
-        // Deepest first, and only what is empty then.
+        // The deepest first, and only empty ones.
         for (_, dir) in emptied {
             let below = format!("{}/", fold(&dir));
             if !self.files.keys().chain(self.temporary.keys()).any(|k| k.starts_with(&below)) {
-                // It is made again where something comes into it.
+                // A later step that needs it makes it again.
                 self.dirs.remove(&fold(&dir));
                 steps.push(self.role, Change::Remove(dir));
             }
@@ -381,15 +386,15 @@ mod tests {
             plan(&[Part { role: Role::Esp, wanted, spare: &spare, known: &self.known }]).unwrap()
         }
 
-        /// Makes the plan true step by step. After each, every entry on the spare has all its files, and they are those of one
-        /// generation: what an entry refers to begins with the same character.
+        /// Carries out the plan. After each step, every entry on the spare must have all its files, and these must be of one generation: they
+        /// begin with the same character.
         fn sync(&self) -> Vec<Step> {
             let steps = self.plan();
             for step in &steps {
                 self.below("spare").apply(&step.change).unwrap();
                 self.check(&format!("after {:?} of {steps:#?}", step.change));
             }
-            assert_eq!(self.plan(), [], "nothing is left to do");
+            assert_eq!(self.plan(), [], "a second plan is empty");
             steps
         }
 
@@ -423,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn f18_an_entry_that_goes_is_not_brought_to_other_files() {
+    fn f18_a_removed_entry_never_gets_other_files() {
         let of = |name: &'static str, n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (name, FIXED)];
         let disks = Disks::new(&of("loader/entries/b.conf", "2 new"), &of("loader/entries/a.conf", "1 old"));
         disks.sync();
@@ -431,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn f08_a_new_kernel_comes_before_its_entry_and_the_old_goes_behind_its_own() {
+    fn f08_a_kernel_is_written_before_its_entry_and_removed_after_it() {
         let of = |n: &str| format!("title Debian\nlinux /t/{n}/linux\ninitrd /t/{n}/initrd\n");
         let (one, two) = (of("1"), of("2"));
         let mut disks = Disks::new(
@@ -478,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn f04_what_is_not_from_the_booted_disk_stays() {
+    fn f04_files_that_did_not_come_from_the_booted_disk_stay() {
         let disks = Disks::new(
             &[("linux", "1"), (ENTRY, "linux /linux\n"), ("EFI/BOOT/BOOTX64.EFI", "sd")],
             &[
@@ -498,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn f10_an_interrupted_sync_is_completed_from_wherever_it_stood() {
+    fn f10_an_interrupted_sync_is_completed_from_any_step() {
         let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
         let count = Disks::new(&files("2 new"), &files("1 old")).plan().len();
         for stop in 0..count {
@@ -513,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn f25_boot_counters_do_not_travel() {
+    fn f25_boot_counters_in_use_are_not_copied() {
         for (source, spare, expected) in [
             (&["a+0-3"][..], &[][..], &[][..]),
             (&["a+2-1"], &[], &[]),
@@ -540,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn f26_entries_that_differ_only_in_counters_are_copied_again_and_again() {
+    fn f26_entries_that_differ_only_in_counters_are_both_copied() {
         let (one, two) = ("loader/entries/a+3.conf", "loader/entries/a+4.conf");
         let disks = Disks::new(&[(one, "linux /linux\n"), (two, "linux /linux\n"), ("linux", "1")], &[]);
         disks.sync();
@@ -548,17 +553,17 @@ mod tests {
     }
 
     #[test]
-    fn f19_the_shortfall_is_known_before() {
+    fn f19_missing_space_is_known_before_writing() {
         let files = |n: &'static str| [("vmlinuz-linux", n), ("initramfs-linux.img", n), (ENTRY, FIXED)];
         let disks = Disks::new(&files("2"), &files("1"));
         let (steps, spare) = (disks.plan(), disks.scan("spare"));
-        // Two staged files and the entry's second copy, of a cluster each, are all that is needed at a time.
+        // At most two staged files and a second copy of the entry, of a cluster each, exist at the same time.
         assert_eq!(shortfall(&steps, &Role::Esp, &spare, 3 * 4096, 4096), 0);
         assert_eq!(shortfall(&steps, &Role::Esp, &spare, 4096, 4096), 2 * 4096);
     }
 
     #[test]
-    fn f19_what_goes_makes_room_where_there_is_none() {
+    fn f19_unneeded_files_are_removed_first_if_space_is_short() {
         let of = |n: &str| [format!("t/{n}/linux"), format!("loader/entries/{n}.conf"), format!("linux /t/{n}/linux\n")];
         let ([l1, e1, t1], [l2, e2, t2], [l3, e3, t3]) = (of("1"), of("2"), of("3"));
         let mut disks =
@@ -567,7 +572,7 @@ mod tests {
         let spare = disks.scan("spare");
         let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
         let part = |wanted: &[Wanted]| Part { role: Role::Esp, wanted: wanted.to_vec(), spare: &spare, known: &disks.known };
-        // A directory for the new kernel, the kernel, and its entry; what goes is a directory, a kernel and an entry.
+        // Added are a directory, a kernel and an entry; removed are as many.
         let short = |steps: &[Step]| shortfall(steps, &Role::Esp, &spare, 4096, 4096);
         assert!(short(&plan(&[part(&wanted)]).unwrap()) > 0);
         let steps = plan_for_little_room(&[part(&wanted)]).unwrap().unwrap();
@@ -575,16 +580,16 @@ mod tests {
         for step in &steps {
             disks.below("spare").apply(&step.change).unwrap();
             disks.check(&format!("after {step:?}"));
-            assert!(disks.on_spare().contains(&e2), "there always is an entry");
+            assert!(disks.on_spare().contains(&e2), "there is always an entry");
         }
         assert_eq!(disks.plan(), []);
-        // With nothing in common there is nothing to boot meanwhile.
+        // If the disks have no entry in common, there is none to boot meanwhile.
         let new: Vec<Wanted> = wanted.into_iter().filter(|w| w.path.contains('3')).collect();
         assert!(plan_for_little_room(&[part(&new)]).unwrap().is_none());
     }
 
     #[test]
-    fn f26_a_directory_that_went_to_make_room_is_made_again() {
+    fn f26_a_directory_that_was_removed_for_space_is_made_again() {
         let mut disks = Disks::new(
             &[("linux", "1"), (ENTRY, "linux /linux\n"), ("t/2/new", "2")],
             &[("linux", "1"), (ENTRY, "linux /linux\n"), ("t/2/old", "1")],

@@ -1,4 +1,4 @@
-//! Unified kernel images: the sections of a PE file.
+//! Unified kernel images (UAPI.5): the sections of a PE file.
 
 use std::io::Cursor;
 
@@ -10,10 +10,10 @@ use object::{LittleEndian, Object, ObjectSection};
 use crate::boot::initrd::initrd;
 use crate::names::ident::Rewriter;
 
-/// What in a unified kernel image (UAPI.5) names another disk; nothing for what is no PE image.
+/// The faults of a unified kernel image: identifiers of other disks in its command line and initrd. None for a file that isn't PE.
 ///
 /// # Errors
-/// A decompressor that fails.
+/// A decompressor fails.
 pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
     let Ok(pe) = PeFile64::parse(image) else { return Ok(Vec::new()) };
     let mut faults = Vec::new();
@@ -39,7 +39,7 @@ pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
     Ok(faults)
 }
 
-/// The initrd in a unified kernel image; None where there is none, and for what is no PE image.
+/// The initrd in a unified kernel image; None if it has none, or isn't a PE file.
 pub fn embedded(image: &[u8]) -> Option<&[u8]> {
     let pe = PeFile64::parse(image).ok()?;
     pe.section_by_name(".initrd")?.data().ok()

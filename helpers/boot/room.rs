@@ -1,4 +1,4 @@
-//! Whether a boot partition has room for the steps of a plan.
+//! The space that the steps of a plan need on a boot partition.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +7,8 @@ use crate::boot::files::{BootFiles, fold};
 use crate::boot::wanted::Step;
 use crate::write::change::Change;
 
-/// The least number of bytes that a partition has too little for the steps, or 0: what is free is followed from step to step.
-/// `free` and `cluster` are in bytes.
+/// The bytes that a partition lacks for the steps, or 0 if they fit: the greatest lack after any step. `free` is the free space and
+/// `cluster` the allocation unit, both in bytes.
 pub fn shortfall(steps: &[Step], role: &Role, spare: &BootFiles, free: u64, cluster: u64) -> u64 {
     let cluster = cluster.max(1);
     let whole = |size: u64| i128::from(size.div_ceil(cluster) * cluster);

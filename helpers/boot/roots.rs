@@ -1,4 +1,4 @@
-//! The roots that menu entries boot.
+//! The generations and subvolumes that menu entries boot.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,19 +9,21 @@ use crate::copy::BootedRoot;
 use crate::names::cmdline::booted_by;
 use crate::names::generation::Generation;
 
+/// The generation that an entry boots; None if it boots another root.
 pub(crate) fn generation_of(entry: &[u8]) -> Option<Generation> {
     Generation::of_subvolume(&booted_by(entry)?)
 }
 
-/// Why the booted disk is no source: its entries boot a generation, and the root that runs, a directory of the file system, is another
-/// one, such as an older one that was booted for a look.
+/// The reason why the booted disk can't be synced from: its entries boot a generation, and the running root (the subvolume's path) isn't one
+/// of those, but for example an older generation that was booted from the menu. None if it can.
 pub fn no_source(root: &str, booted: &BTreeMap<Role, BootFiles>) -> Option<String> {
     let named: BTreeSet<Generation> = booted.values().flat_map(self::booted).collect();
     let runs = Generation::at(root);
     let newest = named.last().filter(|_| runs.is_none_or(|runs| !named.contains(&runs)))?;
+    let newest = newest.subvolume();
     Some(format!(
-        "the root that runs is {root}, and the boot loader's entries boot {}; boot that, or have the entries name this one",
-        newest.subvolume()
+        "the running root is {root}, but the menu entries boot {newest}, and only a root that they boot is copied. Boot {newest}, or make \
+         the entries boot {root}"
     ))
 }
 
@@ -48,10 +50,10 @@ mod tests {
     use crate::boot::offers::tests::spare;
 
     #[test]
-    fn an_older_generation_that_runs_is_no_source() {
+    fn a_running_older_generation_is_refused() {
         let files = spare(&[
             ("loader/entries/a.conf", "options root=UUID=1 rootflags=subvol=dualroot/7\n"),
-            // A cut came while entries were turned.
+            // A sync was interrupted while it changed the entries.
             ("loader/entries/b.conf", "options root=UUID=1 rootflags=subvol=dualroot/6\n"),
             ("loader/entries/-dualroot-5-a.conf", "options root=UUID=1 rootflags=subvol=dualroot/5\n"),
         ]);

@@ -1,4 +1,4 @@
-//! The boot files that a spare should have.
+//! The wanted files: those that a spare's boot partitions must have after a sync.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,34 +19,35 @@ pub struct Step {
     pub change: Change,
 }
 
-/// A file as it is to be on the spare.
+/// A file that the spare must have.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Wanted {
     /// Its path below the partition.
     pub path: String,
-    /// What it holds.
+    /// Its content.
     pub content: Content,
-    /// The hash of that.
+    /// The BLAKE3 hash of its content.
     pub hash: blake3::Hash,
 }
 
-/// One boot partition of the spare: what is to be on it, and what is.
+/// A boot partition of the spare: its wanted files and its present ones.
 pub struct Part<'a> {
     /// [`Role::Esp`] or [`Role::Xbootldr`].
     pub role: Role,
-    /// What is to be there, as [`wanted`] says.
+    /// The wanted files, from [`wanted`].
     pub wanted: Vec<Wanted>,
-    /// What is there.
+    /// The present files.
     pub spare: &'a BootFiles,
-    /// Folded paths of files that came from the booted disk at earlier syncs. Nothing else of the spare's own goes, but entries, and
-    /// what only they referred to.
+    /// Folded paths of files that came from the booted disk in earlier syncs. Of the spare's other files, only entries and files that only
+    /// entries needed are removed.
     pub known: &'a BTreeSet<String>,
 }
 
-/// What of a boot partition of the booted disk is to be on the spare, under which name, with entries and loader.conf rewritten.
+/// The wanted files for a boot partition of the booted disk (`source`, mounted on `mounted`). `rewrite` changes entries and loader.conf for
+/// the spare, whose present files decide the boot counters in names.
 ///
 /// # Errors
-/// An entry's file name that the Boot Loader Specification doesn't allow.
+/// An entry's file name is invalid (Boot Loader Specification).
 pub fn wanted(
     source: &BootFiles,
     mounted: &Path,
@@ -67,7 +68,7 @@ pub fn wanted(
         };
         all.push(Wanted { path, content, hash });
     }
-    // The firmware falls back to EFI/BOOT when it has no entry for a disk: a boot loader has to be there.
+    // The firmware falls back to EFI/BOOT if it has no entry for a disk, so a boot loader must be there.
     if !all.iter().any(|w| fold(&w.path).starts_with("efi/boot/boot")) {
         let found = all.iter().find_map(|w| {
             let machine = fold(&w.path).strip_prefix("efi/systemd/systemd-boot")?.strip_suffix(".efi")?.to_uppercase();
@@ -78,10 +79,10 @@ pub fn wanted(
     Ok(all)
 }
 
-/// The name that a file of the booted disk has on the spare, or None when it is not to be there.
+/// The path of a file of the booted disk on the spare, or None if it isn't copied.
 ///
-/// Live boot counters never travel (failure mode 25): an entry that has used up its tries, or has failed one, is not copied, and one
-/// with all its tries left keeps the counters that it has on the spare.
+/// Boot counters in use are never copied (failure mode 25): an entry that failed a boot attempt, or has none left, isn't copied, and one
+/// with all its attempts left keeps the counters that it has on the spare.
 pub(crate) fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Result<Option<String>> {
     if class == Class::Local {
         return Ok(None);
@@ -89,7 +90,7 @@ pub(crate) fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Resu
     if !class.is_bootable() {
         return Ok(Some(path.to_owned()));
     }
-    let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is no entry"))?;
+    let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is not in a directory of entries"))?;
     if entry::is_offer(file) {
         return Ok(None);
     }
@@ -102,7 +103,7 @@ pub(crate) fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Resu
                 let (other_dir, other) = other.path.rsplit_once('/').unwrap_or_default();
                 fold(other_dir) == fold(dir) && EntryName::parse(other).is_ok_and(|o| fold(&o.id) == fold(&name.id))
             };
-            // Two of one id are two files there, too.
+            // If the booted disk has two files with one id, so has the spare.
             let own = spare.files.get(&fold(path)).or_else(|| spare.of(class).find(same));
             Ok(Some(own.map_or_else(|| path.to_owned(), |own| own.path.clone())))
         }

@@ -189,13 +189,13 @@ pub fn remove(top: &Below, gone: &[Generation]) -> Result<Vec<String>> {
 pub fn prove(top: &Below, booted: &[BootedRoot], current: Generation) -> Vec<String> {
     let lost = |entry: &BootedRoot| {
         let path = entry.subvolume.as_deref().filter(|path| !is_subvolume(top, path))?;
-        Some(format!("{} boots the subvolume {path}, which isn't there", entry.entry))
+        Some(format!("{} boots the subvolume {path}, which doesn't exist", entry.entry))
     };
     let mut faults: Vec<String> = booted.iter().filter_map(lost).collect();
     let is_current = |entry: &BootedRoot| !entry.is_older && entry.subvolume.as_deref() == Some(&current.subvolume());
     if !booted.iter().any(is_current) {
         faults.push(format!(
-            "no entry boots {}, to which the root was copied; an entry (and /etc/kernel/cmdline) needs root=, as UUID= or otherwise",
+            "no menu entry boots {}, the new copy of the root. Add root= (such as root=UUID=…) to the entries and to /etc/kernel/cmdline",
             current.subvolume()
         ));
     }
@@ -315,10 +315,10 @@ mod tests {
         assert_eq!(found(&top).unwrap(), numbers(&[1, 3]), "what nobody has copied stays");
         assert!(Path::new(&path("dualroot/3/var/full/file")).exists());
         assert_eq!(prove(&top, &booted("dualroot/1"), nth(1)), Vec::<String>::new());
-        assert!(matches!(prove(&top, &booted("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no entry boots dualroot/1")));
+        assert!(matches!(prove(&top, &booted("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no menu entry boots dualroot/1")));
         let faults = prove(&top, &booted("dualroot/2"), nth(2));
         assert!(
-            matches!(faults.as_slice(), [one] if one.contains("a.conf boots the subvolume dualroot/2, which isn't there")),
+            matches!(faults.as_slice(), [one] if one.contains("a.conf boots the subvolume dualroot/2, which doesn't exist")),
             "{faults:?}"
         );
         drop((top, first));
