@@ -1,4 +1,4 @@
-//! What the generator goes by: the configuration, the booted disk, and what others mount.
+//! The facts for a plan: the configuration, the booted disk, and the mounts of fstab and of other units.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -12,71 +12,72 @@ use dualroot::names::fstab;
 
 use crate::log::Level;
 
-/// Where administrators and programs put units that come before a generator's.
+/// The directories of units that have precedence over a generator's.
 const UNIT_DIRS: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
 
-/// The databases of package managers: they change whenever programs do.
+/// The databases of package managers, which change with every installed package.
 const PACKAGE_DIRS: [&str; 4] = ["/var/lib/dpkg", "/var/lib/rpm", "/var/lib/pacman/local", "/usr/lib/sysimage/rpm"];
 
-/// What was found.
-pub enum Found {
-    /// There is nothing to do: why, and how much that matters.
+/// The facts, or the reason why there is nothing to do.
+pub enum FactsOrReason {
+    /// There is nothing to do, for this reason, which is logged at this level.
     Reason(Level, String),
-    /// What a plan is made of.
+    /// The facts for a plan.
     Facts(Box<Facts>),
 }
 
-/// What a plan is made of.
+/// The facts for a plan.
 #[derive(Clone, Debug)]
 pub struct Facts {
     /// The configuration.
     pub config: Config,
-    /// The disk that was booted; it is one of the configuration's.
+    /// The booted disk, which is in the configuration.
     pub booted: DiskName,
-    /// Where fstab mounts something.
+    /// The mount points in fstab.
     pub fstab: BTreeSet<DirPath>,
-    /// Whether fstab has any swap space.
+    /// Whether fstab names swap space.
     pub fstab_swap: bool,
-    /// The names of mount units that come before ours, with their directories.
+    /// The names of mount units that have precedence over ours, with their directories.
     pub units: BTreeMap<String, &'static str>,
-    /// The directory that kernel-install(8) names after the installation, on the boot partition.
+    /// The name of the directory on the boot partition that kernel-install(8) uses for this installation.
     pub entry_token: Option<String>,
-    /// Directories in which package managers note what they did.
+    /// The directories of package managers' databases.
     pub package_dirs: Vec<DirPath>,
 }
 
-/// Reads everything. What says that the generator doesn't apply comes first: a configuration with faults is none of a container's
-/// business.
+/// Reads the facts. Whether the generator applies is decided before the configuration is judged, because in a container its faults don't
+/// matter.
 ///
 /// # Errors
-/// An invalid configuration; files that can't be read.
-pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<Found> {
+/// The configuration is invalid; a file can't be read.
+pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<FactsOrReason> {
     let config = match Config::load(root) {
-        Ok(None) => return Ok(Found::Reason(Level::Debug, "not configured".to_owned())),
+        Ok(None) => return Ok(FactsOrReason::Reason(Level::Debug, "not configured".to_owned())),
         config => config,
     };
     if let Some(reason) = elsewhere(root, env) {
-        return Ok(Found::Reason(Level::Info, reason.to_owned()));
+        return Ok(FactsOrReason::Reason(Level::Info, reason.to_owned()));
     }
-    let Some(config) = config.context("invalid configuration, no units")? else {
-        return Ok(Found::Reason(Level::Debug, "not configured".to_owned()));
+    let Some(config) = config.context("no mount units are made, because the configuration is invalid")? else {
+        return Ok(FactsOrReason::Reason(Level::Debug, "not configured".to_owned()));
     };
     let Some(vars) = EfiVars::open(root) else {
-        return Ok(Found::Reason(Level::Info, "not booted by EFI".to_owned()));
+        return Ok(FactsOrReason::Reason(Level::Info, "not booted by EFI".to_owned()));
     };
     let esp = match efi::booted_esp(&vars) {
         Ok(esp) => esp,
-        Err(e) => return Ok(Found::Reason(Level::Warning, format!("the booted disk is unknown: {e:#}"))),
+        Err(e) => return Ok(FactsOrReason::Reason(Level::Warning, format!("the booted disk is unknown: {e:#}"))),
     };
     let Some(booted) = config.booted(&esp).map(|disk| disk.name) else {
-        let reason = format!("the booted disk is unknown: its ESP {esp} is the esp= of no section in {}", config.source);
-        return Ok(Found::Reason(Level::Warning, reason));
+        let reason = format!("the booted disk is unknown: no section in {} has esp={esp}", config.source);
+        return Ok(FactsOrReason::Reason(Level::Warning, reason));
     };
 
-    let fstab = root.read_opt("/etc/fstab").context("can't read /etc/fstab, no units")?.unwrap_or_default();
+    let fstab =
+        root.read_opt("/etc/fstab").context("no mount units are made, because /etc/fstab can't be read")?.unwrap_or_default();
     let mut units = BTreeMap::new();
     for dir in UNIT_DIRS.iter().rev() {
-        for name in root.names(dir).with_context(|| format!("can't list {dir}, no units"))? {
+        for name in root.names(dir).with_context(|| format!("no mount units are made, because {dir} can't be listed"))? {
             if let Some(name) = name.to_str().filter(|name| name.ends_with(".mount")) {
                 units.insert(name.to_owned(), *dir);
             }
@@ -84,7 +85,7 @@ pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<Found
     }
     let fstab_swap = fstab::lines(&fstab).any(|line| line.is_swap());
     let fstab: BTreeSet<DirPath> = fstab::lines(&fstab).filter_map(|line| line.dir()).collect();
-    Ok(Found::Facts(Box::new(Facts {
+    Ok(FactsOrReason::Facts(Box::new(Facts {
         package_dirs: package_dirs(root, &config, booted, &fstab)?,
         booted,
         fstab,
@@ -95,7 +96,7 @@ pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<Found
     })))
 }
 
-/// The directories of package managers that are there, and those that may be once all is mounted: at boot, it isn't yet.
+/// The directories of package managers' databases that exist, or that are on a file system which isn't mounted yet at boot.
 fn package_dirs(root: &Root, config: &Config, booted: DiskName, fstab: &BTreeSet<DirPath>) -> Result<Vec<DirPath>> {
     if config.layout() == Layout::SharedRoot {
         return Ok(Vec::new());
@@ -110,7 +111,7 @@ fn package_dirs(root: &Root, config: &Config, booted: DiskName, fstab: &BTreeSet
     Ok(dirs.into_iter().filter(counts).collect())
 }
 
-/// Why this is not the system that dualroot takes care of.
+/// The reason why this is not the system that dualroot is configured for; None if it is.
 fn elsewhere(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Option<&'static str> {
     let is = |name: &str, value: &str| env(name).is_some_and(|text| text == value);
     if is("SYSTEMD_SCOPE", "user") {
@@ -126,14 +127,14 @@ fn elsewhere(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Option<&'st
     }
 }
 
-/// The name that kernel-install(8) gives this installation's directory: what /etc/kernel/entry-token says, or the machine id.
+/// The name of kernel-install(8)'s directory for this installation: from /etc/kernel/entry-token, or else the machine id.
 fn entry_token(root: &Root) -> Option<String> {
     let first_line = |path: &str| {
         let text = root.read_opt(path).ok()??;
         let line = text.split(|b| *b == b'\n').next()?.trim_ascii();
         String::from_utf8(line.to_vec()).ok()
     };
-    // It becomes a part of a path in a unit: letters, digits and a few signs are all that bootctl(1) makes it of.
+    // It becomes part of a path in a unit. bootctl(1) makes it of letters, digits and a few signs only.
     let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
     let token = first_line("/etc/kernel/entry-token");
     let token = token.filter(|text| !text.is_empty() && !text.starts_with('.') && text.len() < 256 && text.bytes().all(plain));

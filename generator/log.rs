@@ -1,38 +1,38 @@
-//! What the generator says: to the kernel log, because neither journald nor syslog is there yet.
+//! The generator's messages, which go to the kernel log, because neither journald nor syslog runs yet.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 
 use dualroot::base::root::Root;
 
-/// The kernel refuses records that are longer than about 1000 bytes.
+/// The longest message in one record, in bytes: the kernel refuses records of more than about 1000 bytes.
 const LONGEST: usize = 900;
 
 /// Priorities as in syslog(3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Level {
-    /// Nothing could be done, or not all of it.
+    /// Some or all units could not be made.
     Error = 3,
-    /// Something is not as it should be.
+    /// Something that should be fixed.
     Warning = 4,
-    /// What someone may want to know.
+    /// A fact that explains the result.
     Info = 6,
-    /// What nobody needs to know.
+    /// A detail.
     Debug = 7,
 }
 
-/// Where messages go.
+/// The log that messages are written to.
 pub struct Log {
     kmsg: Option<File>,
 }
 
 impl Log {
-    /// The kernel log; standard error where that can't be written, or where another root is read.
+    /// Opens the kernel log. Messages go to standard error if it can't be written, or if another root is read.
     pub fn open(root: &Root) -> Self {
         Self { kmsg: root.is_host().then(|| OpenOptions::new().write(true).open("/dev/kmsg").ok()).flatten() }
     }
 
-    /// Writes one message; it can't fail in a way that matters.
+    /// Writes one message. Errors are ignored.
     pub fn line(&mut self, level: Level, text: &str) {
         let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         for part in chunks(&text) {

@@ -1,8 +1,8 @@
-//! dualroot-generator(8): finds out which disk of the pair was booted, and writes the mount units that follow from it.
+//! dualroot-generator(8): finds the booted disk of the pair, and writes the mount units that follow from it.
 //!
-//! Facts are read ([`facts`]), a plan is made of them without looking at anything else ([`plan`]), the plan becomes the text of
-//! units ([`units`]), and these are written. It reads efivarfs, sysfs and small files, never a disk: all generators share one
-//! time-out, and a dying spare must not hold up the boot.
+//! It reads facts ([`facts`]), makes a plan from them alone ([`plan`]), and turns the plan into the text of units ([`units`]), which are
+//! written. It reads efivarfs, sysfs and small files, never a disk: all generators share one time-out, and a failing spare must not hold
+//! up the boot.
 
 #![cfg_attr(not(test), deny(clippy::string_slice))]
 
@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use dualroot::base::root::Root;
 
-use crate::facts::Found;
+use crate::facts::FactsOrReason;
 use crate::log::{Level, Log};
 
 fn main() -> ExitCode {
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does all of it. Where there is nothing to do, nothing is written and that is no error.
+/// Reads facts, plans and writes. If there is nothing to do, it writes nothing and succeeds.
 fn run(root: &Root, log: &mut Log) -> Result<()> {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     // systemd.generator(7): the normal, early and late directories; for tests one that stands for all.
@@ -41,14 +41,14 @@ fn run(root: &Root, log: &mut Log) -> Result<()> {
         bail!("expected one or three directories as arguments, found {}", args.len());
     };
     if normal.is_empty() {
-        bail!("expected a directory as the first argument, found nothing in it");
+        bail!("expected a directory as the first argument, found an empty one");
     }
     let facts = match facts::read(root, |name| std::env::var_os(name))? {
-        Found::Reason(level, reason) => {
-            log.line(level, &format!("{reason}, no units"));
+        FactsOrReason::Reason(level, reason) => {
+            log.line(level, &format!("no mount units are made: {reason}"));
             return Ok(());
         }
-        Found::Facts(facts) => facts,
+        FactsOrReason::Facts(facts) => facts,
     };
     for warning in &facts.config.warnings {
         log.line(Level::Warning, warning);

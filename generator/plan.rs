@@ -1,4 +1,4 @@
-//! What is mounted where, decided from [`Facts`] alone.
+//! Decides from [`Facts`] alone which mount units are made.
 
 use std::collections::BTreeSet;
 
@@ -9,43 +9,43 @@ use dualroot::conf::{Disk, Layout, SpareMount};
 use crate::facts::Facts;
 use crate::log::Level;
 
-/// The decision.
+/// The units to be made.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Plan {
-    /// The configuration file that all of it comes from.
+    /// The configuration file, for `SourcePath=`.
     pub source: String,
-    /// What is mounted.
+    /// The mount units.
     pub mounts: Vec<Mount>,
     /// The booted disk's swap space, with its description.
     pub swap: Option<(PartUuid, String)>,
-    /// Automount units that must not get in the way of ours.
+    /// Automount units of others that would conflict with ours, and are masked.
     pub masks: Vec<UnitName>,
-    /// How long to wait for the devices of what is mounted, in microseconds.
+    /// The time to wait for the devices of spares, in microseconds.
     pub device_timeout: u128,
-    /// Directories in which a change means that entries may need rewriting, and the spares a sync.
+    /// Directories in which a change may need rewritten entries, and a sync.
     pub watched: Vec<DirPath>,
-    /// What someone should know.
+    /// Messages for the log.
     pub notes: Vec<(Level, String)>,
 }
 
 /// A mount unit.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mount {
-    /// For people.
+    /// The unit's description.
     pub description: String,
-    /// The partition that is mounted in the end.
+    /// The partition that is mounted.
     pub part: PartUuid,
-    /// Where it is mounted already, to be bound from there.
+    /// The directory on which fstab mounts it; it is bound from there.
     pub bound_from: Option<DirPath>,
     /// The mount point.
     pub place: DirPath,
-    /// What kind of file system it has.
+    /// The kind of partition.
     pub kind: Kind,
-    /// Whether this is the booted disk's, which is writable, checked, and awaited for a while.
+    /// Whether it is a partition of the booted disk, which is checked, and mounted writable.
     pub booted: bool,
-    /// Whether it lies in a LUKS container, which is opened before.
+    /// Whether its file system is in a LUKS container, which must be opened first.
     pub luks: bool,
-    /// Whether the mount point must be there before, as on a spare's root that may still be blank.
+    /// Whether the unit is skipped if its mount point is missing, as on a spare's root that is still empty.
     pub needs_mount_point: bool,
 }
 
@@ -54,7 +54,7 @@ pub struct Mount {
 pub enum Kind {
     /// An ESP: always FAT.
     Esp,
-    /// An XBOOTLDR: a file system that firmware or boot loader read, of whatever type.
+    /// An XBOOTLDR: any file system that the firmware or the boot loader can read.
     Xbootldr,
     /// Anything else.
     Tree,
@@ -63,7 +63,7 @@ pub enum Kind {
 /// Makes the plan.
 ///
 /// # Errors
-/// A booted disk that isn't configured, which can't be.
+/// The booted disk isn't in the configuration, which [`facts::read`](crate::facts::read) rules out; a path or name is invalid.
 pub fn make(facts: &Facts) -> Result<Plan> {
     let config = &facts.config;
     let booted = config.disks.iter().find(|disk| disk.name == facts.booted).context("the booted disk is not configured")?;
@@ -80,7 +80,7 @@ pub fn make(facts: &Facts) -> Result<Plan> {
 }
 
 impl Plan {
-    /// The booted disk's own partitions, in the places where the running system expects them.
+    /// Adds the booted disk's partitions, on the directories where the running system expects them.
     fn booted(&mut self, facts: &Facts, disk: &Disk) -> Result<()> {
         let whose = format!("{} (booted)", disk.name);
         for (role, part, place) in disk.boot_places() {
@@ -94,17 +94,19 @@ impl Plan {
             match role.tree() {
                 None if *role == Role::Swap => {
                     if facts.fstab_swap {
-                        self.note("no swap unit: /etc/fstab has swap space");
+                        self.note("no swap unit is made, because /etc/fstab names swap space");
                     } else {
                         self.swap = Some((*part, format!("swap space of {whose}")));
                     }
                 }
-                // The root is mounted by the time that a generator runs.
+                // The root is mounted before a generator runs.
                 None | Some("") => {}
                 Some(tree) if facts.config.settings.luks.contains(role) => {
                     if !facts.fstab.contains(&DirPath::parse(tree)?) {
-                        let text =
-                            format!("no unit for {tree}: expected its LUKS container in /etc/crypttab, and it in /etc/fstab");
+                        let text = format!(
+                            "no mount unit is made for {tree}: expected a line for its LUKS container in /etc/crypttab, \
+                             and one for {tree} in /etc/fstab"
+                        );
                         self.notes.push((Level::Warning, text));
                     }
                 }
@@ -117,7 +119,7 @@ impl Plan {
         Ok(())
     }
 
-    /// A spare's partitions, below its directory.
+    /// Adds a spare's partitions, below its directory.
     fn spare(&mut self, facts: &Facts, dir: &DirPath, disk: &Disk) -> Result<()> {
         let whose = format!("{} (spare)", disk.name);
         let own_root = facts.config.layout() == Layout::OwnRoots;
@@ -134,29 +136,29 @@ impl Plan {
         Ok(())
     }
 
-    /// Takes a mount into the plan, unless someone else mounts something there.
+    /// Adds a mount, unless fstab or another unit mounts on that directory. Returns whether it was added.
     fn mount(&mut self, facts: &Facts, mount: Mount) -> Result<bool> {
         let place = &mount.place;
         let unit = match UnitName::from_path(place, "mount") {
             Ok(unit) => unit,
             Err(e) => {
-                self.notes.push((Level::Warning, format!("no unit for {place}: {e:#}, ignoring")));
+                self.notes.push((Level::Warning, format!("no mount unit is made for {place}: {e:#}")));
                 return Ok(false);
             }
         };
         if facts.fstab.contains(place) {
-            self.note(&format!("no unit for {place}: /etc/fstab has it"));
+            self.note(&format!("no mount unit is made for {place}, because /etc/fstab mounts it"));
             return Ok(false);
         }
         if let Some(dir) = facts.units.get(unit.as_str()) {
-            self.note(&format!("no unit for {place}: {dir}/{unit} has it"));
+            self.note(&format!("no mount unit is made for {place}, because {dir}/{unit} mounts it"));
             return Ok(false);
         }
         self.mounts.push(mount);
         Ok(true)
     }
 
-    /// What is to be watched; see dualroot-entries.path. What isn't there (yet) does no harm.
+    /// Sets the directories for dualroot-entries.path to watch. Missing ones do no harm.
     fn watch(&mut self, facts: &Facts, booted: &Disk) -> Result<()> {
         let mut paths: Vec<String> = ["/etc", "/etc/kernel", "/dev/disk/by-partuuid"].map(str::to_owned).into();
         for (_, _, place) in booted.boot_places() {
@@ -175,13 +177,13 @@ impl Plan {
     }
 }
 
-/// A directory below another.
+/// A directory below another one.
 fn below(dir: &DirPath, path: &str) -> Result<DirPath> {
     DirPath::parse(&format!("{dir}{path}"))
 }
 
-/// A boot partition, bound from where fstab has it if the configuration says so. A directory that nothing mounts isn't bound: what
-/// is written there would end in the root file system.
+/// The mount of a boot partition, bound from esp-mountpoint= if that is configured. A directory that neither fstab nor a unit mounts isn't
+/// bound: files written there would be on the root file system.
 fn boot_partition(
     plan: &mut Plan,
     facts: &Facts,
@@ -197,7 +199,7 @@ fn boot_partition(
     };
     let mut bound_from = disk.esp_mountpoint.clone().filter(|_| kind == Kind::Esp);
     if let Some(dir) = bound_from.take_if(|dir| !facts.fstab.contains(dir) && !has_unit(facts, dir)) {
-        let text = format!("esp-mountpoint={dir} of {}: expected a line for {dir} in /etc/fstab, ignoring", disk.name);
+        let text = format!("esp-mountpoint={dir} of {}: expected a line for {dir} in /etc/fstab; ignoring", disk.name);
         plan.notes.push((Level::Warning, text));
     }
     Mount {
@@ -212,12 +214,12 @@ fn boot_partition(
     }
 }
 
-/// Whether someone's mount unit mounts this directory.
+/// Whether another mount unit mounts on this directory.
 fn has_unit(facts: &Facts, dir: &DirPath) -> bool {
     UnitName::from_path(dir, "mount").is_ok_and(|unit| facts.units.contains_key(unit.as_str()))
 }
 
-/// A partition that isn't a boot partition.
+/// The mount of a partition that isn't a boot partition.
 fn tree_mount(role: &Role, part: PartUuid, place: DirPath, whose: &str) -> Mount {
     let what = match role {
         Role::Root => "root",

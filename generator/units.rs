@@ -1,4 +1,4 @@
-//! The plan as files: systemd's units, drop-ins and links.
+//! Turns a plan into files (systemd units, drop-ins and links), and writes them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -15,22 +15,22 @@ use crate::plan::{Kind, Mount, Plan};
 /// The first line of every file.
 const HEAD: &str = "# Made by dualroot-generator(8) at every boot and daemon-reload.\n\n";
 
-/// FAT knows neither owners nor time zones; what is wrong on it must not spread.
+/// Mount options for FAT, which has neither owners nor time zones; after an error it becomes read-only.
 const FAT: &str = "umask=0077,utf8,tz=UTC,errors=remount-ro";
 
-/// A file or a link.
+/// The content of a file below the generator's directory.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Content {
-    /// A regular file's text.
+    /// The text of a regular file.
     Text(String),
-    /// What a symbolic link says.
+    /// The target of a symbolic link.
     Link(String),
 }
 
 /// All files of a plan, by their paths below the generator's directory.
 ///
 /// # Errors
-/// Names that systemd doesn't allow.
+/// systemd doesn't allow the name of a unit.
 pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
     let mut files = BTreeMap::new();
     let mut devices = BTreeSet::new();
@@ -40,7 +40,7 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
         files.insert(unit.to_string(), Content::Text(mount_unit(mount, &plan.source)?));
         let mut wants = vec!["local-fs.target".to_owned()];
         if !mount.booted {
-            // A spare that arrives later.
+            // Starts the mount when the spare is plugged in later.
             wants.push(device.to_string());
         }
         for by in wants {
@@ -50,7 +50,7 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
             devices.insert((device, None));
         }
         if mount.luks {
-            devices.insert((mapping(&mount.part)?, Some(UnitName::luks(&mount.part)?)));
+            devices.insert((mapping_device(&mount.part)?, Some(UnitName::luks(&mount.part)?)));
         }
     }
     if let Some((part, description)) = &plan.swap {
@@ -61,12 +61,12 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
         files.insert(format!("swap.target.wants/{unit}"), Content::Link(format!("../{unit}")));
     }
     for (device, maker) in devices {
-        // Spares' only: a boot mustn't end for lack of patience with the disk that it comes from.
-        // Before the drop-in of fstab's x-systemd.device-timeout=, which is called 50-device-timeout.conf and shall win.
+        // For spares only: a short time-out for the booted disk could fail the boot. The name sorts before 50-device-timeout.conf, the
+        // drop-in for x-systemd.device-timeout= of fstab, which must win.
         let timeout = time_span(plan.device_timeout);
         let mut text = format!("{HEAD}[Unit]\nJobRunningTimeoutSec={timeout}\n");
         if let Some(maker) = maker {
-            // Until that has ended, nobody need be impatient.
+            // The time-out runs only after the container's service has ended.
             let _ = writeln!(text, "After={maker}");
         }
         files.insert(format!("{device}.d/40-dualroot.conf"), Content::Text(text));
@@ -88,15 +88,15 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
     let device = UnitName::device(&mount.part)?;
     let node = if mount.luks { mount.part.mapping() } else { mount.part.device_path() };
     if mount.booted {
-        // Wanted, not required: a boot without it goes on. It is waited for as long as systemd waits for any device: it is there.
+        // Wanted, not required, so that boot goes on without it. The usual device time-out applies.
         text.push_str("Before=local-fs.target\n");
-        // The initrd has checked and mounted /usr; here it could only be looked at while it is in use.
+        // The initrd has checked and mounted /usr; a check now would be of a file system in use.
         if mount.bound_from.is_none() && mount.place.as_str() != "/usr" {
             let fsck = fsck(&mount.part)?;
             let _ = write!(text, "Wants={fsck}\nAfter={fsck}\n");
         }
     } else {
-        // The file system goes when the disk is pulled.
+        // Unmounts the file system when the disk is pulled.
         let _ = write!(text, "BindsTo={device}\nAfter={device}\n");
         if mount.luks {
             let container = UnitName::luks(&mount.part)?;
@@ -119,7 +119,7 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
     }
     let _ = writeln!(text, "Where={}", path_value(&mount.place));
     if !mount.booted {
-        // With nofail, systemd doesn't order it before local-fs.target.
+        // nofail: systemd doesn't order the mount before local-fs.target.
         options.extend(["ro", "nofail", "nosuid", "nodev"]);
     }
     if mount.kind != Kind::Tree {
@@ -137,18 +137,18 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
         let _ = writeln!(text, "Options={}", options.join(","));
     }
     if !mount.booted {
-        // Files that are open on a pulled disk don't keep it.
+        // Open files on a pulled disk don't keep it mounted.
         text.push_str("LazyUnmount=yes\n");
     }
     Ok(text)
 }
 
-/// The device unit of what an open container holds.
-fn mapping(part: &PartUuid) -> Result<UnitName> {
+/// The device unit of an open container's mapping.
+fn mapping_device(part: &PartUuid) -> Result<UnitName> {
     UnitName::from_path(&DirPath::parse(&part.mapping())?, "device")
 }
 
-/// What every unit begins with.
+/// The beginning of every unit.
 fn head(description: &str, source: &str) -> String {
     let (description, source) = (percent(description), percent(source));
     format!("{HEAD}[Unit]\nDescription={description}\nDocumentation=man:dualroot-generator(8)\nSourcePath={source}\n")
@@ -160,12 +160,12 @@ fn fsck(part: &PartUuid) -> Result<String> {
     Ok(format!("systemd-fsck@{instance}"))
 }
 
-/// Percent signs would begin a specifier.
+/// Escapes percent signs, which would begin a specifier.
 fn percent(text: &str) -> String {
     text.replace('%', "%%")
 }
 
-/// A path as a unit's value, where a blank at the end would be dropped, and a backslash would join the next line.
+/// A path as a value in a unit. A slash is added after a final blank, which would be dropped, or backslash, which would join the next line.
 fn path_value(path: &DirPath) -> String {
     let mut text = percent(path.as_str());
     if text.ends_with([' ', '\\']) {
@@ -183,11 +183,11 @@ fn time_span(micros: u128) -> String {
     }
 }
 
-/// Writes the files below the generator's directory. One that is there with the same content stays; one with another content is
-/// someone else's, and stays too.
+/// Writes the files below the generator's directory. An existing file stays; if its content differs, another generator made it, and that
+/// is an error.
 ///
 /// # Errors
-/// The first file that could not be written; all others have been tried.
+/// The first file that can't be written; the others are still written.
 pub fn write(dir: &Path, files: &BTreeMap<String, Content>) -> Result<()> {
     let mut failed = 0;
     let mut first = None;
@@ -200,7 +200,7 @@ pub fn write(dir: &Path, files: &BTreeMap<String, Content>) -> Result<()> {
     match (first, failed) {
         (None, _) => Ok(()),
         (Some(e), 1) => Err(e),
-        (Some(e), _) => Err(e.context(format!("{failed} of {} files can't be written, the first", files.len()))),
+        (Some(e), _) => Err(e.context(format!("{failed} of {} units can't be written; the first one", files.len()))),
     }
 }
 
@@ -212,7 +212,7 @@ fn write_file(path: &PathBuf, content: &Content) -> Result<()> {
         Content::Link(target) => symlink(target, path),
         Content::Text(text) => {
             fs::OpenOptions::new().write(true).create_new(true).open(path).and_then(|mut file| {
-                // Half a unit is worse than none.
+                // A missing unit is better than half of one.
                 file.write_all(text.as_bytes()).inspect_err(|_| drop(fs::remove_file(path)))
             })
         }

@@ -1,6 +1,6 @@
 //! The configuration: dualroot.conf(5), `/etc/dualroot.conf` and its drop-ins, by systemd's rules.
 //!
-//! What files there are and what their lines say is `syntax`'s business; here it is merged, checked and given types.
+//! `syntax` finds the files and reads their lines; this module merges them, checks them and gives them types.
 
 mod syntax;
 
@@ -13,7 +13,7 @@ use crate::base::root::Root;
 use crate::base::types::{DirPath, DiskName, PartUuid, Role};
 use crate::conf::syntax::{Line, MAIN, Place, boolean, sources, time_span};
 
-/// When spares are mounted.
+/// The times at which spares are mounted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SpareMount {
     /// Read-only, at every boot.
@@ -27,17 +27,17 @@ pub enum SpareMount {
 pub struct Settings {
     /// `spare-mount=`: when spares are mounted.
     pub spare_mount: SpareMount,
-    /// `settle=`: how long nothing must have changed on the booted disk before a sync starts.
+    /// `settle=`: a sync starts when the booted disk hasn't changed for this long.
     pub settle: Duration,
     /// `exclude=`: rsync(1) filter rules, one per assignment, in order.
     pub exclude: Vec<String>,
-    /// `generations=`: how many generations of a spare's btrfs root are kept, the one that it boots among them. Never zero.
+    /// `generations=`: the number of generations kept of a spare's btrfs root, with the one that it boots. Never zero.
     pub generations: usize,
-    /// `efi-entries=`: whether each disk gets a boot entry of its own in the firmware.
+    /// `efi-entries=`: whether the firmware gets a boot entry for each disk.
     pub efi_entries: bool,
-    /// `luks=`: the trees that lie in a LUKS container, on every disk.
+    /// `luks=`: the roles that are in a LUKS container on every disk.
     pub luks: BTreeSet<Role>,
-    /// `device-timeout=`: how long systemd waits for a partition to appear. Never zero, which would mean for ever.
+    /// `device-timeout=`: how long systemd waits for a partition to appear. Never zero, which systemd takes as "for ever".
     pub device_timeout: Duration,
 }
 
@@ -62,9 +62,9 @@ pub struct Disk {
     pub name: DiskName,
     /// Its partitions, the ESP among them.
     pub parts: BTreeMap<Role, PartUuid>,
-    /// `title=`: what stands before this disk's boot menu titles.
+    /// `title=`: the prefix of this disk's boot menu titles.
     pub title: Option<String>,
-    /// `esp-mountpoint=`: where fstab mounts this disk's ESP already.
+    /// `esp-mountpoint=`: the directory on which fstab mounts this disk's ESP.
     pub esp_mountpoint: Option<DirPath>,
     esp: PartUuid,
 }
@@ -75,8 +75,8 @@ impl Disk {
         self.esp
     }
 
-    /// Where its boot partitions are mounted when it is booted: the ESP on /boot, or with an XBOOTLDR the ESP on /efi and the
-    /// XBOOTLDR on /boot (Boot Loader Specification, UAPI.1). On a spare the same places are below its own directory.
+    /// The mount points of its boot partitions when it is booted: the ESP on /boot, or with an XBOOTLDR the ESP on /efi and the
+    /// XBOOTLDR on /boot (Boot Loader Specification, UAPI.1). For a spare, they are below the spare's directory.
     pub fn boot_places(&self) -> Vec<(Role, PartUuid, DirPath)> {
         let places = match self.parts.get(&Role::Xbootldr) {
             Some(xbootldr) => vec![(Role::Esp, self.esp, "/efi"), (Role::Xbootldr, *xbootldr, "/boot")],
@@ -86,7 +86,7 @@ impl Disk {
     }
 }
 
-/// Which of the two approaches the disks follow.
+/// The two ways in which disks can hold the root.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Layout {
     /// One root file system across the disks; no section has `root=`.
@@ -104,34 +104,34 @@ pub struct Config {
     pub settings: Settings,
     /// The disks, sorted by number: two or more, with the same roles, and no partition twice.
     pub disks: Vec<Disk>,
-    /// What was not understood and is ignored: one sentence each, with file and line.
+    /// Lines that were not understood and are ignored: one sentence each, with file and line.
     pub warnings: Vec<String>,
 }
 
 impl Config {
     /// Reads the main file and the drop-ins as systemd does: the main file of the most important directory, then the drop-ins of
-    /// all directories sorted by name, where of several with one name the most important directory's counts. An empty drop-in,
-    /// or a link to /dev/null, masks the others of its name. None where nothing is configured.
+    /// all directories, sorted by name. Of several drop-ins with one name, that in the most important directory counts; if it is empty,
+    /// or a link to /dev/null, it masks the others. None if nothing is configured.
     ///
     /// # Errors
-    /// Files that can't be read, and everything that [`Config::parse`] finds.
+    /// A file can't be read; those of [`Config::parse`].
     pub fn load(root: &Root) -> Result<Option<Self>> {
         Self::parse(&sources(root)?)
     }
 
-    /// The files that make up the configuration, in the order in which they count, each with its path.
+    /// The paths and contents of the files that make up the configuration; later files win.
     ///
     /// # Errors
-    /// Files that can't be read.
+    /// A file can't be read.
     pub fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
         sources(root)
     }
 
-    /// Makes a configuration of the named texts, of which the later win. None where they configure nothing: no disk's section,
-    /// and nothing that was not understood.
+    /// Makes a configuration of texts with their paths; later texts win. None if they contain no disk's section and no line that was not
+    /// understood.
     ///
     /// # Errors
-    /// All that is wrong, in one line, each fault with its file, its line and what was expected there.
+    /// All faults in one line, each with its file, its line and the text that was expected there.
     pub fn parse(sources: &[(String, Vec<u8>)]) -> Result<Option<Self>> {
         let mut raw = Raw::default();
         for (file, text) in sources {
@@ -145,7 +145,8 @@ impl Config {
         }
         if raw.sections.len() < 2 && raw.faults.is_empty() {
             let file = sources.first().map_or(MAIN, |(file, _)| file.as_str());
-            raw.faults.push(format!("{file}: expected two or more disks, as [disk0] and [disk1], found {}", raw.sections.len()));
+            raw.faults
+                .push(format!("{file}: expected two or more disks, such as [disk0] and [disk1], found {}", raw.sections.len()));
         }
         if !raw.faults.is_empty() {
             raw.faults.append(&mut raw.warnings);
@@ -155,7 +156,7 @@ impl Config {
         Ok(Some(Self { source, settings, disks, warnings: raw.warnings }))
     }
 
-    /// Whether the disks share one root file system.
+    /// The layout that the disks' sections describe.
     pub fn layout(&self) -> Layout {
         match self.disks.first() {
             Some(disk) if disk.parts.contains_key(&Role::Root) => Layout::OwnRoots,
@@ -168,22 +169,21 @@ impl Config {
         self.disks.iter().find(|disk| disk.esp == *esp)
     }
 
-    /// Every other disk, with the directory that it is mounted on: /mnt/root1, /mnt/root2, and so on, by the order of the
-    /// sections.
+    /// The other disks, sorted by number, with their mount points: /mnt/root1, /mnt/root2, and so on.
     pub fn spares(&self, booted: &Disk) -> Vec<(DirPath, &Disk)> {
         let spares = self.disks.iter().filter(|disk| disk.name != booted.name);
         (1..).zip(spares).filter_map(|(n, disk)| Some((DirPath::parse(&format!("/mnt/root{n}")).ok()?, disk))).collect()
     }
 }
 
-/// What was assigned, and where.
+/// A value and the line that assigned it.
 #[derive(Clone, Debug)]
 struct Value {
     text: String,
     place: Place,
 }
 
-/// The section that a line stands in.
+/// The section that a line is in.
 enum Section {
     None,
     Settings,
@@ -191,7 +191,7 @@ enum Section {
     Ignored,
 }
 
-/// The assignments of all files, merged, and what was wrong with them.
+/// The assignments of all files, merged, and the faults found in them.
 #[derive(Default)]
 struct Raw {
     settings: BTreeMap<String, Value>,
@@ -205,15 +205,17 @@ impl Raw {
     /// Adds the assignments of one file to those of earlier ones.
     fn add(&mut self, file: &str, text: &[u8]) {
         let mut section = Section::None;
-        for (line, said) in syntax::lines(text) {
-            let place = Place { file: file.to_owned(), line };
-            match said {
+        for (number, line) in syntax::lines(text) {
+            let place = Place { file: file.to_owned(), line: number };
+            match line {
                 Line::Section(name) => section = self.section(place, &name),
                 Line::Assignment { key, value } => self.assign(&section, &key, Value { text: value, place }),
-                // What other programs write in a section of theirs is theirs.
-                Line::NoAssignment(_) if matches!(section, Section::Ignored) => {}
-                Line::NoAssignment(found) => self.faults.push(format!("{place}: expected key=value, found '{found}'")),
-                Line::NoSection(found) => self.faults.push(format!("{place}: expected a section as [disk0], found '{found}'")),
+                // Other programs' sections may hold anything.
+                Line::BadAssignment(_) if matches!(section, Section::Ignored) => {}
+                Line::BadAssignment(found) => self.faults.push(format!("{place}: expected key=value, found '{found}'")),
+                Line::BadSection(found) => {
+                    self.faults.push(format!("{place}: expected a section such as [disk0], found '{found}'"))
+                }
                 Line::NotUtf8(found) => self.faults.push(format!("{place}: expected UTF-8 text, found '{found}'")),
             }
         }
@@ -241,7 +243,7 @@ impl Raw {
         Section::Ignored
     }
 
-    /// Takes an assignment; an empty value takes an earlier one back.
+    /// Stores an assignment; an empty value removes an earlier one.
     fn assign(&mut self, section: &Section, key: &str, value: Value) {
         match section {
             Section::Ignored => {}
@@ -272,14 +274,14 @@ impl Raw {
         }
     }
 
-    /// Notes a key that means nothing here; like sections, keys that begin with X- are for other programs.
+    /// Warns of an unknown key, unless it begins with X-: those are for other programs, like sections with such names.
     fn unknown(&mut self, section: &str, key: &str, place: &Place) {
         if !key.starts_with("X-") {
             self.warnings.push(format!("{place}: unknown key '{}=' in section [{section}], ignoring", key.escape_debug()));
         }
     }
 
-    /// Notes what is wrong with a value.
+    /// The parsed value, or None after its fault was added to the others.
     fn check<T>(&mut self, key: &str, value: &Value, result: Result<T>) -> Option<T> {
         result.map_err(|e| self.faults.push(format!("{}: {key}=: {e:#}", value.place))).ok()
     }
@@ -299,7 +301,7 @@ impl Raw {
                 "settle" => time_span(text).map(|span| settings.settle = span),
                 "generations" => match text.parse() {
                     Ok(number @ 1..) => Ok(number),
-                    _ => Err(anyhow::anyhow!("expected a number from 1, found '{}'", text.escape_debug())),
+                    _ => Err(anyhow::anyhow!("expected a number of 1 or more, found '{}'", text.escape_debug())),
                 }
                 .map(|number| settings.generations = number),
                 "efi-entries" => boolean(text).map(|yes| settings.efi_entries = yes),
@@ -317,18 +319,21 @@ impl Raw {
         settings
     }
 
-    /// What is said to lie in containers has to be there; and the root is among it, as the key to all of them lies on it.
+    /// Checks that each role in `luks=` is on all disks, and that the root is in the list: the key file for the containers is on it.
     fn check_luks(&mut self, settings: &Settings, disks: &[Disk]) {
         let Some(value) = self.settings.get("luks").filter(|_| !settings.luks.is_empty()) else { return };
         let absent = |role: &&Role| !disks.iter().all(|disk| disk.parts.contains_key(*role));
         if let Some(role) = settings.luks.iter().find(absent) {
             self.faults.push(format!("{}: luks=: expected {role}= in the section of each disk", value.place));
         } else if !settings.luks.contains(&Role::Root) {
-            self.faults.push(format!("{}: luks=: expected root among them, as the key to the others lies there", value.place));
+            self.faults.push(format!(
+                "{}: luks=: expected root in the list, because the key to the other containers is on the root",
+                value.place
+            ));
         }
     }
 
-    /// The typed sections `[diskN]`; what is wrong with them is noted.
+    /// The typed sections `[diskN]`; faults in them are added to the others.
     fn disks(&mut self) -> Vec<Disk> {
         let sections = self.sections.clone();
         let roles: BTreeMap<&str, (DiskName, &Place)> = (sections.iter().rev())
@@ -347,10 +352,10 @@ impl Raw {
                     continue;
                 }
                 let why = match *key {
-                    "root" => "either all disks have a root= (own roots) or none (shared root)",
-                    _ => "all disks have the same partitions",
+                    "root" => "either all disks have root= (each its own root) or none (one shared root)",
+                    _ => "all disks must have the same partitions",
                 };
-                self.faults.push(format!("{place}: expected {key}= in section [{name}], as [{other}] has at {its_place}: {why}"));
+                self.faults.push(format!("{place}: expected {key}= in section [{name}], as in [{other}] at {its_place}: {why}"));
             }
             let mut disk = Disk {
                 name: *name,
@@ -365,7 +370,10 @@ impl Raw {
                     "esp-mountpoint" => {
                         disk.esp_mountpoint = self.check(key, value, esp_mountpoint(&value.text));
                         if disk.esp_mountpoint.as_ref().is_some_and(|path| !mountpoints_seen.insert(path.clone())) {
-                            self.faults.push(format!("{}: esp-mountpoint={} is another disk's already", value.place, value.text));
+                            self.faults.push(format!(
+                                "{}: esp-mountpoint={} is also that of another disk: expected a different directory for each",
+                                value.place, value.text
+                            ));
                         }
                     }
                     _ => {
@@ -373,7 +381,7 @@ impl Raw {
                         if let Some((other, its_key, its_place)) = parts_seen.get(&part) {
                             self.faults.push(format!(
                                 "{}: {key}= of [{name}] names the partition {part}, which is {its_key}= of [{other}] at {its_place}: \
-                                 expected a partition of its own for each, see 'lsblk -o NAME,PARTUUID'",
+                                 expected a different partition for each, see 'lsblk -o NAME,PARTUUID'",
                                 value.place
                             ));
                         } else {
@@ -397,7 +405,7 @@ impl Raw {
     }
 }
 
-/// Assigns, or takes back what was assigned before.
+/// Stores a value; an empty one removes an earlier one.
 fn set(values: &mut BTreeMap<String, Value>, key: &str, value: Value) {
     if value.text.is_empty() {
         values.remove(key);
@@ -406,7 +414,10 @@ fn set(values: &mut BTreeMap<String, Value>, key: &str, value: Value) {
     }
 }
 
-/// The role that a key names, where a path may be the mount point of a partition of its own.
+/// The role that a key names, or None if it names no partition.
+///
+/// # Errors
+/// A directory that can't be a partition of its own, or that dualroot uses itself.
 pub(crate) fn disk_role(key: &str) -> Result<Option<Role>> {
     let role = Role::parse_key(key)?;
     if let Some(Role::Dir(path)) = &role {
@@ -416,9 +427,9 @@ pub(crate) fn disk_role(key: &str) -> Result<Option<Role>> {
                 bail!("{path}= can't be a partition of its own: expected esp= and xbootldr= for what is on /boot and /efi")
             }
             "dev" | "proc" | "run" | "sys" | "tmp" => {
-                bail!("{path}= is in a file system of the kernel's or a volatile one: expected another directory")
+                bail!("{path}= is in a file system that is made at every boot: expected another directory")
             }
-            "etc" => bail!("{path}= is read before it can be mounted: expected a directory outside /etc"),
+            "etc" => bail!("{path}= is needed before it can be mounted: expected a directory outside /etc"),
             "mnt"
                 if path
                     .relative()
@@ -433,21 +444,21 @@ pub(crate) fn disk_role(key: &str) -> Result<Option<Role>> {
     Ok(role)
 }
 
-/// Keys of partitions with trees, separated by blanks.
+/// The roles in a list of keys that is separated by blanks; all of them must be copied trees.
 fn trees(text: &str) -> Result<BTreeSet<Role>> {
     let tree = |key: &str| match disk_role(key)? {
         Some(role) if role.tree().is_some() => Ok(role),
-        _ => bail!("expected keys of partitions that are copied, as root or home, found '{}'", key.escape_debug()),
+        _ => bail!("expected keys of partitions that are copied, such as root or home, found '{}'", key.escape_debug()),
     };
     text.split_whitespace().map(tree).collect()
 }
 
-/// A mount point to bind an ESP from. What is on or below the places that it is bound to would be hidden by it.
+/// A directory from which the ESP is bound to /boot or /efi. It can't be in those: the bind mount would hide it.
 fn esp_mountpoint(text: &str) -> Result<DirPath> {
     let path = DirPath::parse(text)?;
     for place in ["/boot", "/efi"] {
         if path.is_within(&DirPath::parse(place)?) {
-            bail!("expected a directory outside /boot and /efi, as /efi0, found '{path}'");
+            bail!("expected a directory outside /boot and /efi, such as /efi0, found '{path}'");
         }
     }
     Ok(path)
@@ -493,12 +504,12 @@ mod tests {
     }
 
     #[test]
-    fn trees_in_containers() {
+    fn luks_names_trees_of_all_disks() {
         assert_eq!(good(&[PAIR, "[dualroot]\nluks=root\n"]).settings.luks, [Role::Root].into());
         assert!(good(&[PAIR, "[dualroot]\nluks=root\n", "[dualroot]\nluks=\n"]).settings.luks.is_empty());
         for (luks, expected) in [
             ("root home", "luks=: expected home= in the section of each disk"),
-            ("esp", "expected keys of partitions that are copied, as root or home, found 'esp'"),
+            ("esp", "expected keys of partitions that are copied, such as root or home, found 'esp'"),
             ("swap", "found 'swap'"),
             ("yes", "found 'yes'"),
         ] {
@@ -506,12 +517,12 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         }
         let home = format!("[disk0]\nhome={A}7\n[disk1]\nhome={A}8\n");
-        assert!(bad(&format!("{PAIR}{home}[dualroot]\nluks=home\n")).contains("expected root among them"));
+        assert!(bad(&format!("{PAIR}{home}[dualroot]\nluks=home\n")).contains("expected root in the list"));
         assert!(bad(&format!("{}[dualroot]\nluks=root\n", shared("", ""))).contains("expected root= in"));
     }
 
     #[test]
-    fn a_pair() {
+    fn a_pair_with_own_roots() {
         let config = good(&[PAIR]);
         assert_eq!(config.layout(), Layout::OwnRoots);
         assert_eq!(config.settings, Settings::default());
@@ -535,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn boot_places() {
+    fn mount_points_of_boot_partitions() {
         let place = |text: &str| {
             let config = good(&[text]);
             config.disks[0].boot_places().iter().map(|(role, _, path)| format!("{role} {path}")).collect::<Vec<_>>()
@@ -545,7 +556,7 @@ mod tests {
     }
 
     #[test]
-    fn settings() {
+    fn later_settings_win_and_empty_ones_reset() {
         let text = "[dualroot]\nspare-mount=sync\nsettle=2min 30s\nexclude=- /var/cache/\nexclude=*.o\nefi-entries=No\ndevice-timeout=500ms\n";
         let config = good(&[text, PAIR]);
         assert_eq!(config.settings.spare_mount, SpareMount::Sync);
@@ -563,11 +574,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_configured() {
+    fn files_without_a_disk_configure_nothing() {
         for texts in [&[][..], &[""], &["# only notes\n"], &["[dualroot]\nsettle=1\n"], &["[X-other]\nfoo=1\n"]] {
             assert_eq!(parse(texts).unwrap(), None, "{texts:?}");
         }
-        // What may be a misspelt section is not nothing.
+        // This may be a misspelt section.
         assert!(
             bad("[dsk0]\nesp=1\n")
                 .contains("/etc/dualroot.conf:1: expected [dualroot] or [disk0], [disk1], …, found [dsk0], ignoring")
@@ -578,15 +589,15 @@ mod tests {
     fn faults_name_file_and_line() {
         for (text, expected) in [
             ("[disk0]\nesp\n", "/etc/dualroot.conf:2: expected key=value, found 'esp'"),
-            ("[disk0\n", "/etc/dualroot.conf:1: expected a section as [disk0], found '[disk0'"),
+            ("[disk0\n", "/etc/dualroot.conf:1: expected a section such as [disk0], found '[disk0'"),
             ("[a]b]\n", "/etc/dualroot.conf:1: expected a section"),
             ("[disk0]\n=5\n", "/etc/dualroot.conf:2: expected a key before the '='"),
             ("[disk00]\n", "/etc/dualroot.conf:1: 'disk00' is not a disk's section"),
             ("[Disk0]\n", "/etc/dualroot.conf:1: 'Disk0' is not a disk's section"),
-            ("[dualroot]\ngenerations=0\n", "/etc/dualroot.conf:2: generations=: expected a number from 1, found '0'"),
+            ("[dualroot]\ngenerations=0\n", "/etc/dualroot.conf:2: generations=: expected a number of 1 or more, found '0'"),
             (
                 "[dualroot]\n\nsettle=soon\n",
-                "/etc/dualroot.conf:3: settle=: expected a time span as 5s, 500ms or 2min 30s, found 'soon'",
+                "/etc/dualroot.conf:3: settle=: expected a time span such as 5s, 500ms or 2min 30s, found 'soon'",
             ),
             ("[dualroot]\ndevice-timeout=0\n", "/etc/dualroot.conf:2: device-timeout=: expected a time longer than 0, found '0'"),
             ("[dualroot]\nspare-mount=always\n", "/etc/dualroot.conf:2: spare-mount=: expected boot or sync, found 'always'"),
@@ -600,7 +611,7 @@ mod tests {
             ("[disk0]\n/home=x\n", "/etc/dualroot.conf:2: write home= instead of /home="),
             ("[disk0]\n/boot/efi=x\n", "/etc/dualroot.conf:2: /boot/efi= can't be a partition of its own"),
             ("[disk0]\n/mnt/root1/x=x\n", "/etc/dualroot.conf:2: /mnt/root1/x= is where spares are mounted"),
-            ("[disk0]\n/a/../b=x\n", "/etc/dualroot.conf:2: the path '/a/../b' has a '..' in it"),
+            ("[disk0]\n/a/../b=x\n", "/etc/dualroot.conf:2: the path '/a/../b' contains '..'"),
             (
                 "[disk0]\ntitle=a\x07b\n",
                 "/etc/dualroot.conf:2: title=: expected text without control characters, found 'a\\u{7}b'",
@@ -624,31 +635,34 @@ mod tests {
     #[test]
     fn disks_must_match() {
         let one = format!("[disk0]\nesp={A}0\n");
-        assert_eq!(bad(&one), "/etc/dualroot.conf: expected two or more disks, as [disk0] and [disk1], found 1");
+        assert_eq!(bad(&one), "/etc/dualroot.conf: expected two or more disks, such as [disk0] and [disk1], found 1");
         let error = bad(&shared(&format!("root={A}2"), ""));
-        let why = "either all disks have a root= (own roots) or none (shared root)";
+        let why = "either all disks have root= (each its own root) or none (one shared root)";
         assert_eq!(
             error,
-            format!("/etc/dualroot.conf:4: expected root= in section [disk1], as [disk0] has at /etc/dualroot.conf:3: {why}")
+            format!("/etc/dualroot.conf:4: expected root= in section [disk1], as in [disk0] at /etc/dualroot.conf:3: {why}")
         );
         let error = bad(&shared("", &format!("/data={A}2")));
-        let why = "all disks have the same partitions";
+        let why = "all disks must have the same partitions";
         assert_eq!(
             error,
-            format!("/etc/dualroot.conf:1: expected /data= in section [disk0], as [disk1] has at /etc/dualroot.conf:6: {why}")
+            format!("/etc/dualroot.conf:1: expected /data= in section [disk0], as in [disk1] at /etc/dualroot.conf:6: {why}")
         );
         let error = bad(&shared("esp-mountpoint=/efi0", "esp-mountpoint=/efi0/"));
-        assert_eq!(error, "/etc/dualroot.conf:6: esp-mountpoint=/efi0/ is another disk's already");
+        assert_eq!(
+            error,
+            "/etc/dualroot.conf:6: esp-mountpoint=/efi0/ is also that of another disk: expected a different directory for each"
+        );
     }
 
     #[test]
-    fn f02_f03_one_partition_twice() {
+    fn f02_f03_a_partition_can_be_named_once_only() {
         let error = bad(&format!("[disk0]\nesp={A}0\n[disk1]\nesp={}\n", format!("{A}0").to_uppercase()));
         assert_eq!(
             error,
             format!(
                 "/etc/dualroot.conf:4: esp= of [disk1] names the partition {A}0, which is esp= of [disk0] at /etc/dualroot.conf:2: \
-                 expected a partition of its own for each, see 'lsblk -o NAME,PARTUUID'"
+                 expected a different partition for each, see 'lsblk -o NAME,PARTUUID'"
             )
         );
         let error = bad(&shared(&format!("home={A}2\nsrv={A}2"), &format!("home={A}3\nsrv={A}4")));
@@ -680,7 +694,7 @@ mod tests {
     }
 
     #[test]
-    fn files_as_systemd_finds_them() {
+    fn files_are_found_as_systemd_finds_them() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::new(dir.path());
         let write = |path: &str, text: &str| {
@@ -700,13 +714,13 @@ mod tests {
             ["/usr/local/lib/dualroot.conf", "/usr/lib/dualroot.conf.d/40-c.conf", "/usr/lib/dualroot.conf.d/50-b.conf"];
         assert_eq!(paths(), expected);
         assert_eq!(Config::load(&root).unwrap().unwrap().settings.settle, Duration::from_secs(1));
-        // The more important directory wins, masks, and is sorted by name all the same.
+        // A drop-in in a more important directory wins or masks; the order is by name in any case.
         write("/run/dualroot.conf.d/50-b.conf", "");
         write("/etc/dualroot.conf.d/30-a.conf", "[dualroot]\nsettle=3\n");
         std::os::unix::fs::symlink("/dev/null", root.path("/etc/dualroot.conf.d/40-c.conf")).unwrap();
         let config = Config::load(&root).unwrap().unwrap();
         assert_eq!(config.settings.settle, Duration::from_secs(3));
-        // The main file can be masked as well, and a link to nowhere is none.
+        // The main file can be masked too; a dangling link counts as absent.
         std::os::unix::fs::symlink("/nowhere", root.path("/etc/dualroot.conf")).unwrap();
         assert_eq!(Config::load(&root).unwrap().unwrap(), config);
         std::os::unix::fs::symlink("/dev/null", root.path("/run/dualroot.conf")).unwrap();
@@ -714,7 +728,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_refused_unopened() {
+    fn other_types_of_files_are_refused_before_they_are_opened() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::new(dir.path());
         fs::create_dir(root.path("/etc")).unwrap();
@@ -735,7 +749,7 @@ mod tests {
             }
         }
 
-        /// f26: the same for what looks like a configuration.
+        /// f26: the same for words of a configuration in any order.
         #[test]
         fn f26_any_words(words in proptest::collection::vec(proptest::sample::select(vec![
             "[disk0]", "[disk1]", "[dualroot]", "[", "]", "\n", "\n", "\n", "=", "esp", "root", "/data", "title", "esp-mountpoint", "\\",

@@ -344,7 +344,7 @@ fn f27_unwritable_directory() {
     assert_eq!(output.status.code(), Some(1));
     let log = setup.log(&output);
     assert!(
-        log.starts_with("<3>dualroot-generator[PID]: ") && log.contains("files can't be written, the first: can't "),
+        log.starts_with("<3>dualroot-generator[PID]: ") && log.contains("units can't be written; the first one: can't "),
         "{log}"
     );
     assert_eq!(log.lines().count(), 1, "{log}");
@@ -390,7 +390,8 @@ fn f26_no_file_name_smuggles_a_line() {
     let output = setup.run(&["normal", "early", "late"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(!setup.path("normal").exists());
-    let expected = "<3>dualroot-generator[PID]: invalid configuration, no units: /etc/dualroot.conf.d: expected names without control \
+    let expected = "<3>dualroot-generator[PID]: no mount units are made, because the configuration is invalid: \
+                    /etc/dualroot.conf.d: expected names without control \
                     characters, found 'a\\n[Mount]\\nOptions=exec\\n#.conf'\n";
     assert_eq!(setup.log(&output), expected);
 }
@@ -414,7 +415,9 @@ fn f10_package_databases_on_other_partitions_are_watched() {
 /// f27: a named pipe in the place of a file doesn't hold up the boot.
 #[test]
 fn f27_named_pipes_are_not_waited_for() {
-    for (name, says) in [("etc/fstab", "can't read /etc/fstab, no units: not a regular file"), ("etc/machine-id", "")] {
+    for (name, says) in
+        [("etc/fstab", "no mount units are made, because /etc/fstab can't be read: not a regular file"), ("etc/machine-id", "")]
+    {
         let setup = Setup::new("01-own-roots");
         let path = setup.path("root").join(name);
         fs::remove_file(&path).unwrap();

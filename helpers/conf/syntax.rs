@@ -1,7 +1,7 @@
-//! Configuration files as systemd has them: where they lie, what their lines say, and how booleans and times are written.
+//! Configuration files in systemd's syntax: their directories, their lines, booleans and time spans.
 //!
-//! The syntax is systemd.syntax(7)'s. A small line layer (comments, continuation lines, byte order mark, line ends) stands in front
-//! of serde_ini's parser, which knows none of these and no line numbers.
+//! The syntax is that of systemd.syntax(7). Comments, continuation lines, byte order mark, line ends and line numbers are handled here,
+//! because serde_ini's parser, which reads the single lines, knows none of them.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,13 +15,13 @@ use serde_ini::parse::OkIter;
 
 use crate::base::root::Root;
 
-/// Where configuration lies, the most important directory first.
+/// The directories of configuration files, the most important one first.
 const DIRS: [&str; 4] = ["/etc", "/run", "/usr/local/lib", "/usr/lib"];
 
-/// The main file in each of [`DIRS`]; drop-ins lie in this name with `.d` added.
+/// The name of the main file; drop-ins are in the directory of this name with `.d` added.
 pub(super) const MAIN: &str = "dualroot.conf";
 
-/// The files that make up the configuration, the main file first, each with its path.
+/// The paths and contents of the files that make up the configuration, the main file first.
 pub(super) fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
     let mut found = Vec::new();
     for dir in DIRS {
@@ -38,7 +38,7 @@ pub(super) fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
             if !bytes.ends_with(b".conf") || bytes.starts_with(b".") || dropins.contains_key(&name) {
                 continue;
             }
-            // The name goes into units and messages, where a newline in it would begin a line of its own.
+            // The name appears in units and messages, where a newline in it would begin a new line.
             let text = name.to_str().filter(|text| !text.chars().any(char::is_control));
             let text = text
                 .with_context(|| format!("{dir}: expected names without control characters, found '{}'", bytes.escape_ascii()))?;
@@ -52,8 +52,8 @@ pub(super) fn sources(root: &Root) -> Result<Vec<(String, Vec<u8>)>> {
     Ok(found)
 }
 
-/// A regular file's contents, nothing for /dev/null, and None where there is no file or a link that leads nowhere. Anything else
-/// is refused before it is opened: a named pipe would hold up the boot.
+/// The content of a regular file; empty for /dev/null; None for a missing file or a dangling link. Other types of files are refused
+/// before they are opened: a named pipe would hold up the boot.
 fn read(root: &Root, path: &str) -> Result<Option<Vec<u8>>> {
     match fs::metadata(root.path(path)) {
         Ok(meta) if meta.is_file() => root.read_opt(path).with_context(|| format!("can't read {path}")),
@@ -64,7 +64,7 @@ fn read(root: &Root, path: &str) -> Result<Option<Vec<u8>>> {
     }
 }
 
-/// A file and a line.
+/// A line of a file.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     /// The file's path.
@@ -79,27 +79,27 @@ impl fmt::Display for Place {
     }
 }
 
-/// What a line says; of one that can't be understood, its text with what is no plain character escaped.
+/// A line that was read. The text of one that can't be understood has its special characters escaped.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Line {
     /// `[name]`
     Section(String),
     /// `key=value`, which may both be empty.
     Assignment {
-        /// What stands before the first `=`.
+        /// The text before the first `=`.
         key: String,
-        /// What stands behind it.
+        /// The text after it.
         value: String,
     },
-    /// It begins with a bracket, but is no section.
-    NoSection(String),
+    /// A line that begins with a bracket and is no section.
+    BadSection(String),
     /// Neither a section nor an assignment.
-    NoAssignment(String),
-    /// It isn't text.
+    BadAssignment(String),
+    /// Not UTF-8.
     NotUtf8(String),
 }
 
-/// The lines of a file that say something, with their numbers.
+/// The lines of a file, except comments and blank ones, with their numbers.
 pub(super) fn lines(text: &[u8]) -> Vec<(usize, Line)> {
     logical_lines(text).into_iter().filter_map(|(number, bytes)| Some((number, line(&bytes)?))).collect()
 }
@@ -111,13 +111,13 @@ fn line(bytes: &[u8]) -> Option<Line> {
         Some(Ok(Item::Section { name })) => Some(Line::Section(name)),
         Some(Ok(Item::Value { key, value })) => Some(Line::Assignment { key, value }),
         Some(Ok(Item::Empty | Item::Comment { .. })) | None => None,
-        Some(Err(_)) if text.starts_with('[') => Some(Line::NoSection(text.escape_debug().to_string())),
-        Some(Err(_)) => Some(Line::NoAssignment(text.escape_debug().to_string())),
+        Some(Err(_)) if text.starts_with('[') => Some(Line::BadSection(text.escape_debug().to_string())),
+        Some(Err(_)) => Some(Line::BadAssignment(text.escape_debug().to_string())),
     }
 }
 
-/// The lines of a file as systemd.syntax(7) joins them: without comments and blank lines, a backslash at the end continued by the
-/// next line that is no comment. Each with the number of its first line.
+/// The lines of a file, joined as in systemd.syntax(7): without comments and blank lines; a line that ends in a backslash goes on with
+/// the next line that is no comment. Each has the number of its first line.
 fn logical_lines(text: &[u8]) -> Vec<(usize, Vec<u8>)> {
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let mut lines = Vec::new();
@@ -129,7 +129,7 @@ fn logical_lines(text: &[u8]) -> Vec<(usize, Vec<u8>)> {
         }
         let (number, mut joined) = open.take().unwrap_or((number, Vec::new()));
         joined.extend_from_slice(line);
-        // Two backslashes are not one at the end.
+        // An even number of backslashes are escaped ones, and continue nothing.
         if joined.iter().rev().take_while(|b| **b == b'\\').count() % 2 == 1 {
             joined.pop();
             joined.push(b' ');
@@ -154,7 +154,7 @@ pub(super) fn boolean(text: &str) -> Result<bool> {
 
 /// A time span as in systemd.time(7): numbers with units, added up; without a unit, seconds.
 pub(super) fn time_span(text: &str) -> Result<Duration> {
-    let expected = || format!("expected a time span as 5s, 500ms or 2min 30s, found '{}'", text.escape_debug());
+    let expected = || format!("expected a time span such as 5s, 500ms or 2min 30s, found '{}'", text.escape_debug());
     let mut rest = text.trim();
     let mut sum = Duration::ZERO;
     loop {
@@ -174,7 +174,7 @@ pub(super) fn time_span(text: &str) -> Result<Duration> {
             _ => bail!(expected()),
         };
         let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-        // More than six decimals are beyond what systemd counts in.
+        // systemd counts in microseconds: further decimals are dropped.
         let fraction = fraction.get(..6).unwrap_or(fraction);
         let scale = u32::try_from(fraction.len()).ok().and_then(|n| 10_u64.checked_pow(n)).with_context(expected)?;
         let whole: u64 = whole.parse().ok().with_context(expected)?;
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn time_spans() {
+    fn time_spans_as_systemd_reads_them() {
         for (text, micros) in [
             ("5", 5_000_000),
             ("5s", 5_000_000),
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn logical() {
+    fn continued_lines_are_joined() {
         let text = b"\xef\xbb\xbfa=1\r\n  \t\n # note\nb=2 \\\r\n ; not this\n   3\\\\\n\n;x\nc=\\\n";
         let lines: Vec<_> = logical_lines(text).into_iter().map(|(n, l)| (n, String::from_utf8(l).unwrap())).collect();
         assert_eq!(lines, [(1, "a=1".to_owned()), (4, "b=2     3\\\\".to_owned()), (9, "c= ".to_owned())]);
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lines_say() {
+    fn lines_of_all_kinds() {
         let text = b"[a]\n k = v = w \n=\n[b\n\xff\nnothing\n";
         let is = |key: &str, value: &str| Line::Assignment { key: key.into(), value: value.into() };
         assert_eq!(
@@ -252,9 +252,9 @@ mod tests {
                 (1, Line::Section("a".into())),
                 (2, is("k", "v = w")),
                 (3, is("", "")),
-                (4, Line::NoSection("[b".into())),
+                (4, Line::BadSection("[b".into())),
                 (5, Line::NotUtf8("\\xff".into())),
-                (6, Line::NoAssignment("nothing".into())),
+                (6, Line::BadAssignment("nothing".into())),
             ]
         );
     }
