@@ -193,7 +193,7 @@ fn boot_partition(
     place: DirPath,
     whose: &str,
 ) -> Mount {
-    let (kind, what) = match role {
+    let (kind, name) = match role {
         Role::Esp => (Kind::Esp, "EFI system partition"),
         _ => (Kind::Xbootldr, "boot partition"),
     };
@@ -203,7 +203,7 @@ fn boot_partition(
         plan.notes.push((Level::Warning, text));
     }
     Mount {
-        description: format!("{what} of {whose}"),
+        description: format!("{name} of {whose}"),
         part,
         bound_from,
         place,
@@ -221,12 +221,12 @@ fn has_unit(facts: &Facts, dir: &DirPath) -> bool {
 
 /// The mount of a partition that isn't a boot partition.
 fn tree_mount(role: &Role, part: PartUuid, place: DirPath, whose: &str) -> Mount {
-    let what = match role {
+    let name = match role {
         Role::Root => "root",
         other => other.tree().unwrap_or_default(),
     };
     Mount {
-        description: format!("{what} of {whose}"),
+        description: format!("{name} of {whose}"),
         part,
         bound_from: None,
         place,

@@ -424,7 +424,7 @@ pub(crate) fn disk_role(key: &str) -> Result<Option<Role>> {
         let first = path.relative().split('/').next().unwrap_or_default();
         match first {
             "boot" | "efi" => {
-                bail!("{path}= can't be a partition of its own: expected esp= and xbootldr= for what is on /boot and /efi")
+                bail!("{path}= can't be a partition of its own: expected esp= and xbootldr= for the partitions on /boot and /efi")
             }
             "dev" | "proc" | "run" | "sys" | "tmp" => {
                 bail!("{path}= is in a file system that is made at every boot: expected another directory")

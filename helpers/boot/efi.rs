@@ -297,7 +297,7 @@ pub fn loader_says(vars: &EfiVars, name: &str) -> Option<String> {
 
 /// The value of LoaderDevicePartUUID: a UUID in UTF-16LE, with or without a NUL at its end.
 fn loader_uuid(value: &[u8]) -> Result<PartUuid> {
-    let wrong = |what: &str| format!("the EFI variable LoaderDevicePartUUID is not a PARTUUID: {what}");
+    let wrong = |fault: &str| format!("the EFI variable LoaderDevicePartUUID is not a PARTUUID: {fault}");
     let (units, []) = value.as_chunks::<2>() else {
         bail!(wrong(&format!("its length is odd, {}", value.len())));
     };
@@ -309,7 +309,7 @@ fn loader_uuid(value: &[u8]) -> Result<PartUuid> {
         })
         .collect::<std::result::Result<_, _>>()
         .map_err(anyhow::Error::msg)?;
-    PartUuid::parse(&text).map_err(|_| anyhow::Error::msg(wrong(&format!("it says '{text}'"))))
+    PartUuid::parse(&text).map_err(|_| anyhow::Error::msg(wrong(&format!("its value is '{text}'"))))
 }
 
 #[cfg(test)]
@@ -359,8 +359,8 @@ mod tests {
     fn f26_an_invalid_loaders_variable_is_an_error() {
         for (value, why) in [
             (b"\x36\0\x36".to_vec(), "its length is odd, 3"),
-            (wide(""), "it says ''"),
-            (wide("\0"), "it says ''"),
+            (wide(""), "its value is ''"),
+            (wide("\0"), "its value is ''"),
             (wide(&format!("{ESP}\n")), "it has the character 0x000a"),
             (wide(&format!("{ESP}\0\0")), "it has the character 0x0000"),
             (wide(&format!("{ESP}\0{ESP}")), "it has the character 0x0000"),
@@ -368,9 +368,9 @@ mod tests {
             (b"\x00\xd8".to_vec(), "it has the character 0xd800"),
             (ESP.as_bytes().to_vec(), "it has the character 0x6636"),
             (wide("PARTUUID=6ffd4e1c-26a7-4d3e-a3af-cfb8f7cea339"), "it has the character 0x0050"),
-            (wide("6ffd4e1c26a74d3ea3afcfb8f7cea339"), "it says '6ffd4e1c26a74d3ea3afcfb8f7cea339'"),
-            (wide("1234abcd-01"), "it says '1234abcd-01'"),
-            (wide("00000000-0000-0000-0000-000000000000"), "it says '00000000"),
+            (wide("6ffd4e1c26a74d3ea3afcfb8f7cea339"), "its value is '6ffd4e1c26a74d3ea3afcfb8f7cea339'"),
+            (wide("1234abcd-01"), "its value is '1234abcd-01'"),
+            (wide("00000000-0000-0000-0000-000000000000"), "its value is '00000000"),
         ] {
             let error = booted(&[(LOADER_FILE, file(&value))]);
             assert!(error.starts_with(&format!("the EFI variable LoaderDevicePartUUID is not a PARTUUID: {why}")), "{error}");

@@ -498,7 +498,7 @@ mod tests {
         assert_eq!(
             disks.on_spare(),
             ["efi/boot/bootx64.efi", "efi/microsoft/boot/bootmgfw.efi", "linux", ENTRY, "loader/random-seed", "notes.txt"],
-            "an entry that the booted disk doesn't have goes, with what only it referred to"
+            "an entry that the booted disk lacks is removed, with the files that only it needed"
         );
     }
 

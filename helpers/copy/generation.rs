@@ -315,7 +315,9 @@ mod tests {
         assert_eq!(found(&top).unwrap(), numbers(&[1, 3]), "what nobody has copied stays");
         assert!(Path::new(&path("dualroot/3/var/full/file")).exists());
         assert_eq!(prove(&top, &booted("dualroot/1"), nth(1)), Vec::<String>::new());
-        assert!(matches!(prove(&top, &booted("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no menu entry boots dualroot/1")));
+        assert!(
+            matches!(prove(&top, &booted("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no menu entry boots dualroot/1"))
+        );
         let faults = prove(&top, &booted("dualroot/2"), nth(2));
         assert!(
             matches!(faults.as_slice(), [one] if one.contains("a.conf boots the subvolume dualroot/2, which doesn't exist")),

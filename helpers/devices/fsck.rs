@@ -171,7 +171,7 @@ mod tests {
         let path = image.path().to_str().unwrap();
         run("mkfs.vfat", &["-F", "32", path]);
         run("mmd", &["-i", path, "::/d"]);
-        // A directory that was being removed: its cluster, the first behind that of the root, is free already.
+        // A directory that was being removed: its cluster, the first after that of the root, is free already.
         let mut sector = [0; 512];
         image.as_file().read_exact_at(&mut sector, 0).unwrap();
         let reserved = u64::from(u16::from_le_bytes([sector[14], sector[15]]));
@@ -179,7 +179,7 @@ mod tests {
         for table in [reserved, reserved + fat] {
             image.as_file().write_all_at(&[0; 4], table * 512 + 3 * 4).unwrap();
         }
-        // Nothing marks it as dirty: a repair that was cut may have taken the mark away already.
+        // It isn't marked dirty: an interrupted repair may have removed the mark already.
         assert!(!is_dirty(image.path()).unwrap());
         assert!(fat_needs_repair(image.path()).unwrap());
         check_fat(image.path()).unwrap();
@@ -194,7 +194,7 @@ mod tests {
         let made = program::command("mke2fs").unwrap().args(["-qF", "-t", "ext4", "-b", "1024"]).arg(image.path()).output();
         assert!(made.unwrap().status.success());
         assert!(!check_ext(image.path()).unwrap());
-        // The time of the last write, without the checksum behind it.
+        // Changes the time of the last write, but not the checksum.
         image.as_file().write_all_at(&[1; 4], 1024 + 0x30).unwrap();
         assert!(check_ext(image.path()).unwrap());
         assert!(!check_ext(image.path()).unwrap());

@@ -206,7 +206,7 @@ impl Drop for Held {
 pub struct Mounted(BTreeMap<Role, Held>);
 
 impl Mounted {
-    /// Takes in a partition.
+    /// Adds a mounted partition.
     pub fn add(&mut self, role: Role, held: Held) {
         self.0.insert(role, held);
     }
@@ -219,7 +219,7 @@ impl Mounted {
         self.0.get(role).with_context(|| format!("{role}= is not mounted"))
     }
 
-    /// The handle to work below the partition of a role.
+    /// The handle for the file system of a role.
     ///
     /// # Errors
     /// As [`Mounted::get`].
@@ -235,10 +235,10 @@ impl Mounted {
         self.0.values_mut().try_for_each(Held::make_writable)
     }
 
-    /// Lets go of all of them, as [`Held::release`].
+    /// Releases all of them, as [`Held::release`].
     ///
     /// # Errors
-    /// The first that fails; the others are let go of all the same.
+    /// The first error; the others are still released.
     pub fn release(self) -> Result<()> {
         self.0.into_values().map(Held::release).fold(Ok(()), Result::and)
     }

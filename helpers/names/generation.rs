@@ -31,7 +31,7 @@ impl Generation {
         Self::of_subvolume(root.strip_prefix('/')?)
     }
 
-    /// The generation whose subvolume this is, a path from the top of the file system; None where that is another one.
+    /// The generation with this subvolume, a path from the top of the file system; None for another subvolume.
     pub fn of_subvolume(path: &str) -> Option<Self> {
         Self::parse(path.strip_prefix(DIRECTORY)?.strip_prefix('/')?).ok()
     }

@@ -225,17 +225,17 @@ fn check_uuids(target: &DiskIds, others: &[&DiskIds]) -> Result<()> {
             let lower = |uuid: &Option<String>| uuid.as_deref().filter(|u| !u.is_empty()).map(str::to_lowercase);
             let uuid = lower(&ids.uuid).map(|uuid| (uuid, "file system UUID"));
             let container = ids.container.as_ref().and_then(|c| lower(&c.uuid)).map(|uuid| (uuid, "LUKS UUID"));
-            for (value, what) in uuid.into_iter().chain(container).chain([(ids.partuuid.to_string(), "PARTUUID")]) {
+            for (value, kind) in uuid.into_iter().chain(container).chain([(ids.partuuid.to_string(), "PARTUUID")]) {
                 let twin = known.iter().find(|(v, _, r, d)| *v == value && (*d == target.name || *r != role));
                 if let Some((_, _, twin_role, twin_disk)) = twin {
                     bail!(
-                        "{twin_role} of {twin_disk} and {role} of {} have the same {what} {value}, so it doesn't identify one. \
-                         Give one of them a new one (file systems: tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, swaplabel -U, \
+                        "{twin_role} of {twin_disk} and {role} of {} have the same {kind} {value}. Give one of them a new one \
+                         (file systems: tune2fs -U random, btrfstune -u, xfs_admin -U generate, mlabel -n, swaplabel -U, \
                          cryptsetup luksUUID; partitions: sgdisk --partition-guid=N:R)",
                         disk.name
                     );
                 }
-                known.push((value, what, role, disk.name));
+                known.push((value, kind, role, disk.name));
             }
         }
     }
