@@ -4,7 +4,6 @@
 //! proved that the disk boots, its ESP is marked in the partition table so that no firmware boots it, and no configuration names it: whatever
 //! is cut before is begun anew, but for what a shared root has been given already, which goes on.
 
-pub mod config;
 pub mod container;
 mod drivers;
 mod join;
@@ -28,13 +27,13 @@ use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::boot::files::BootFiles;
 use crate::boot::{nvram, offers, roots};
-use crate::clone::config::{Draft, Section};
 use crate::clone::container::Secret;
 use crate::clone::join::Shared;
 use crate::clone::plan::{Plan, UNFINISHED};
 use crate::clone::source::Source;
 use crate::clone::target::Target;
-use crate::conf::Config;
+use crate::conf::edit::{Draft, Section};
+use crate::conf::{Config, edit};
 use crate::devices::gpt::{self, DiskLayout};
 use crate::devices::inventory::{Inventory, Partition};
 use crate::devices::{held, luks, mounts};
@@ -172,7 +171,7 @@ impl Job {
                 join::FSTAB
             );
         }
-        let _ = write!(text, "Then {} names it", config::FILE);
+        let _ = write!(text, "Then {} names it", edit::FILE);
         text.push_str(match self.efi_entries {
             true => ", and it is booted by the firmware behind the booted disk.\n",
             false => "; the firmware gets no entry for it (efi-entries=no).\n",
@@ -231,8 +230,7 @@ impl Job {
         }
         self.disk.finish()?;
         // And since then.
-        let mut machine =
-            self.draft(root).with_context(|| format!("the disk boots, but {} does not name it yet", config::FILE))?;
+        let mut machine = self.draft(root).with_context(|| format!("the disk boots, but {} does not name it yet", edit::FILE))?;
         for file in std::mem::take(&mut machine.drafts) {
             Below::open(&root.path("/"))?.apply(&file.change("", root))?;
         }
@@ -256,10 +254,10 @@ impl Job {
 
     /// The machine as it is with the new disk in its configuration: that, and fstab where it changes, are the machine's drafts.
     fn draft(&self, root: &Root) -> Result<Machine> {
-        let Draft { text, config } = config::draft(root, self.first.as_ref(), self.name, &self.section, &self.luks())?;
+        let Draft { text, config } = edit::draft(root, self.first.as_ref(), self.name, &self.section, &self.luks())?;
         let mut machine = Machine::with(root.clone(), config)?;
         let fstab = if self.shared.is_some() { join::fstab(&machine)? } else { None };
-        machine.drafts = std::iter::once(Rewritten { path: config::FILE.to_owned(), bytes: text }).chain(fstab).collect();
+        machine.drafts = std::iter::once(Rewritten { path: edit::FILE.to_owned(), bytes: text }).chain(fstab).collect();
         Ok(machine)
     }
 
@@ -472,7 +470,7 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
 
 /// What the new disk is called.
 fn name(config: Option<&Config>, inventory: &Inventory, wish: &Wish) -> Result<DiskName> {
-    let Some(name) = wish.replace else { return config::free_name(config) };
+    let Some(name) = wish.replace else { return edit::free_name(config) };
     let disk = config.and_then(|config| config.disks.iter().find(|disk| disk.name == name));
     let disk = disk.ok_or_else(|| refused(format!("there is no [{name}] in the configuration; nothing was done")))?;
     for partuuid in disk.parts.values() {

@@ -2,6 +2,7 @@
 //!
 //! `syntax` finds the files and reads their lines; this module merges them, checks them and gives them types.
 
+pub mod edit;
 mod syntax;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -12,12 +12,12 @@ use dualroot::base::program;
 use dualroot::base::refusal::{exit_status, nothing_done, refused};
 use dualroot::base::root::Root;
 use dualroot::base::types::DiskName;
-use dualroot::clone::config::FILE;
 use dualroot::clone::container::Secret;
 use dualroot::clone::target::Target;
 use dualroot::clone::template::identity::HostName;
 use dualroot::clone::template::origin::Origin;
 use dualroot::clone::{Job, Wish, template};
+use dualroot::conf::edit::FILE;
 use dualroot::pair::lock;
 
 /// Erase a disk, and make it a bootable copy of the booted disk.
