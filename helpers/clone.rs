@@ -4,7 +4,9 @@
 //! proved that the disk boots, its ESP is marked in the partition table so that no firmware boots it, and no configuration names it: whatever
 //! is cut before is begun anew, but for what a shared root has been given already, which goes on.
 
+mod check;
 pub mod container;
+pub mod disk;
 mod drivers;
 mod join;
 pub mod plan;
@@ -13,9 +15,8 @@ pub mod target;
 pub mod template;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,36 +26,24 @@ use crate::base::program;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
-use crate::boot::files::BootFiles;
-use crate::boot::{nvram, offers, roots};
+use crate::boot::nvram;
+use crate::clone::check::{check_programs, check_source};
 use crate::clone::container::Secret;
+use crate::clone::disk::NewDisk;
 use crate::clone::join::Shared;
-use crate::clone::plan::{Plan, UNFINISHED};
+use crate::clone::plan::Plan;
 use crate::clone::source::Source;
 use crate::clone::target::Target;
 use crate::conf::edit::{Draft, Section};
 use crate::conf::{Config, edit};
 use crate::devices::gpt::{self, DiskLayout};
-use crate::devices::inventory::{Inventory, Partition};
-use crate::devices::{held, luks, mounts};
+use crate::devices::inventory::Inventory;
+use crate::devices::{held, mounts};
 use crate::names::files::Rewritten;
-use crate::names::ident::Rewriter;
-use crate::names::ids::DiskIds;
-use crate::names::{crypttab, files, fstab};
 use crate::pair::machine::{Machine, booted_disk, booted_esp};
 use crate::pair::{booted, lineage};
-use crate::proof::searched::Searched;
-use crate::proof::{images, prove, waits};
 use crate::sync::{self, Options, Outcome};
 use crate::write::below::Below;
-
-/// 1 MiB in bytes.
-pub(crate) const MIB: u64 = 1 << 20;
-
-/// Bytes as people read them: whole MiB.
-pub(crate) fn mib(bytes: u64) -> u64 {
-    bytes / MIB
-}
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -67,14 +56,6 @@ pub struct Wish {
     pub layout: Option<PathBuf>,
     /// Whether the disks of a machine that isn't configured are to share the root.
     pub shared_root: bool,
-}
-
-/// A disk that is made anew.
-pub struct NewDisk {
-    /// The disk that is erased.
-    pub target: Target,
-    /// What is made on it.
-    pub plan: Plan,
 }
 
 /// What will be done.
@@ -285,189 +266,6 @@ impl Job {
     }
 }
 
-impl NewDisk {
-    /// What is there and what will be, for people; it becomes that as `what`.
-    fn told(&self, what: &str) -> String {
-        let mut text = format!("What is on the disk, and will be lost:\n{}\n", self.target.table());
-        let _ = writeln!(text, "What it becomes, {what}:");
-        for part in &self.plan.parts {
-            let label = part.label.as_deref().or(part.name.as_deref()).unwrap_or("-").escape_debug().to_string();
-            let _ = writeln!(
-                text,
-                "  {:<10} {:>10} MiB  {:<13} {label:<16} {}",
-                part.role.to_string(),
-                mib(part.bytes),
-                part.told(),
-                part.partuuid
-            );
-        }
-        text
-    }
-
-    /// Looks again whether the disk may be erased. Its partitions may be among those that are `joined`, as for [`Target::look`].
-    fn check_again(&self, root: &Root, joined: Option<&[String]>) -> Result<()> {
-        self.target.check_same()?;
-        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
-        Target::look(Path::new(self.target.path()), config.as_ref(), joined).map(drop)
-    }
-
-    fn partition(&self, log: &Log) -> Result<()> {
-        log.status(&format!("{}: making partitions", self.target.path()));
-        self.target.check_same()?;
-        // What is in the old places would be found in the new ones.
-        for old in self.target.partitions() {
-            program::output("wipefs", ["-q", "-a", old].map(Into::into))?;
-        }
-        self.target.check_same()?;
-        program::output("wipefs", ["-q", "-a", self.target.path()].map(Into::into))?;
-        let options = ["-q", "--wipe=always", "--wipe-partitions=always", self.target.path()];
-        program::fed("sfdisk", options.map(Into::into), self.plan.table().as_bytes())?;
-        settle()
-    }
-
-    /// Makes the file systems, and returns the device nodes that they are on.
-    fn make_file_systems(&self, secret: Option<&Secret>, log: &Log) -> Result<BTreeMap<Role, String>> {
-        let mut nodes = self.nodes()?;
-        for part in &self.plan.parts {
-            let node = nodes.get_mut(&part.role).context("a partition has gone")?;
-            if let Some(uuid) = &part.container {
-                log.status(&format!("{node}: making a LUKS container for {}", part.role));
-                self.target.check_same()?;
-                container::format(node, uuid, secret.context("there is no passphrase for it")?)?;
-                luks::open(&part.partuuid)?;
-                *node = part.partuuid.mapping();
-            }
-            let Some((program, arguments)) = part.make(node, self.target.sector) else { continue };
-            log.status(&format!("{node}: making {} for {}", part.content.told(), part.role));
-            self.target.check_same()?;
-            program::output(&program, arguments)?;
-        }
-        // udev notices by itself, but perhaps only after it has been waited for.
-        let arguments = ["trigger".to_owned(), "--settle".to_owned()].into_iter().chain(nodes.values().cloned());
-        program::output("udevadm", arguments.map(OsString::from))?;
-        Ok(nodes)
-    }
-
-    /// The device nodes of the new partitions.
-    fn nodes(&self) -> Result<BTreeMap<Role, String>> {
-        let now = Inventory::read()?;
-        Ok(self.parts(&now)?.into_iter().map(|(role, part)| (role, part.path.clone())).collect())
-    }
-
-    /// The new partitions, among those that are there.
-    fn parts<'i>(&self, now: &'i Inventory) -> Result<BTreeMap<Role, &'i Partition>> {
-        let find = |part: &plan::Part| -> Result<_> {
-            let found = now.find(&part.partuuid)?;
-            let found = found.with_context(|| format!("the new partition {} doesn't appear", part.partuuid))?;
-            Ok((part.role.clone(), found))
-        };
-        self.plan.parts.iter().map(find).collect()
-    }
-
-    /// Takes the mark away.
-    fn finish(&self) -> Result<()> {
-        let at = self.plan.parts.iter().position(|part| part.role == Role::Esp).context("there is no ESP")?;
-        let attributes = self.plan.parts.get(at).map(|part| part.attributes.clone()).unwrap_or_default();
-        let arguments = ["-q", "--no-reread", "--no-tell-kernel", "--part-attrs", self.target.path()];
-        let arguments = arguments.into_iter().map(OsString::from).chain([(at + 1).to_string().into(), attributes.into()]);
-        program::output("sfdisk", arguments).with_context(|| format!("the mark {UNFINISHED} can't be taken from the ESP"))?;
-        settle()
-    }
-}
-
-/// Whether every program is there, before something needs to be undone for lack of one.
-fn check_programs(plan: &Plan) -> Result<()> {
-    let made = plan.parts.iter().filter_map(|part| part.make("", 512)).map(|(program, _)| program);
-    let is_btrfs = plan.parts.iter().any(|part| part.content.told() == "btrfs");
-    let is_luks = plan.parts.iter().any(|part| part.container.is_some());
-    for name in made
-        .chain(is_luks.then(|| "cryptsetup".to_owned()))
-        .chain(is_btrfs.then(|| "btrfs".to_owned()))
-        .chain(["wipefs", "sfdisk", "udevadm", "rsync", "fsck.fat", "systemctl"].map(str::to_owned))
-    {
-        program::path(&name).map_err(|e| refused(format!("{e:#}; nothing was done")))?;
-    }
-    Ok(())
-}
-
-/// What a boot partition holds, and the first reason why a copy of its images would not boot.
-fn look_into(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String>)> {
-    let look = || -> Result<_> {
-        let found = BootFiles::scan(&Below::open(place)?)?;
-        let faults = images::boot_partition(place, &found, names, &mut Searched::new(names)?)?;
-        Ok((found, faults.into_iter().next()))
-    };
-    look().with_context(|| place.display().to_string())
-}
-
-/// Whether the booted disk can be copied, as far as that can be seen before; where a disk is given, also whether the copy has
-/// what drives that.
-fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>, disk: Option<&Target>) -> Result<()> {
-    let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
-    if let Some(shared) = shared {
-        shared.forget(&mut machine.ids);
-    }
-    // As the sync will search for what names another disk.
-    let names = machine.rewriter(new)?;
-    let mut files = BTreeMap::new();
-    for (role, _, dir) in machine.booted.boot_places() {
-        let (found, fault) = look_into(Path::new(dir.as_str()), &names)?;
-        if let Some(fault) = fault {
-            bail!("{dir}/{fault}; a copy would not boot without the booted disk");
-        }
-        files.insert(role, found);
-    }
-    match shared {
-        Some(_) => join::check(&machine, &names, &files)?,
-        None => check_own_root(&machine, &names, &mut files)?,
-    }
-    disk.map_or(Ok(()), |disk| drivers::check(&machine, disk.kname(), &files))
-}
-
-/// Whether the booted disk's root can be copied. What boots another one isn't, and is taken out of `files`.
-fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role, BootFiles>) -> Result<()> {
-    let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
-    if let Some(line) = crypttab::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
-        bail!(
-            "/etc/crypttab opens the LUKS container {line}, which would not open that of the copy; have {} there, or none",
-            crypttab::KEY
-        );
-    }
-    if let Some(fault) = prove::named_unit(&machine.root, names)? {
-        bail!("{fault}");
-    }
-    if let Some(fault) = beside(machine)? {
-        bail!("{fault}; that is not cloned");
-    }
-    let Some(running) = machine.subvolume()? else { return Ok(()) };
-    if let Some(why) = roots::no_source(&running, files) {
-        bail!("on {}, {why}", machine.booted.name);
-    }
-    files.values_mut().for_each(|files| offers::keep_own(files, &running));
-    Ok(())
-}
-
-/// What the copy would wait for when it boots: what of the booted disk isn't cloned.
-fn beside(machine: &Machine) -> Result<Option<String>> {
-    let mut booted: Vec<DiskIds> = machine.ids.iter().filter(|ids| ids.name == machine.booted.name).cloned().collect();
-    booted.iter_mut().for_each(|ids| ids.parts.retain(|role, _| !machine.booted.parts.contains_key(role)));
-    let names = Rewriter::finder(&booted)?;
-    let files = files::identifying_texts(&machine.root, &[])?;
-    let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
-    let root = machine.root_names(&machine.booted)?;
-    let names_root = |spec: &[u8]| root.as_ref().is_some_and(|root| !root.foreign(spec).is_empty());
-    let subvolumes = fstab::beside_the_root(fstab, names_root, |_| false);
-    let subvolumes = subvolumes.into_iter().map(|line| {
-        format!(
-            "/etc/fstab would have the boot wait for another subvolume than the root: {line}; give the line nofail, or have the disks \
-             share the root"
-        )
-    });
-    let on_disk = waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?;
-    let found = prove::root_files(&files, &names, |dir| machine.is_apart(dir));
-    Ok(found.into_iter().chain(subvolumes).chain(on_disk).next())
-}
-
 /// What the new disk is called.
 fn name(config: Option<&Config>, inventory: &Inventory, wish: &Wish) -> Result<DiskName> {
     let Some(name) = wish.replace else { return edit::free_name(config) };
@@ -483,58 +281,4 @@ fn name(config: Option<&Config>, inventory: &Inventory, wish: &Wish) -> Result<D
         }
     }
     Ok(name)
-}
-
-/// Waits until udev has seen what was done.
-fn settle() -> Result<()> {
-    program::output("udevadm", ["settle".into()]).map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-    use crate::base::types::DirPath;
-    use crate::names::ids::PartIds;
-
-    #[test]
-    fn f14_what_boot_waits_for_is_cloned_or_refused() {
-        let id = |n: u32| PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap();
-        let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(3), id(4));
-        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
-        let part = |n, uuid: &str| PartIds { uuid: Some(uuid.to_owned()), ..PartIds::new(id(n)) };
-        let parts = [(Role::Root, part(2, "of-root")), (Role::Dir(DirPath::parse("/dev/sda3").unwrap()), part(5, "of-tmp"))];
-        let ids = vec![DiskIds { name: config.disks[0].name, parts: parts.into() }];
-        let tmp = tempfile::tempdir().unwrap();
-        fs::create_dir(tmp.path().join("etc")).unwrap();
-        let booted = config.disks[0].clone();
-        let inventory = Inventory::parse(br#"{"blockdevices":[]}"#, BTreeMap::new(), BTreeSet::new()).unwrap();
-        let machine = Machine { root: Root::new(tmp.path()), config, booted, inventory, ids, loader: None, drafts: Vec::new() };
-        for (line, expected) in [
-            ("", None),
-            ("UUID=of-tmp /tmp ext4 nofail", None),
-            ("UUID=of-tmp /tmp ext4 defaults", Some("line 2 (/tmp) needs")),
-            ("PARTUUID=aaaaaaaa-0000-4000-8000-000000000005 /tmp ext4", Some("line 2 (/tmp) needs")),
-            ("UUID=of-root /home btrfs subvol=@home", Some("another subvolume than the root: line 2 (/home)")),
-            ("UUID=of-root /home btrfs subvol=@home,nofail", None),
-            ("UUID=of-other /home btrfs subvol=@home", None),
-        ] {
-            fs::write(tmp.path().join("etc/fstab"), format!("UUID=of-root / ext4\n{line}\n")).unwrap();
-            match (beside(&machine).unwrap(), expected) {
-                (None, None) => {}
-                (Some(fault), Some(expected)) if fault.contains(expected) => {}
-                (found, _) => panic!("{line}: {found:?}"),
-            }
-        }
-        fs::remove_file(tmp.path().join("etc/fstab")).unwrap();
-        fs::create_dir_all(tmp.path().join("etc/systemd/system")).unwrap();
-        for (options, expected) in [("defaults", true), ("nofail", false)] {
-            let what = "/dev/disk/by-partuuid/aaaaaaaa-0000-4000-8000-000000000005";
-            let text = format!("[Mount]\nWhat={what}\nWhere=/tmp\nOptions={options}\n");
-            fs::write(tmp.path().join("etc/systemd/system/tmp.mount"), text).unwrap();
-            let fault = beside(&machine).unwrap();
-            assert_eq!(fault.is_some_and(|fault| fault.contains("give its Options= nofail")), expected);
-        }
-    }
 }

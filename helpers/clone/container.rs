@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::base::program;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
-use crate::clone::luks;
+use crate::devices::luks;
 use crate::names::crypttab;
 use crate::write::below::Below;
 use crate::write::change::{Change, Content};

@@ -8,8 +8,15 @@ use uuid::Uuid;
 
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::clone::source::{Content, Source};
-use crate::clone::{MIB, mib};
 use crate::devices::gpt::{self, DiskLayout, PartLayout};
+
+/// 1 MiB in bytes.
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// Bytes as people read them: whole MiB.
+pub(crate) fn mib(bytes: u64) -> u64 {
+    bytes / MIB
+}
 
 /// "Firmware must not produce EFI_BLOCK_IO_PROTOCOL for this partition" (UEFI specification, 5.3.3): from an ESP with this attribute,
 /// nothing is booted. It is the mark of a disk that isn't whole yet.

@@ -13,7 +13,7 @@ use crate::base::program;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid};
-use crate::clone::mib;
+use crate::clone::plan::mib;
 use crate::conf::Config;
 use crate::devices::inventory::ESP_TYPE;
 use crate::devices::luks;
