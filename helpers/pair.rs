@@ -4,5 +4,6 @@ pub mod heal;
 pub mod lineage;
 pub mod lock;
 pub mod machine;
+mod mounted;
 pub mod settle;
 pub mod status;

@@ -2,8 +2,6 @@
 //! before anything is written is refused here.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -16,12 +14,12 @@ use crate::boot::entry::Titles;
 use crate::boot::nvram::Firmware;
 use crate::conf::{Config, Disk, Layout};
 use crate::devices::inventory::Inventory;
-use crate::devices::mounts::{self, Mount};
-use crate::devices::subvolume;
+use crate::devices::mounts;
 use crate::names::files::Rewritten;
 use crate::names::ident::Rewriter;
 use crate::names::ids::DiskIds;
 use crate::names::idstore;
+use crate::pair::mounted;
 
 /// The firmware's variables, and the ESP that was booted, by what they say.
 ///
@@ -97,56 +95,7 @@ impl Machine {
         self.inventory.check_unique(&self.config).map_err(|e| refused(format!("{e:#}")))?;
         let now = self.config.disks.iter().map(|disk| self.inventory.ids(&self.config, disk)).collect::<Result<Vec<_>>>();
         self.ids = idstore::complete(&self.root, now.map_err(|e| refused(format!("{e:#}")))?)?;
-        self.check_mounts(&mounts::table()?)
-    }
-
-    /// Every partition of the booted disk that is copied is mounted where it belongs: a kernel that was installed into a /boot on
-    /// which nothing is mounted is not where anybody looks for it (failure mode 5).
-    fn check_mounts(&self, table: &[Mount]) -> Result<()> {
-        let trees = self.booted.parts.iter().filter_map(|(role, part)| {
-            let at = role.tree()?;
-            Some((role.clone(), *part, PathBuf::from(if at.is_empty() { "/" } else { at })))
-        });
-        let boot = self.booted.boot_places().into_iter().map(|(role, part, dir)| (role, part, PathBuf::from(dir.as_str())));
-        for (role, partuuid, dir) in trees.chain(boot) {
-            let name = self.booted.name;
-            let found = self.inventory.find(&partuuid).map_err(|e| refused(format!("{e:#}")))?;
-            let part = found.ok_or_else(|| {
-                refused(format!("{name} was booted, but its {role}= partition {partuuid} isn't there; correct the configuration"))
-            })?;
-            match mounts::at(table, &dir) {
-                Some(mount) if mount.is_on(part) && mount.root == "/" => {}
-                // The entries name the subvolume of a root.
-                Some(mount) if mount.is_on(part) && role == Role::Root && mount.fstype == "btrfs" && is_subvolume(&dir) => {}
-                // Another btrfs subvolume, or a directory that is bound there. What the boot finds by its path isn't where it was.
-                Some(mount) if mount.is_on(part) => {
-                    return Err(refused(format!(
-                        "{name} was booted, but {} is only {} of its {role}= partition {}; dualroot copies whole file systems, so mount \
-                         that without subvol= and without bind",
-                        dir.display(),
-                        mount.root,
-                        part.path
-                    )));
-                }
-                Some(mount) => {
-                    return Err(refused(format!(
-                        "{name} was booted, but {} is {} and not its {role}= partition {}; mount that there",
-                        dir.display(),
-                        mount.source,
-                        part.path
-                    )));
-                }
-                None => {
-                    return Err(refused(format!(
-                        "{name} was booted, but nothing is mounted on {}; mount its {role}= partition {} there \
-                         ('systemctl daemon-reload' and 'systemctl start local-fs.target' have the generator's mounts made)",
-                        dir.display(),
-                        part.path
-                    )));
-                }
-            }
-        }
-        Ok(())
+        mounted::check(&self.booted, &self.inventory, &mounts::table()?)
     }
 
     /// The directory of its file system that is the running system's root, where that is btrfs.
@@ -204,55 +153,5 @@ impl Machine {
     /// Whether each disk has a root of its own.
     pub fn own_roots(&self) -> bool {
         matches!(self.config.layout(), Layout::OwnRoots)
-    }
-}
-
-/// Whether this is the top directory of a btrfs subvolume, and not one that is bound there.
-fn is_subvolume(dir: &Path) -> bool {
-    fs::metadata(dir).is_ok_and(|meta| meta.ino() == subvolume::TOP)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::base::refusal::Refused;
-
-    fn machine() -> Machine {
-        let part = |kname: &str, number: u32, partuuid: &str, fstype: &str| {
-            format!(
-                r#"{{"kname":"{kname}","path":"/dev/{kname}","maj:min":"8:{number}","fstype":"{fstype}","uuid":null,"label":null,
-                    "partuuid":"{partuuid}","partlabel":null,"parttype":null,"log-sec":512}}"#
-            )
-        };
-        let [a, b, c] = [1, 2, 3].map(|n| format!("aaaaaaaa-0000-4000-8000-00000000000{n}"));
-        let text = format!("[disk0]\nesp={a}\nroot={b}\n[disk1]\nesp={c}\nroot={}4\n", &c[..35]);
-        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
-        let lines = [part("x1", 1, &a, "vfat"), part("x2", 2, &b, "ext4"), part("x3", 3, &c, "vfat")].join(",");
-        let json = format!(r#"{{"blockdevices":[{lines}]}}"#);
-        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), std::collections::BTreeSet::new()).unwrap();
-        let booted = config.disks.first().unwrap().clone();
-        Machine { root: Root::new("/"), config, booted, inventory, ids: Vec::new(), loader: None, drafts: Vec::new() }
-    }
-
-    #[test]
-    fn f05_every_partition_has_to_be_mounted_where_it_belongs() {
-        let machine = machine();
-        let line = |device: &str, root: &str, at: &str| {
-            Mount::parse(&format!("22 1 {device} {root} {at} rw - ext4 /dev/none rw")).unwrap()
-        };
-        let root = line("8:2", "/", "/");
-        let check = |boot: &[Mount]| machine.check_mounts(&[std::slice::from_ref(&root), boot].concat());
-        check(&[line("8:1", "/", "/boot")]).unwrap();
-        for (boot, expected) in [
-            (vec![], "nothing is mounted on /boot; mount its esp= partition /dev/x1 there"),
-            (vec![line("8:3", "/", "/boot")], "/boot is /dev/none and not its esp= partition /dev/x1"),
-            (vec![line("8:1", "/", "/boot"), line("0:30", "/", "/boot")], "/boot is /dev/none and not its esp= partition"),
-            (vec![line("8:1", "/sub", "/boot")], "/boot is only /sub of its esp= partition"),
-        ] {
-            let error = check(&boot).unwrap_err();
-            assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
-        }
-        let error = machine.check_mounts(&[line("8:9", "/", "/"), line("8:1", "/", "/boot")]).unwrap_err();
-        assert!(error.to_string().contains("/ is /dev/none and not its root= partition /dev/x2"), "{error}");
     }
 }
