@@ -16,37 +16,37 @@ use dualroot::clone::container::Secret;
 use dualroot::clone::target::Target;
 use dualroot::clone::template::identity::HostName;
 use dualroot::clone::template::origin::Origin;
-use dualroot::clone::{Job, Wish, template};
+use dualroot::clone::{ClonePlan, Request, template};
 use dualroot::conf::edit::FILE;
 use dualroot::pair::lock;
 
 /// Erase a disk, and make it a bootable copy of the booted disk.
 ///
-/// Exit status: 0 the disk boots; 1 failed; 2 usage; 3 refused, nothing was written.
+/// Exit status: 0 the disk boots; 1 failed; 2 wrong arguments; 3 refused, nothing was written.
 #[derive(Parser)]
 #[command(name = "dualroot-clone", version)]
 struct Arguments {
     /// The disk, as /dev/sdb; everything on it is lost
     disk: PathBuf,
-    /// Print what is on the disk and what would be done, and do nothing
+    /// Print the disk's contents now and afterwards, and do nothing
     #[arg(long)]
     dry_run: bool,
-    /// Don't ask; the disk is named again here, by its path, its name or its serial number
+    /// Don't ask; name the disk again, by its path, its name or its serial number
     #[arg(long, value_name = "DISK")]
     yes_erase: Option<String>,
-    /// The disk takes the place of this one of the configuration (disk0, disk1, …), which is gone
+    /// The disk replaces this one of the configuration (disk0, disk1, …), which is gone
     #[arg(long, value_name = "DISK", value_parser = DiskName::parse)]
     replace: Option<DiskName>,
-    /// Make it like the disk of its name in this file, a layout.json, and not like the booted one
+    /// Partition it like the disk of its name in this file, a layout.json, instead of like the booted one
     #[arg(long, value_name = "FILE")]
     layout: Option<PathBuf>,
-    /// The root lies in a LUKS container: this file holds the passphrase that opens it, and is to open the copy, too
+    /// A file with the passphrase that opens the root's LUKS container, and will open the copy, too
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// On a machine that isn't configured yet: let the disks share the root, a btrfs, by mirroring it to this one
+    /// On a machine that isn't configured yet: let the disks share the root, a btrfs, by mirroring it to this disk
     #[arg(long, conflicts_with = "replace")]
     shared_root: bool,
-    /// Make it the first disk of another machine, from a template: a system's tree, here or behind ssh
+    /// Make it the first disk of another machine, from a template: a system's tree, here or on a host that ssh reaches
     #[arg(long, value_name = "DIR|HOST:DIR", value_parser = Origin::parse, conflicts_with_all = ["replace", "shared_root", "key_file"])]
     template: Option<Origin>,
     /// The name of that machine
@@ -72,48 +72,48 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     if let Some(origin) = &arguments.template {
         return install(arguments, origin, &root, log);
     }
-    let wish = Wish {
+    let request = Request {
         disk: arguments.disk.clone(),
         replace: arguments.replace,
         layout: arguments.layout.clone(),
         shared_root: arguments.shared_root,
     };
-    let job = Job::plan(&root, &wish).map_err(nothing_done)?;
-    print!("{}", job.told());
+    let plan = ClonePlan::new(&root, &request).map_err(nothing_done)?;
+    print!("{}", plan.describe());
     if arguments.dry_run {
         return Ok(());
     }
-    confirm(arguments, &job.disk.target)?;
-    let secret = secret(&job, arguments.key_file.as_deref()).map_err(nothing_done)?;
-    // From here on, it isn't true any more that nothing was written.
-    job.check_again(&root).map_err(nothing_done)?;
+    confirm(arguments, &plan.disk.target)?;
+    let secret = read_secret(&plan, arguments.key_file.as_deref()).map_err(nothing_done)?;
+    // After this, an error may no longer say that nothing was done.
+    plan.check_again(&root).map_err(nothing_done)?;
     if let Some(secret) = &secret {
-        let path = job.disk.target.path();
-        job.give_key(&root, secret)
-            .map_err(|e| anyhow!("{e:#}; nothing was done to {path}, but the key for syncs may be there"))?;
+        let path = plan.disk.target.path();
+        plan.add_sync_key(&root, secret)
+            .map_err(|e| anyhow!("{e:#}; nothing was done to {path}, but the key for syncs may have been added"))?;
     }
-    let machine = job.make(&root, secret.as_ref(), log).map_err(erased)?;
-    job.start(machine, log).map_err(|e| {
-        anyhow!(
-            "{e:#}; {FILE} names the disk already: once that is mended, 'systemctl start dualroot-sync.service' does what is left"
-        )
+    let machine = plan.make_disk(&root, secret.as_ref(), log).map_err(erased)?;
+    plan.activate(machine, log).map_err(|e| {
+        anyhow!("{e:#}; {FILE} names the new disk already; fix that, and 'systemctl start dualroot-sync.service' does the rest")
     })
 }
 
-/// What opens the booted disk's LUKS containers, where it has any.
-fn secret(job: &Job, file: Option<&Path>) -> Result<Option<Secret>> {
-    let Some(first) = job.containers().first() else {
+/// The secret that opens the booted disk's LUKS containers, where it has any: from the file, or typed.
+fn read_secret(plan: &ClonePlan, file: Option<&Path>) -> Result<Option<Secret>> {
+    let Some(first) = plan.containers().first() else {
         return match file {
             None => Ok(None),
             Some(_) => {
-                Err(refused("--key-file is given, but nothing of the booted disk lies in a LUKS container; nothing was done"))
+                Err(refused("--key-file is given, but the booted disk has no LUKS container; leave it out; nothing was done"))
             }
         };
     };
     let bytes = match file {
         Some(file) => fs::read(file).with_context(|| file.display().to_string())?,
         None if !io::stdin().is_terminal() => {
-            return Err(refused("nobody is there to be asked for a passphrase; '--key-file FILE' gives it; nothing was done"));
+            return Err(refused(
+                "there is no terminal to ask for a passphrase on; give it with '--key-file FILE'; nothing was done",
+            ));
         }
         None => {
             let question = format!("Passphrase of {first}, which will open the copy, too:");
@@ -122,35 +122,36 @@ fn secret(job: &Job, file: Option<&Path>) -> Result<Option<Secret>> {
         }
     };
     let secret = Secret::new(bytes);
-    job.containers().iter().try_for_each(|device| secret.check(device))?;
+    plan.containers().iter().try_for_each(|device| secret.check(device))?;
     Ok(Some(secret))
 }
 
-/// Makes the disk another machine's.
+/// Makes the disk the first one of another machine.
 fn install(arguments: &Arguments, origin: &Origin, root: &Root, log: &Log) -> Result<()> {
-    let wish = template::Wish { disk: arguments.disk.clone(), origin: origin.clone(), layout: arguments.layout.clone() };
-    let job = template::Job::plan(root, &wish).map_err(nothing_done)?;
-    print!("{}", job.told());
+    let request = template::Request { disk: arguments.disk.clone(), origin: origin.clone(), layout: arguments.layout.clone() };
+    let plan = template::InstallPlan::new(root, &request).map_err(nothing_done)?;
+    print!("{}", plan.describe());
     if arguments.dry_run {
         return Ok(());
     }
     let name = match &arguments.hostname {
         Some(name) => name.clone(),
         None => {
-            let typed = ask("The name of the new machine: ", "'--hostname NAME' gives the name of the new machine")?;
+            let typed = ask("The name of the new machine: ", "give the name of the new machine with '--hostname NAME'")?;
             HostName::parse(typed.trim()).map_err(nothing_done)?
         }
     };
-    confirm(arguments, &job.disk.target)?;
-    job.check_again(root).map_err(nothing_done)?;
-    job.run(root, &name, log).map_err(erased)
+    confirm(arguments, &plan.disk.target)?;
+    plan.check_again(root).map_err(nothing_done)?;
+    plan.install(root, &name, log).map_err(erased)
 }
 
+/// Adds to an error that the disk was erased.
 fn erased(error: anyhow::Error) -> anyhow::Error {
-    anyhow!("{error:#}; the disk was erased; once that is mended, run this again")
+    anyhow!("{error:#}; the disk was erased; fix that, and run this again")
 }
 
-/// Whether it is this disk that is meant.
+/// Makes sure that the user means this disk.
 fn confirm(arguments: &Arguments, target: &Target) -> Result<()> {
     let named = match &arguments.yes_erase {
         Some(named) => named.clone(),
@@ -158,22 +159,24 @@ fn confirm(arguments: &Arguments, target: &Target) -> Result<()> {
             let name = target.serial().unwrap_or_else(|| target.path()).escape_debug();
             ask(
                 &format!("To erase it, type its serial number or its name ({name}): "),
-                &format!("'--yes-erase {}' says that it is meant", target.path()),
+                &format!("confirm with '--yes-erase {}'", target.path()),
             )?
         }
     };
     match target.is_named(named.trim()) {
         true => Ok(()),
-        false => {
-            Err(refused(format!("'{}' is not what {} is called; nothing was done", named.trim().escape_debug(), target.path())))
-        }
+        false => Err(refused(format!(
+            "'{}' is neither the name nor the serial number of {}; nothing was done",
+            named.trim().escape_debug(),
+            target.path()
+        ))),
     }
 }
 
-/// What somebody types who is asked. Where nobody is there, `instead` says what to do.
+/// Asks a question on the terminal. Where there is none, the refusal says what to do `instead`.
 fn ask(question: &str, instead: &str) -> Result<String> {
     if !io::stdin().is_terminal() {
-        return Err(refused(format!("nobody is there to be asked; {instead}")));
+        return Err(refused(format!("there is no terminal to ask on; {instead}; nothing was done")));
     }
     print!("{question}");
     io::stdout().flush().context("standard output")?;
@@ -187,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_template_makes_no_use_of_is_no_option_with_it() {
+    fn a_template_excludes_the_options_that_it_does_not_use() {
         let parsed = |more: &[&str]| Arguments::try_parse_from(["x", "/dev/x", "--template", "/srv"].iter().chain(more)).is_ok();
         assert!(parsed(&["--hostname", "a"]) && parsed(&["--layout", "x"]));
         for more in [&["--key-file", "x"][..], &["--replace", "disk0"], &["--shared-root"]] {

@@ -1,4 +1,4 @@
-//! Whether the booted disk can be copied, as far as that can be seen before a disk is erased.
+//! Checks of the booted disk before another disk is erased: can it be copied?
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,8 +11,8 @@ use crate::base::types::{DiskName, Role};
 use crate::boot::files::BootFiles;
 use crate::boot::{offers, roots};
 use crate::clone::drivers;
-use crate::clone::join::{self, Shared};
-use crate::clone::plan::Plan;
+use crate::clone::join::{self, SharedRoot};
+use crate::clone::plan::DiskPlan;
 use crate::clone::target::Target;
 use crate::names::ident::Rewriter;
 use crate::names::ids::DiskIds;
@@ -22,12 +22,12 @@ use crate::proof::searched::Searched;
 use crate::proof::{images, prove, waits};
 use crate::write::below::Below;
 
-/// Whether every program is there, before something needs to be undone for lack of one.
-pub(super) fn check_programs(plan: &Plan) -> Result<()> {
-    let made = plan.parts.iter().filter_map(|part| part.make("", 512)).map(|(program, _)| program);
-    let is_btrfs = plan.parts.iter().any(|part| part.content.told() == "btrfs");
+/// Checks that every program that a clone runs is installed, while there is nothing to undo yet.
+pub(super) fn check_programs(plan: &DiskPlan) -> Result<()> {
+    let mkfs = plan.parts.iter().filter_map(|part| part.mkfs("", 512)).map(|(program, _)| program);
+    let is_btrfs = plan.parts.iter().any(|part| part.content.name() == "btrfs");
     let is_luks = plan.parts.iter().any(|part| part.container.is_some());
-    for name in made
+    for name in mkfs
         .chain(is_luks.then(|| "cryptsetup".to_owned()))
         .chain(is_btrfs.then(|| "btrfs".to_owned()))
         .chain(["wipefs", "sfdisk", "udevadm", "rsync", "fsck.fat", "systemctl"].map(str::to_owned))
@@ -37,30 +37,34 @@ pub(super) fn check_programs(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// What a boot partition holds, and the first reason why a copy of its images would not boot.
-pub(super) fn look_into(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String>)> {
-    let look = || -> Result<_> {
+/// Reads a boot partition: its files, and the first reason why a copy of its images would not boot.
+pub(super) fn scan_boot_partition(place: &Path, names: &Rewriter) -> Result<(BootFiles, Option<String>)> {
+    let scan = || -> Result<_> {
         let found = BootFiles::scan(&Below::open(place)?)?;
         let faults = images::boot_partition(place, &found, names, &mut Searched::new(names)?)?;
         Ok((found, faults.into_iter().next()))
     };
-    look().with_context(|| place.display().to_string())
+    scan().with_context(|| place.display().to_string())
 }
 
-/// Whether the booted disk can be copied, as far as that can be seen before; where a disk is given, also whether the copy has
-/// what drives that.
-pub(super) fn check_source(mut machine: Machine, name: DiskName, shared: Option<&Shared>, disk: Option<&Target>) -> Result<()> {
+/// Checks that a copy of the booted disk would boot; where a disk is given, also that the initrds have its drivers.
+pub(super) fn check_source(
+    mut machine: Machine,
+    name: DiskName,
+    shared: Option<&SharedRoot>,
+    disk: Option<&Target>,
+) -> Result<()> {
     let new = machine.config.disks.iter().find(|disk| disk.name == name).context("the new disk has no section")?;
     if let Some(shared) = shared {
-        shared.forget(&mut machine.ids);
+        shared.remove_own_names(&mut machine.ids);
     }
-    // As the sync will search for what names another disk.
+    // The same search as in the sync: for names of another disk.
     let names = machine.rewriter(new)?;
     let mut files = BTreeMap::new();
     for (role, _, dir) in machine.booted.boot_places() {
-        let (found, fault) = look_into(Path::new(dir.as_str()), &names)?;
+        let (found, fault) = scan_boot_partition(Path::new(dir.as_str()), &names)?;
         if let Some(fault) = fault {
-            bail!("{dir}/{fault}; a copy would not boot without the booted disk");
+            bail!("{dir}/{fault}; without the booted disk, a copy would not boot");
         }
         files.insert(role, found);
     }
@@ -71,19 +75,19 @@ pub(super) fn check_source(mut machine: Machine, name: DiskName, shared: Option<
     disk.map_or(Ok(()), |disk| drivers::check(&machine, disk.kname(), &files))
 }
 
-/// Whether the booted disk's root can be copied. What boots another one isn't, and is taken out of `files`.
+/// Checks that the booted disk's root can be copied. Entries that boot another root aren't copied, and are removed from `files`.
 fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role, BootFiles>) -> Result<()> {
     let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
     if let Some(line) = crypttab::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
         bail!(
-            "/etc/crypttab opens the LUKS container {line}, which would not open that of the copy; have {} there, or none",
+            "/etc/crypttab opens the LUKS container {line}, which would not open the copy's; write {} or none there",
             crypttab::KEY
         );
     }
     if let Some(fault) = prove::named_unit(&machine.root, names)? {
         bail!("{fault}");
     }
-    if let Some(fault) = beside(machine)? {
+    if let Some(fault) = needed_but_not_cloned(machine)? {
         bail!("{fault}; that is not cloned");
     }
     let Some(running) = machine.subvolume()? else { return Ok(()) };
@@ -94,8 +98,8 @@ fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role
     Ok(())
 }
 
-/// What the copy would wait for when it boots: what of the booted disk isn't cloned.
-fn beside(machine: &Machine) -> Result<Option<String>> {
+/// The first thing that a boot of the copy would wait for in vain, because it is on the booted disk and isn't cloned.
+fn needed_but_not_cloned(machine: &Machine) -> Result<Option<String>> {
     let mut booted: Vec<DiskIds> = machine.ids.iter().filter(|ids| ids.name == machine.booted.name).cloned().collect();
     booted.iter_mut().for_each(|ids| ids.parts.retain(|role, _| !machine.booted.parts.contains_key(role)));
     let names = Rewriter::finder(&booted)?;
@@ -106,8 +110,8 @@ fn beside(machine: &Machine) -> Result<Option<String>> {
     let subvolumes = fstab::beside_the_root(fstab, names_root, |_| false);
     let subvolumes = subvolumes.into_iter().map(|line| {
         format!(
-            "/etc/fstab would have the boot wait for another subvolume than the root: {line}; give the line nofail, or have the disks \
-             share the root"
+            "/etc/fstab would make the boot wait for a subvolume other than the root: {line}; add nofail to the line, or let the disks share \
+             the root"
         )
     });
     let on_disk = waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?;
@@ -128,7 +132,7 @@ mod tests {
     use crate::names::ids::PartIds;
 
     #[test]
-    fn f14_what_boot_waits_for_is_cloned_or_refused() {
+    fn f14_a_device_that_the_boot_waits_for_is_cloned_or_refused() {
         let id = |n: u32| PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap();
         let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(3), id(4));
         let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
@@ -145,12 +149,12 @@ mod tests {
             ("UUID=of-tmp /tmp ext4 nofail", None),
             ("UUID=of-tmp /tmp ext4 defaults", Some("line 2 (/tmp) needs")),
             ("PARTUUID=aaaaaaaa-0000-4000-8000-000000000005 /tmp ext4", Some("line 2 (/tmp) needs")),
-            ("UUID=of-root /home btrfs subvol=@home", Some("another subvolume than the root: line 2 (/home)")),
+            ("UUID=of-root /home btrfs subvol=@home", Some("a subvolume other than the root: line 2 (/home)")),
             ("UUID=of-root /home btrfs subvol=@home,nofail", None),
             ("UUID=of-other /home btrfs subvol=@home", None),
         ] {
             fs::write(tmp.path().join("etc/fstab"), format!("UUID=of-root / ext4\n{line}\n")).unwrap();
-            match (beside(&machine).unwrap(), expected) {
+            match (needed_but_not_cloned(&machine).unwrap(), expected) {
                 (None, None) => {}
                 (Some(fault), Some(expected)) if fault.contains(expected) => {}
                 (found, _) => panic!("{line}: {found:?}"),
@@ -162,7 +166,7 @@ mod tests {
             let what = "/dev/disk/by-partuuid/aaaaaaaa-0000-4000-8000-000000000005";
             let text = format!("[Mount]\nWhat={what}\nWhere=/tmp\nOptions={options}\n");
             fs::write(tmp.path().join("etc/systemd/system/tmp.mount"), text).unwrap();
-            let fault = beside(&machine).unwrap();
+            let fault = needed_but_not_cloned(&machine).unwrap();
             assert_eq!(fault.is_some_and(|fault| fault.contains("give its Options= nofail")), expected);
         }
     }

@@ -1,7 +1,7 @@
-//! LUKS containers that are made: cryptsetup(8) does the work.
+//! Making LUKS containers with cryptsetup(8).
 //!
-//! Each opens by two keys: the passphrase, or whatever else, that opens the booted disk's, for whoever boots the disk; and
-//! [`crypttab::KEY`], for syncs, which the booted disk's container gets, too.
+//! Two keys open each container: the passphrase (or key file) of the booted disk's container, for booting the disk; and
+//! [`crypttab::KEY`], for syncs. The booted disk's container gets the latter, too.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -19,38 +19,41 @@ use crate::names::crypttab;
 use crate::write::below::Below;
 use crate::write::change::{Change, Content};
 
-/// The key is as random as it is long: to make guesses slow is of no use.
+/// The key is random over its whole length, so slowing down guesses is useless.
 const QUICK: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
 
-/// What opens the booted disk's containers. It is never shown.
+/// The passphrase or key that opens the booted disk's containers. It is never shown.
 pub struct Secret(Vec<u8>);
 
 impl Secret {
-    /// What somebody typed, or what a file holds: every byte counts, as for cryptsetup(8).
+    /// Takes the bytes of a typed passphrase or of a key file: every byte counts, as for cryptsetup(8).
     pub fn new(bytes: Vec<u8>) -> Self {
         Self(bytes)
     }
 
-    /// Whether it opens the container on a device.
+    /// Checks that it opens the container on a device.
     ///
     /// # Errors
     /// A refusal if not.
     pub fn check(&self, device: &str) -> Result<()> {
-        // Such a copy could be opened by what is in the copy only.
+        // Only a key that lies inside the copy would open the copy.
         if fs::read(crypttab::KEY).is_ok_and(|key| key == self.0) {
             return Err(refused(format!(
-                "{} is for syncs: a disk is opened by something else when it is booted; nothing was done",
+                "{} is the key for syncs, which lies inside the container; give the passphrase or key that opens the disk when it boots; \
+                 nothing was done",
                 crypttab::KEY
             )));
         }
         match program::fed("cryptsetup", test("-", device), &self.0) {
             Ok(_) => Ok(()),
-            Err(e) => Err(refused(format!("that does not open the LUKS container {device} ({e:#}); nothing was done"))),
+            Err(e) => Err(refused(format!(
+                "the passphrase or key does not open the LUKS container {device} ({e:#}); run this again with the right one; nothing was done"
+            ))),
         }
     }
 }
 
-/// The arguments that have cryptsetup try a key. What a TPM or the like has for it is another one, and would be asked first.
+/// The arguments with which cryptsetup tries a key. Without --disable-external-tokens, it would try a TPM's key first.
 fn test(key: &str, device: &str) -> [OsString; 7] {
     ["open", "--test-passphrase", "--batch-mode", "--disable-external-tokens", "--key-file", key, device].map(Into::into)
 }
@@ -67,7 +70,7 @@ pub fn make_key(root: &Root) -> Result<()> {
     let random = File::open("/dev/urandom").context("/dev/urandom")?;
     random.take(luks::LEAST).read_to_end(&mut key).context("/dev/urandom")?;
     let path = Path::new(crypttab::KEY).strip_prefix("/").unwrap_or(Path::new(crypttab::KEY));
-    let (dir, path) = (path.parent().context("the key is in no directory")?, path.to_str().context("not UTF-8")?);
+    let (dir, path) = (path.parent().context("the key's path has no directory")?, path.to_str().context("not UTF-8")?);
     let below = Below::open(&root.path("/"))?;
     below.apply(&Change::MakeDir(dir.display().to_string()))?;
     below.apply(&Change::Create { path: path.to_owned(), content: Content::Bytes(key) })?;
@@ -77,7 +80,7 @@ pub fn make_key(root: &Root) -> Result<()> {
 /// Makes a container on a device.
 ///
 /// # Errors
-/// cryptsetup that fails.
+/// A failure of cryptsetup.
 pub fn format(device: &str, uuid: &Uuid, secret: &Secret) -> Result<()> {
     let kind = ["luksFormat", "--batch-mode", "--type", "luks2", "--uuid"].map(OsString::from);
     let rest = ["--key-file", crypttab::KEY, device].map(OsString::from);
@@ -86,10 +89,10 @@ pub fn format(device: &str, uuid: &Uuid, secret: &Secret) -> Result<()> {
     program::fed("cryptsetup", add.map(Into::into), &secret.0).map(drop)
 }
 
-/// Has the key file open the booted disk's container on a device, unless it does.
+/// Adds the key file to the booted disk's container on a device, unless it opens that already.
 ///
 /// # Errors
-/// cryptsetup that fails.
+/// A failure of cryptsetup.
 pub fn add_key(device: &str, secret: &Secret) -> Result<()> {
     if program::output("cryptsetup", test(crypttab::KEY, device)).is_ok() {
         return Ok(());
@@ -98,5 +101,5 @@ pub fn add_key(device: &str, secret: &Secret) -> Result<()> {
     let all = first.chain([device, crypttab::KEY]).map(OsString::from);
     program::fed("cryptsetup", all, &secret.0)
         .map(drop)
-        .with_context(|| format!("{} can't be made a key of {device}", crypttab::KEY))
+        .with_context(|| format!("{} can't be added to the keys of {device}", crypttab::KEY))
 }

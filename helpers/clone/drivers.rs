@@ -1,5 +1,5 @@
-//! Whether the copy will find its own disk: its initrds need the kernel modules that drive that, which may be others than the
-//! booted disk's. An initrd may hold only those that its machine booted with (initramfs-tools: MODULES=dep, dracut: hostonly).
+//! Do the initrds have the new disk's drivers? A new disk may need other kernel modules than the booted one, and an initrd may hold only
+//! those that its machine booted with (initramfs-tools: MODULES=dep, dracut: hostonly).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -16,22 +16,22 @@ use crate::devices::inventory::Partition;
 use crate::names::ident::Rewriter;
 use crate::pair::machine::Machine;
 
-/// The kernel modules that drive a disk, by its kernel name: it itself, its controller, and whatever is between and above; not
-/// what is built into the kernel. None of what is no device of its own, as a loop device.
+/// The kernel modules that drive a disk, by its kernel name: the disk itself, its controller, and everything between and above. Drivers
+/// that are built into the kernel are left out. A disk without a device of its own, such as a loop device, has none.
 ///
 /// # Errors
 /// Those of reading a directory in /sys.
 pub fn modules(root: &Root, disk: &str) -> Result<BTreeSet<String>> {
     let device = format!("/sys/class/block/{}/device", disk.replace('/', "!"));
     // With native multipath, the device of an NVMe disk is a subsystem, in which its controllers are links: nvme0, and so on.
-    let beside = root.names(&device).with_context(|| device.clone())?;
-    let controllers = beside.iter().filter(|name| name.as_bytes().starts_with(b"nvme"));
+    let names = root.names(&device).with_context(|| device.clone())?;
+    let controllers = names.iter().filter(|name| name.as_bytes().starts_with(b"nvme"));
     let devices = controllers.map(|name| root.path(&device).join(name)).chain([root.path(&device)]);
     let Ok(top) = fs::canonicalize(root.path("/sys/devices")) else { return Ok(BTreeSet::new()) };
     let mut found = BTreeSet::new();
     for device in devices.filter_map(|device| fs::canonicalize(device).ok()) {
         for dir in device.ancestors().take_while(|dir| dir.starts_with(&top)) {
-            // Most have no driver. One that is built in has a module without a state, or none.
+            // Most have no driver. A driver that is built in has no module, or one without a state.
             let Ok(module) = fs::canonicalize(dir.join("driver/module")) else { continue };
             if module.join("initstate").exists() {
                 found.extend(module.file_name().and_then(|name| name.to_str()).map(str::to_owned));
@@ -41,52 +41,52 @@ pub fn modules(root: &Root, disk: &str) -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// Whether every entry and every unified kernel image of the booted disk that has an initrd has there what drives the disk with
-/// this kernel name. What drives the booted disk, too, has shown that it is in them.
+/// Checks that the initrds of every entry and every unified kernel image of the booted disk have the drivers of the disk with this kernel
+/// name. Drivers that the booted disk needs as well have been found there by booting.
 ///
 /// # Errors
-/// The first that hasn't; initrds that can't be read.
+/// The first entry or image whose initrds lack a driver; initrds that can't be read.
 pub fn check(machine: &Machine, disk: &str, files: &BTreeMap<Role, BootFiles>) -> Result<()> {
     let booted = machine.inventory.find(&machine.booted.esp())?.and_then(Partition::disk);
-    let there = booted.map(|booted| modules(&machine.root, booted)).transpose()?.unwrap_or_default();
-    let needed = &modules(&machine.root, disk)? - &there;
+    let proven = booted.map(|booted| modules(&machine.root, booted)).transpose()?.unwrap_or_default();
+    let needed = &modules(&machine.root, disk)? - &proven;
     if needed.is_empty() {
         return Ok(());
     }
-    let names = names(&needed);
+    let finder = module_finder(&needed);
     for (role, _, dir) in machine.booted.boot_places() {
         let Some(found) = files.get(&role) else { continue };
         let place = machine.root.path(dir.as_str());
         for entry in found.of(Class::Entry) {
             let paths = initrd::initrds(entry.text.as_deref().unwrap_or_default());
             let initrds: Vec<_> = paths.iter().filter_map(|path| found.files.get(&fold(path))).collect();
-            let mut lacking = needed.clone();
+            let mut missing = needed.clone();
             for initrd in &initrds {
                 let file = File::open(place.join(&initrd.path)).with_context(|| initrd.path.clone())?;
-                take_out(&mut lacking, file, &names).with_context(|| initrd.path.clone())?;
+                remove_found(&mut missing, file, &finder).with_context(|| initrd.path.clone())?;
             }
-            // Without an initrd, the kernel has all of it built in. Where those that are named aren't there, no disk boots it.
-            if !initrds.is_empty() && !lacking.is_empty() {
-                bail!("{dir}/{}: none of its initrds has {}", entry.path, told(&lacking, disk));
+            // An entry without initrds has a kernel with all drivers built in. One whose initrds don't exist boots from no disk.
+            if !initrds.is_empty() && !missing.is_empty() {
+                bail!("{dir}/{}: none of its initrds has {}", entry.path, describe(&missing, disk));
             }
         }
         for image in found.of(Class::Uki) {
             let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
             let Some(initrd) = pe::embedded(&bytes) else { continue };
-            let mut lacking = needed.clone();
-            take_out(&mut lacking, Cursor::new(initrd), &names).with_context(|| image.path.clone())?;
-            if !lacking.is_empty() {
-                bail!("{dir}/{}: its initrd hasn't {}", image.path, told(&lacking, disk));
+            let mut missing = needed.clone();
+            remove_found(&mut missing, Cursor::new(initrd), &finder).with_context(|| image.path.clone())?;
+            if !missing.is_empty() {
+                bail!("{dir}/{}: its initrd does not have {}", image.path, describe(&missing, disk));
             }
         }
     }
     Ok(())
 }
 
-/// Finds modules in an initrd: files, by the ends of their paths, which a NUL follows in an archive. The mere names would not do:
-/// the list of all modules that the kernel has, modules.order, is in there, too. What modules.builtin.modinfo has a licence of is
-/// built into that kernel, which may be another than the running one.
-fn names(modules: &BTreeSet<String>) -> Rewriter {
+/// Finds modules in an initrd by the ends of their files' paths, which a NUL follows in an archive. Their names alone would not do,
+/// because an initrd also has modules.order, the list of all modules. A module whose licence is in modules.builtin.modinfo is built into
+/// that kernel, which may be another than the running one.
+fn module_finder(modules: &BTreeSet<String>) -> Rewriter {
     let forms = |module: &String| {
         let files = ["", ".zst", ".xz", ".gz"].map(|suffix| format!("/{module}.ko{suffix}\0"));
         let forms = files.into_iter().chain([format!("\0{module}.license=")]);
@@ -95,21 +95,22 @@ fn names(modules: &BTreeSet<String>) -> Rewriter {
     Rewriter::words(modules.iter().flat_map(forms))
 }
 
-/// Takes what an initrd has out of what is lacking.
-fn take_out(lacking: &mut BTreeSet<String>, initrd: impl Read + Send, names: &Rewriter) -> Result<()> {
-    for module in initrd::initrd(initrd, names)? {
-        lacking.remove(&module);
+/// Removes the modules that an initrd has from those that are missing.
+fn remove_found(missing: &mut BTreeSet<String>, initrd: impl Read + Send, finder: &Rewriter) -> Result<()> {
+    for module in initrd::initrd(initrd, finder)? {
+        missing.remove(&module);
     }
     Ok(())
 }
 
-fn told(lacking: &BTreeSet<String>, disk: &str) -> String {
-    let modules = lacking.iter().map(|module| format!("'{module}'")).collect::<Vec<_>>().join(" and ");
-    let (drives, that) = if lacking.len() == 1 { ("drives", "that") } else { ("drive", "these") };
+/// The end of a message about missing modules.
+fn describe(missing: &BTreeSet<String>, disk: &str) -> String {
+    let modules = missing.iter().map(|module| format!("'{module}'")).collect::<Vec<_>>().join(" and ");
+    let (drives, that) = if missing.len() == 1 { ("drives", "that") } else { ("drive", "these") };
     format!(
-        "{modules}, which {drives} /dev/{disk}; without {that}, the copy would not boot; have all drivers in the initrds \
-         (MODULES=most in /etc/initramfs-tools/initramfs.conf, no other in conf.d beside it, and 'update-initramfs -u -k all'; \
-         hostonly=no in dracut.conf and 'dracut --regenerate-all --force')"
+        "{modules}, which {drives} /dev/{disk}; without {that}, the copy would not boot; put all drivers into the initrds \
+         (initramfs-tools: MODULES=most in /etc/initramfs-tools/initramfs.conf, nothing else in its conf.d, and 'update-initramfs -u -k \
+         all'; dracut: hostonly=no in dracut.conf, and 'dracut --regenerate-all --force')"
     )
 }
 
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_drives_a_disk_up_to_its_controller_and_is_not_built_in() {
+    fn modules_of_a_disk_and_of_its_controller_unless_they_are_built_in() {
         let tmp = tempfile::tempdir().unwrap();
         let root = Root::new(tmp.path());
         disks(&root);
@@ -224,7 +225,7 @@ mod tests {
         pipe("cpio", &["-o", "-H", "newc", "--quiet"], list.as_bytes(), tmp.path())
     }
 
-    /// What a check says of sdb on a machine that was booted from a disk, with these files on its ESP.
+    /// The result of checking sdb on a machine that was booted from `booted`, with these files on its ESP.
     fn said(booted: &str, on_esp: &[(&str, &[u8])]) -> String {
         let tmp = tempfile::tempdir().unwrap();
         let root = Root::new(tmp.path());
@@ -254,13 +255,13 @@ mod tests {
     const USB: [&str; 3] = ["kernel/usb/usb-storage.ko", "kernel/usb/xhci-pci.ko.xz", "kernel/scsi/sd_mod.ko.zst"];
 
     #[test]
-    fn initrds_that_lack_what_drives_the_new_disk() {
+    fn initrds_that_lack_the_drivers_of_the_new_disk() {
         let packed = |bytes: Vec<u8>| pipe("gzip", &["-c"], &bytes, Path::new("/"));
         let small = initrd(&["kernel/nvme.ko"], "\0loop.license=GPL\0");
         for small in [small.clone(), packed(small)] {
             let found = said("nvme0n1", &[ENTRY, ("initrd", &small)]);
             let expected = "/boot/loader/entries/a.conf: none of its initrds has 'sd_mod' and 'usb_storage' and 'xhci_pci', \
-                            which drive /dev/sdb; without these, the copy would not boot; have all";
+                            which drive /dev/sdb; without these, the copy would not boot; put all";
             assert!(found.starts_with(expected), "{found}");
         }
         for (modules, builtin, lacking) in [
@@ -275,22 +276,22 @@ mod tests {
             for initrd in [plain.clone(), packed(plain)] {
                 let found = said("nvme0n1", &[ENTRY, ("initrd", &initrd)]);
                 assert_eq!((found.is_empty(), found.contains(lacking)), (lacking.is_empty(), true), "{modules:?}: {found}");
-                // Those of the one that is embedded are as good.
+                // An embedded initrd counts in the same way.
                 let uki = image(&[(".initrd", &initrd)], false);
                 let found = said("nvme0n1", &[("EFI/Linux/a.efi", &uki)]);
                 assert_eq!((found.is_empty(), found.contains(lacking)), (lacking.is_empty(), true), "{modules:?}: {found}");
             }
         }
-        // One has what the other hasn't.
+        // Each has what the other lacks.
         let (one, other) = (initrd(&USB[..1], ""), initrd(&USB[1..], ""));
         assert_eq!(said("nvme0n1", &[ENTRY, ("ucode", &one), ("initrd", &other)]), "");
         let embedded = image(&[(".initrd", &one)], false);
         let found = said("nvme0n1", &[("EFI/Linux/a.efi", &embedded)]);
-        assert!(found.starts_with("/boot/EFI/Linux/a.efi: its initrd hasn't 'sd_mod' and 'xhci_pci'"), "{found}");
+        assert!(found.starts_with("/boot/EFI/Linux/a.efi: its initrd does not have 'sd_mod' and 'xhci_pci'"), "{found}");
     }
 
     #[test]
-    fn only_what_the_booted_disk_does_without_is_looked_for() {
+    fn only_drivers_that_the_booted_disk_does_not_need_are_searched() {
         let small = initrd(&["ahci.ko"], "");
         assert!(said("sda", &[ENTRY, ("initrd", &small)]).contains("has 'usb_storage' and 'xhci_pci', which"));
         // Nothing is read: it could not be.

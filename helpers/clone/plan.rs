@@ -1,4 +1,4 @@
-//! What a blank disk becomes: partitions, file systems and their names, decided from what the booted disk has and how large the other is.
+//! The plan of a new disk: partitions, file systems and their names, from the booted disk's and the new disk's size.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -7,31 +7,31 @@ use anyhow::{Result, bail};
 use uuid::Uuid;
 
 use crate::base::types::{DiskName, PartUuid, Role};
-use crate::clone::source::{Content, Source};
+use crate::clone::source::{Content, Source, SourcePart};
 use crate::devices::gpt::{self, DiskLayout, PartLayout};
 
-/// 1 MiB in bytes.
+/// The bytes of 1 MiB.
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Bytes as people read them: whole MiB.
+/// A number of bytes in whole MiB, for messages.
 pub(crate) fn mib(bytes: u64) -> u64 {
     bytes / MIB
 }
 
 /// "Firmware must not produce EFI_BLOCK_IO_PROTOCOL for this partition" (UEFI specification, 5.3.3): from an ESP with this attribute,
-/// nothing is booted. It is the mark of a disk that isn't whole yet.
+/// nothing is booted. It marks a disk that isn't finished yet.
 pub const UNFINISHED: &str = "NoBlockIOProtocol";
 
-/// Where the first partition begins, and what is left free behind the last one: GPT's own copies are smaller.
+/// The space before the first partition, and after the last one. The tables of GPT there are smaller.
 const MARGIN: u64 = MIB;
 
-/// What the header of a LUKS2 container takes, as cryptsetup(8) makes it.
+/// The size of a LUKS2 container's header, as cryptsetup(8) makes it.
 const HEADER: u64 = 16 * MIB;
 
-/// A partition that is to be made.
+/// A partition to make.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Part {
-    /// What it is for.
+pub struct NewPart {
+    /// Its role.
     pub role: Role,
     /// Its PARTUUID.
     pub partuuid: PartUuid,
@@ -43,34 +43,34 @@ pub struct Part {
     pub name: Option<String>,
     /// Its attributes in the GPT once it is finished, as sfdisk has them.
     pub attributes: String,
-    /// The UUID of the LUKS container that it is to be.
+    /// The UUID of its LUKS container, if it gets one.
     pub container: Option<Uuid>,
-    /// What is made on it.
+    /// The file system, or the like, that is made on it.
     pub content: Content,
-    /// The UUID of that; of FAT and the like, the first eight digits count.
+    /// The UUID of the file system. FAT takes the first eight digits.
     pub uuid: Uuid,
-    /// The label of that.
+    /// The label of the file system.
     pub label: Option<String>,
 }
 
-/// What a disk is to become.
+/// The new partitions of a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Plan {
+pub struct DiskPlan {
     /// The disk's GUID.
     pub disk: Uuid,
     /// Its partitions, in their order on the disk.
-    pub parts: Vec<Part>,
+    pub parts: Vec<NewPart>,
     /// The size of its sectors in bytes.
     sector: u64,
 }
 
-impl Plan {
-    /// The partitions of the booted disk, on a disk of so many bytes that will be called `name`: boot partitions and swap space as they are,
-    /// trees in proportion, with no less room than what is in them needs. Labels that are `taken` are other disks'. `ids` gives new
-    /// identifiers.
+impl DiskPlan {
+    /// Plans the partitions of the booted disk on a disk with the given size in bytes, size of sectors and name. Boot partitions and swap
+    /// space keep their size; trees grow or shrink in proportion, but never below the room that their files need. `taken` has the labels of
+    /// other disks; `ids` gives new identifiers.
     ///
     /// # Errors
-    /// A disk that is too small, with figures; identifiers that can't be had.
+    /// A disk that is too small, with figures; an identifier that can't be made.
     pub fn make(
         source: &Source,
         name: DiskName,
@@ -79,28 +79,28 @@ impl Plan {
         mut ids: impl FnMut() -> Result<Uuid>,
     ) -> Result<Self> {
         let sizes = sizes(source, bytes)?;
-        let other = |old: Option<&str>, taken: &mut BTreeSet<String>, limit: usize| {
-            let new = old.filter(|old| !old.is_empty()).map(|old| label(old, name, taken, limit));
+        let free_label = |old: Option<&str>, taken: &mut BTreeSet<String>, limit: usize| {
+            let new = old.filter(|old| !old.is_empty()).map(|old| new_label(old, name, taken, limit));
             taken.extend(new.clone());
             new
         };
-        // A partition and what is on it may have the same.
+        // A partition's name may be the same as its file system's label.
         let (mut names, mut labels) = (taken.clone(), taken);
         let mut parts = Vec::new();
         for (part, bytes) in source.parts.iter().zip(sizes) {
-            parts.push(Part {
+            parts.push(NewPart {
                 role: part.role.clone(),
                 partuuid: PartUuid::from(ids()?),
                 bytes,
                 kind: part.kind.clone(),
-                name: other(part.name.as_deref(), &mut names, 36),
-                // A disk that died before its mark was taken away may be the model.
+                name: free_label(part.name.as_deref(), &mut names, 36),
+                // The layout may be that of a disk that was never finished.
                 attributes: part.attributes.replace(UNFINISHED, "").trim().to_owned(),
                 content: part.content.clone(),
                 container: if part.luks { Some(ids()?) } else { None },
                 uuid: ids()?,
-                label: other(
-                    part.label.as_deref().map(|label| part.content.plain(label)).as_deref(),
+                label: free_label(
+                    part.label.as_deref().map(|label| part.content.valid_label(label)).as_deref(),
                     &mut labels,
                     part.content.label_length(),
                 ),
@@ -109,17 +109,17 @@ impl Plan {
         Ok(Self { disk: ids()?, parts, sector })
     }
 
-    /// Takes the partitions that such a plan has made on a disk before, instead of others. The part of the shared root, and nothing else, is
-    /// what `is_shared` says is in use.
+    /// Keeps the partitions that an interrupted clone has made on the disk. `is_shared` tells which of them the shared root uses; that must
+    /// be its own partition and no other.
     ///
     /// # Errors
-    /// A disk with other partitions.
+    /// A disk whose partitions differ from the plan.
     pub fn adopt(&mut self, disk: &DiskLayout, is_shared: impl Fn(&PartUuid) -> bool) -> Result<()> {
-        let is_same = |(part, made): (&Part, &PartLayout)| {
+        let is_same = |(part, made): (&NewPart, &PartLayout)| {
             part.kind.eq_ignore_ascii_case(&made.kind) && (part.content == Content::Shared) == is_shared(&made.partuuid)
         };
         if self.parts.len() != disk.partitions.len() || !self.parts.iter().zip(&disk.partitions).all(is_same) {
-            bail!("it was not finished, and has other partitions than it would get now");
+            bail!("an interrupted clone made other partitions on it than this clone would");
         }
         for (part, made) in self.parts.iter_mut().zip(&disk.partitions) {
             (part.partuuid, part.bytes) = (made.partuuid, made.bytes);
@@ -127,8 +127,8 @@ impl Plan {
         Ok(())
     }
 
-    /// The input of sfdisk(8) that makes the partitions. The ESP is marked as unfinished.
-    pub fn table(&self) -> String {
+    /// The input with which sfdisk(8) makes the partitions. The ESP is marked as [`UNFINISHED`].
+    pub fn sfdisk_input(&self) -> String {
         let mut text = format!("label: gpt\nlabel-id: {}\n", self.disk);
         let mut start = MARGIN;
         for part in &self.parts {
@@ -145,14 +145,14 @@ impl Plan {
     }
 }
 
-impl Part {
-    /// What is made on it, for people.
-    pub fn told(&self) -> String {
-        format!("{}{}", self.content.told(), if self.container.is_some() { " in LUKS" } else { "" })
+impl NewPart {
+    /// Its content, for people: "ext4 in LUKS".
+    pub fn describe(&self) -> String {
+        format!("{}{}", self.content.name(), if self.container.is_some() { " in LUKS" } else { "" })
     }
 
-    /// The program that makes its file system on a device, and what it is told; None for a part of a shared root.
-    pub fn make(&self, device: &str, sector: u64) -> Option<(String, Vec<OsString>)> {
+    /// The program that makes its file system on a device, and the program's arguments; None for a partition of a shared root.
+    pub fn mkfs(&self, device: &str, sector: u64) -> Option<(String, Vec<OsString>)> {
         let uuid = self.uuid.to_string();
         let volume = uuid.replace('-', "").chars().take(8).collect::<String>();
         let label = |option: &str| self.label.iter().flat_map(|l| [option.to_owned(), l.clone()]).collect::<Vec<_>>();
@@ -163,7 +163,7 @@ impl Part {
             Content::Fs(fs) => {
                 let args = match fs.as_str() {
                     "vfat" => {
-                        // The least size of a FAT32 grows with the sectors. Of anything less, mkfs.vfat(8) chooses the width.
+                        // The least size of a FAT32 grows with the sectors. For a smaller partition, mkfs.vfat(8) chooses the width.
                         let wide = if self.bytes >= 65_600 * sector + 2 * MIB { words(&["-F", "32"]) } else { Vec::new() };
                         [wide, words(&["-i", &volume]), label("-n")].concat()
                     }
@@ -180,19 +180,19 @@ impl Part {
     }
 }
 
-/// How large each partition becomes, in bytes.
+/// The size of each new partition in bytes.
 fn sizes(source: &Source, bytes: u64) -> Result<Vec<u64>> {
     let up = |size: u64| size.div_ceil(MIB) * MIB;
-    // No tree is made smaller than what is in it, and some more, among that the least that mkfs.xfs(8) and mkfs.btrfs(8) take. That it is
-    // as large as it was is enough in any case.
-    let need = |part: &crate::clone::source::Part| match part.used {
+    // A tree gets room for its files and some more, which includes the least size that mkfs.xfs(8) and mkfs.btrfs(8) take. Its old size is
+    // enough in any case.
+    let need = |part: &SourcePart| match part.used {
         Some(used) => {
             let used = used + if part.luks { HEADER } else { 0 };
             let roomy = used + used / 10 + 320 * MIB;
             up(match part.content {
-                // What the file system already needs of a device.
+                // At most the size of the device that it mirrors or replaces.
                 Content::Shared => roomy.min(part.bytes.max(used)),
-                // A layout may be of a time when there was less in it.
+                // An old layout may be smaller than what the tree holds by now.
                 _ if used > part.bytes => roomy,
                 _ => roomy.min(part.bytes),
             })
@@ -211,27 +211,26 @@ fn sizes(source: &Source, bytes: u64) -> Result<Vec<u64>> {
             mib(needed - room)
         );
     };
-    // What is left is shared as it is on the booted disk.
-    let weight = |part: &crate::clone::source::Part| match part.used {
+    // The rest is divided in the booted disk's proportions.
+    let weight = |part: &SourcePart| match part.used {
         Some(_) => up(part.bytes).saturating_sub(need(part)) / MIB,
         None => 0,
     };
     let all: u64 = source.parts.iter().map(weight).sum();
-    let share = |part: &crate::clone::source::Part| {
+    let share = |part: &SourcePart| {
         u128::from(rest / MIB).saturating_mul(weight(part).into()).checked_div(all.into()).unwrap_or(0) as u64 * MIB
     };
     let mut sizes: Vec<u64> = source.parts.iter().map(|part| need(part) + share(part)).collect();
     let spare = room - sizes.iter().sum::<u64>();
-    // To the last one that can have any size.
+    // Rounding leaves some, which the last tree gets.
     if let Some((_, last)) = source.parts.iter().zip(&mut sizes).rfind(|(part, _)| part.used.is_some()) {
         *last += spare;
     }
     Ok(sizes)
 }
 
-/// Another label: the old one with this disk's number in the place of the number at its end. Not longer than the limit, and none of those
-/// that are taken.
-fn label(old: &str, name: DiskName, taken: &BTreeSet<String>, limit: usize) -> String {
+/// A label for this disk: the old one with the disk's number instead of the number at its end. It is not taken, and no longer than the limit.
+fn new_label(old: &str, name: DiskName, taken: &BTreeSet<String>, limit: usize) -> String {
     let number = name.number();
     let stem = old.trim_end_matches(|c: char| c.is_ascii_digit());
     let end = |stem: &str, end: &str| {
@@ -241,7 +240,7 @@ fn label(old: &str, name: DiskName, taken: &BTreeSet<String>, limit: usize) -> S
     };
     let first = end(stem, &number.to_string());
     let others = (1..).map(|n: u32| end(stem, &format!("{number}-{n}")));
-    // FAT knows no case.
+    // Labels of FAT that differ in case only are the same.
     let is_free = |label: &String| !taken.iter().any(|t| t.eq_ignore_ascii_case(label));
     std::iter::once(first).chain(others).find(is_free).unwrap_or_default()
 }
@@ -249,7 +248,7 @@ fn label(old: &str, name: DiskName, taken: &BTreeSet<String>, limit: usize) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clone::source::Part as Old;
+    use crate::clone::source::SourcePart as Old;
 
     fn old(role: &str, mebibytes: u64, used: Option<u64>) -> Old {
         Old {
@@ -277,21 +276,21 @@ mod tests {
         DiskName::parse("disk1").unwrap()
     }
 
-    fn make(source: &Source, mebibytes: u64) -> Result<Plan> {
+    fn make(source: &Source, mebibytes: u64) -> Result<DiskPlan> {
         let mut next = 0;
         let taken = source.parts.iter().flat_map(|p| [p.name.clone(), p.label.clone()]).flatten().collect();
-        Plan::make(source, disk1(), (mebibytes * MIB, 512), taken, || {
+        DiskPlan::make(source, disk1(), (mebibytes * MIB, 512), taken, || {
             next += 1;
             Ok(Uuid::from_u128(0x1000_0000_0000_4000_8000_0000_0000_0000 + next))
         })
     }
 
-    fn mebibytes(plan: &Plan) -> Vec<u64> {
+    fn mebibytes(plan: &DiskPlan) -> Vec<u64> {
         plan.parts.iter().map(|p| p.bytes / MIB).collect()
     }
 
     #[test]
-    fn trees_get_what_the_disk_has() {
+    fn trees_share_the_room_of_the_disk() {
         let source = source(vec![
             old("esp", 512, None),
             old("root", 20_000, Some(4000)),
@@ -305,7 +304,7 @@ mod tests {
         assert!(larger[1] > 35_000 && larger[3] > 75_000, "{larger:?}");
         let smaller = mebibytes(&make(&source, 18_000).unwrap());
         assert_eq!(smaller.iter().sum::<u64>(), 17_998);
-        assert!(smaller[1] >= 4720 && smaller[3] >= 11_320, "what is there has room: {smaller:?}");
+        assert!(smaller[1] >= 4720 && smaller[3] >= 11_320, "the files have room: {smaller:?}");
         let error = make(&source, 17_577).unwrap_err().to_string();
         assert_eq!(
             error,
@@ -321,11 +320,11 @@ mod tests {
         let mut parts = vec![old("esp", 100, None), old("root", 4000, Some(1000))];
         parts[1].luks = true;
         let plan = make(&source(parts.clone()), 1540).unwrap();
-        assert_eq!(mebibytes(&plan), [100, 1438], "1016 and what is to be free");
+        assert_eq!(mebibytes(&plan), [100, 1438], "1016 and some free room");
         assert!(make(&source(parts), 1539).is_err());
         let root = &plan.parts[1];
         assert!(plan.parts[0].container.is_none() && root.container.is_some_and(|uuid| uuid != root.uuid));
-        assert_eq!(root.told(), "ext4 in LUKS");
+        assert_eq!(root.describe(), "ext4 in LUKS");
     }
 
     #[test]
@@ -340,11 +339,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_it_now_has_room_whatever_it_was() {
+    fn a_tree_that_outgrew_the_layout_has_room() {
         let source = source(vec![old("esp", 100, None), old("root", 1000, Some(2000)), old("home", 9000, Some(10))]);
         assert!(mebibytes(&make(&source, 20_002).unwrap())[1] >= 2000 + 200 + 320);
         make(&source, 2502).unwrap_err();
-        // In the place of a device of a shared root, which is as large as that.
+        // A device of a shared root is at least as large as the one that it replaces.
         let mut device = old("root", 1000, Some(1000));
         for bytes in [1000, 900] {
             device.bytes = bytes * MIB;
@@ -354,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_says_that_the_disk_is_unfinished() {
+    fn the_table_marks_the_disk_as_unfinished() {
         let mut source = source(vec![old("esp", 64, None), old("root", 1000, Some(10))]);
         source.parts[1].name = Some(r#"a "\"#.into());
         source.parts[1].attributes = "GUID:60".into();
@@ -362,7 +361,7 @@ mod tests {
         let kind = &plan.parts[0].kind;
         let id = |n: u128| Uuid::from_u128(0x1000_0000_0000_4000_8000_0000_0000_0000 + n);
         assert_eq!(
-            plan.table(),
+            plan.sfdisk_input(),
             format!(
                 "label: gpt\nlabel-id: {}\nstart=2048, size=131072, type={kind}, uuid={}, name=\"esp1\", attrs=\"NoBlockIOProtocol\"\n\
                  start=133120, size=2048000, type={kind}, uuid={}, name=\"a \\x22\\x5c1\", attrs=\"GUID:60\"\n",
@@ -374,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_others() {
+    fn labels_differ_from_those_of_other_disks() {
         let taken = ["root0", "root1", "EFI"].map(str::to_owned).into();
         for (old, limit, expected) in [
             ("root0", 16, "root1-1"),
@@ -385,7 +384,7 @@ mod tests {
             ("LONGLONGLONG", 11, "LONGLONGLO1"),
             ("Größe", 6, "Grö1"),
         ] {
-            assert_eq!(label(old, disk1(), &taken, limit), expected, "{old}");
+            assert_eq!(new_label(old, disk1(), &taken, limit), expected, "{old}");
         }
     }
 
@@ -396,7 +395,7 @@ mod tests {
             .parts
             .iter()
             .map(|part| {
-                let (program, args) = part.make("/dev/x", 512).unwrap();
+                let (program, args) = part.mkfs("/dev/x", 512).unwrap();
                 let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
                 format!("{program} {}", args.join(" "))
             })
@@ -410,7 +409,7 @@ mod tests {
                 format!("mkfs.ext4 -q -F -U {} -L root1 /dev/x", root.uuid),
             ]
         );
-        let (_, args) = plan.parts[0].make("/dev/x", 4096).unwrap();
+        let (_, args) = plan.parts[0].mkfs("/dev/x", 4096).unwrap();
         assert!(!args.contains(&"-F".into()), "too small for that: {args:?}");
     }
 
@@ -424,7 +423,7 @@ mod tests {
             let image = tempfile::NamedTempFile::new().unwrap();
             image.as_file().set_len(part.bytes).unwrap();
             let path = image.path().to_str().unwrap();
-            let (program, arguments) = part.make(path, 512).unwrap();
+            let (program, arguments) = part.mkfs(path, 512).unwrap();
             crate::base::program::output(&program, arguments).unwrap_or_else(|e| panic!("{e:#}; the test needs it"));
             let found = |tag: &str| {
                 let said = crate::base::program::output("blkid", ["-p", "-s", tag, "-o", "value", path].map(Into::into)).unwrap();
@@ -439,10 +438,10 @@ mod tests {
     }
 
     #[test]
-    fn partitions_that_were_made_before_are_taken_again() {
+    fn partitions_of_an_interrupted_clone_are_kept() {
         let source = source(vec![old("esp", 512, None), old("root", 2000, Some(100))]);
         let mut plan = make(&source, 3000).unwrap();
-        let made = |part: &Part| PartLayout {
+        let made = |part: &NewPart| PartLayout {
             role: None,
             partuuid: PartUuid::parse("aaaaaaaa-0000-4000-8000-000000000001").unwrap(),
             bytes: 7,

@@ -1,4 +1,4 @@
-//! What the booted disk has that a clone gets: its partitions, by role, and what is on them.
+//! The booted disk's partitions that are cloned, with their roles and contents.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,35 +12,36 @@ use crate::devices::gpt::{DiskLayout, PartLayout};
 use crate::devices::inventory::{Inventory, Partition};
 use crate::devices::mounts::{self, Mount};
 
-/// What is made on a partition.
+/// The content of a partition, as mkfs(8) makes it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Content {
-    /// A file system of this kind, as mkfs(8) knows it.
+    /// A file system of this kind, as mkfs(8) calls it.
     Fs(String),
     /// Swap space.
     Swap,
-    /// A part of the root that all disks share. It is made by joining that.
+    /// A device of the root that all disks share. It gets its content by joining that.
     Shared,
 }
 
 impl Content {
-    /// What can be made on the partition of a role in the place of what it holds, as blkid(8) has it.
+    /// The content that a copy of a partition with this role gets, by what blkid(8) finds on it.
     ///
     /// # Errors
-    /// A refusal for what can't be made again.
-    pub fn made_anew(part: &PartLayout, role: &Role) -> Result<Self> {
+    /// A refusal for a content that dualroot can't make.
+    pub fn like(part: &PartLayout, role: &Role) -> Result<Self> {
         match part.fstype.as_deref() {
             Some("swap") if *role == Role::Swap => Ok(Self::Swap),
             Some(fs @ ("vfat" | "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs")) => Ok(Self::Fs(fs.to_owned())),
             other => Err(refused(format!(
-                "{role}=, the partition {}, holds {}, which can't be made again; ext2, ext3, ext4, xfs, btrfs, f2fs and FAT can",
+                "{role}=, the partition {}, holds {}, which dualroot can't make on another disk; it makes ext2, ext3, ext4, xfs, btrfs, f2fs \
+                 and FAT, and swap space for swap=",
                 part.partuuid,
-                other.unwrap_or("nothing that is known")
+                other.unwrap_or("nothing that blkid knows")
             ))),
         }
     }
 
-    /// How many bytes a label may have.
+    /// The limit for a label in bytes.
     pub fn label_length(&self) -> usize {
         match self {
             Self::Fs(fs) => match fs.as_str() {
@@ -54,19 +55,19 @@ impl Content {
         }
     }
 
-    /// A label as this can have it: mkfs.vfat(8) takes no letters but those of ASCII, and firmware wants capitals.
-    pub fn plain(&self, label: &str) -> String {
+    /// A valid form of a label: on FAT, mkfs.vfat(8) takes letters of ASCII only, and firmware wants capitals.
+    pub fn valid_label(&self, label: &str) -> String {
         match self {
             Self::Fs(fs) if fs == "vfat" => {
-                let ours = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | ' ');
-                label.chars().filter(ours).map(|c| c.to_ascii_uppercase()).collect()
+                let is_valid = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | ' ');
+                label.chars().filter(is_valid).map(|c| c.to_ascii_uppercase()).collect()
             }
             _ => label.to_owned(),
         }
     }
 
-    /// For people.
-    pub fn told(&self) -> &str {
+    /// The name of the file system, for people.
+    pub fn name(&self) -> &str {
         match self {
             Self::Fs(fs) => fs,
             Self::Swap => "swap",
@@ -77,8 +78,8 @@ impl Content {
 
 /// A partition of the booted disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Part {
-    /// What it is for.
+pub struct SourcePart {
+    /// Its role.
     pub role: Role,
     /// Its size in bytes.
     pub bytes: u64,
@@ -88,32 +89,32 @@ pub struct Part {
     pub name: Option<String>,
     /// Its attributes in the GPT, as sfdisk has them.
     pub attributes: String,
-    /// What is on it.
+    /// The content of its copy.
     pub content: Content,
-    /// The label of that.
+    /// The label of its file system.
     pub label: Option<String>,
-    /// Whether that is in a LUKS container.
+    /// Whether its file system is in a LUKS container.
     pub luks: bool,
-    /// How many bytes a tree has; None for what is made as large as it is.
+    /// The bytes in use, for a tree; None for a partition whose copy has the same size.
     pub used: Option<u64>,
 }
 
-/// The booted disk.
+/// The booted disk, as far as it is cloned.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Source {
-    /// Its partitions, in their order on the disk, that a clone gets.
-    pub parts: Vec<Part>,
-    /// Partitions of it that a clone doesn't get: a sentence for each.
+    /// The partitions that are cloned, in their order on the disk.
+    pub parts: Vec<SourcePart>,
+    /// A sentence for each partition that is not cloned.
     pub left_out: Vec<String>,
-    /// The device nodes of its LUKS containers that a clone gets.
+    /// The device nodes of the LUKS containers that are cloned.
     pub containers: Vec<String>,
 }
 
-/// The partitions of the booted disk that have a role, found by what is mounted from it: for a machine that isn't configured.
-/// `shared` is its part of a root that spans disks.
+/// Finds the roles of the booted disk's partitions by where they are mounted, on a machine that isn't configured. `shared` is its device of a
+/// root that spans disks.
 ///
 /// # Errors
-/// A refusal where the ESP, or the root, isn't where dualroot can work with it.
+/// A refusal where the ESP, or the root, is where dualroot can't work with it.
 pub fn roles(
     inventory: &Inventory,
     table: &[Mount],
@@ -123,13 +124,13 @@ pub fn roles(
     let booted = inventory.find(esp)?.with_context(|| format!("the booted ESP {esp} isn't there"))?;
     let on = |part: &Partition, dir: &str| mounts::at(table, Path::new(dir)).is_some_and(|m| m.is_on(part));
     let mut found = BTreeMap::from([(Role::Esp, *esp)]);
-    // systemd-gpt-auto-generator(8) may have it on /efi besides.
+    // systemd-gpt-auto-generator(8) may mount it on /efi, too.
     let place = if on(booted, "/boot") { "/boot" } else { "/efi" };
     if !on(booted, place) {
         let now = table.iter().find(|m| m.is_on(booted)).map_or("nowhere".to_owned(), |m| format!("on {}", m.at.display()));
         return Err(refused(format!(
-            "the booted ESP, {}, is mounted {now}; dualroot has it on /boot, or on /efi with an XBOOTLDR partition on /boot: mount it \
-             there, change /etc/fstab to that, and install the kernels again",
+            "the booted ESP, {}, is mounted {now}; dualroot needs it on /boot, or on /efi with an XBOOTLDR partition on /boot; mount it \
+             there, change /etc/fstab accordingly, and install the kernels again",
             booted.path
         )));
     }
@@ -147,15 +148,16 @@ pub fn roles(
     }
     if place == "/efi" && !found.contains_key(&Role::Xbootldr) {
         return Err(refused(format!(
-            "the booted ESP, {}, is mounted on /efi, but no partition of its disk on /boot; dualroot has the ESP on /boot where there is no \
-             XBOOTLDR partition: mount it there, change /etc/fstab to that, and install the kernels again",
+            "the booted ESP, {}, is mounted on /efi, but no partition of its disk is mounted on /boot; without an XBOOTLDR partition, dualroot \
+             needs the ESP on /boot; mount it there, change /etc/fstab accordingly, and install the kernels again",
             booted.path
         )));
     }
     if !found.contains_key(&Role::Root) {
-        let root = mounts::at(table, Path::new("/")).map_or("nothing that is known", |m| &m.source);
+        let root = mounts::at(table, Path::new("/")).map_or("an unknown device", |m| &m.source);
         return Err(refused(format!(
-            "the root file system is on {root}, which is no partition of the booted disk, and nothing in a LUKS container on one; LVM and md can't be cloned"
+            "the root file system is on {root}, which is neither a partition of the booted disk nor a LUKS container on one; dualroot clones \
+             no other root (LVM, md)"
         )));
     }
     Ok(found)
@@ -171,23 +173,23 @@ fn role_at(dir: &str) -> Option<Role> {
 }
 
 impl Source {
-    /// What a clone gets of the booted disk, whose partitions with a role these are; root= is a part of a shared root, or the disk's own.
+    /// Reads the booted disk, whose partitions have these roles. `is_shared` tells whether root= is a device of a shared root.
     ///
     /// # Errors
-    /// sfdisk that fails; a refusal for what can't be made again.
+    /// A failure of sfdisk; a refusal for a partition that can't be cloned.
     pub fn read(inventory: &Inventory, table: &[Mount], roles: &BTreeMap<Role, PartUuid>, is_shared: bool) -> Result<Self> {
-        // Its name makes no difference here.
+        // The name makes no difference here.
         let disk = DiskLayout::read(DiskName::parse("disk0")?, inventory, roles)?;
-        Self::shaped(disk, "the disk of its ESP", inventory, table, roles, is_shared)
+        Self::with_layout(disk, "the disk of its ESP", inventory, table, roles, is_shared)
     }
 
-    /// As [`Source::read`], but shaped like another disk; `shape` says where that was kept.
+    /// Reads the booted disk as [`Source::read`] does, except that another layout counts, which `from` names for messages.
     ///
     /// # Errors
-    /// As [`Source::read`]; a shape without a partition that the booted disk has, or with one that can't take its place.
-    pub fn shaped(
+    /// As [`Source::read`]; a layout that lacks a partition of the booted disk, or has a different content for one.
+    pub fn with_layout(
         disk: DiskLayout,
-        shape: &str,
+        from: &str,
         inventory: &Inventory,
         table: &[Mount],
         roles: &BTreeMap<Role, PartUuid>,
@@ -196,47 +198,47 @@ impl Source {
         let is_there = |role: &Role| disk.partitions.iter().any(|part| part.role.as_ref() == Some(role));
         if let Some((role, partuuid)) = roles.iter().find(|(role, _)| !is_there(role)) {
             return Err(refused(format!(
-                "{role}= of the booted disk, {partuuid}, has no like on {shape}; a disk is cloned as a whole"
+                "{from} has no partition for {role}= of the booted disk, {partuuid}; a disk can only be cloned with all of its partitions"
             )));
         }
         let mut source = Self::default();
         for part in disk.partitions {
             let Some((role, partuuid)) = part.role.as_ref().and_then(|role| roles.get_key_value(role)) else {
-                source.left_out.push(why_not(&part, inventory, table)?);
+                source.left_out.push(why_not_cloned(&part, inventory, table)?);
                 continue;
             };
-            let now = inventory.find(partuuid)?.with_context(|| format!("the partition {partuuid} has gone"))?;
+            let now = inventory.find(partuuid)?.with_context(|| format!("the partition {partuuid} is gone"))?;
             source.add(part, role.clone(), now, table, is_shared)?;
         }
         Ok(source)
     }
 
-    /// Has the root need just so many bytes.
-    pub fn give_root(&mut self, bytes: u64) {
+    /// Sets the size of the root's partition, and the room that it needs, to this number of bytes.
+    pub fn set_root_bytes(&mut self, bytes: u64) {
         for part in self.parts.iter_mut().filter(|part| part.role == Role::Root) {
             (part.bytes, part.used) = (bytes, Some(bytes));
         }
     }
 
-    /// A partition that is to be like one of the booted disk, which is `now`.
+    /// Adds a partition of the layout, whose counterpart on the booted disk is `now`.
     fn add(&mut self, part: PartLayout, role: Role, now: &Partition, table: &[Mount], is_shared: bool) -> Result<()> {
         let content = match part.fstype.as_deref() {
             Some("btrfs") if is_shared && role == Role::Root => Content::Shared,
-            _ => Content::made_anew(&part, &role)?,
+            _ => Content::like(&part, &role)?,
         };
         if part.fstype != now.fstype {
             return Err(refused(format!(
-                "{role}= of the booted disk, {}, holds {}, and not {}",
+                "{role}= of the booted disk, {}, holds {}, but the layout has {} for it; both must be the same",
                 now.path,
                 now.fstype.as_deref().unwrap_or("nothing"),
-                content.told()
+                content.name()
             )));
         }
         let luks = part.container.is_some();
         let kind = |luks| if luks { "a LUKS container" } else { "no LUKS container" };
         if luks != now.container.is_some() {
             return Err(refused(format!(
-                "{role}= of the booted disk, {}, is {}, and not {}; on all disks it is the same",
+                "{role}= of the booted disk, {}, is {}, but the layout has {} for it; both must be the same",
                 now.path,
                 kind(!luks),
                 kind(luks)
@@ -244,22 +246,26 @@ impl Source {
         }
         if luks && (role.tree().is_none() || content == Content::Shared) {
             return Err(refused(format!(
-                "{role}= of the booted disk, {}, is a LUKS container; only trees are copied into one, no swap space and no shared root",
+                "{role}= of the booted disk, {}, is a LUKS container; dualroot can only clone trees in containers, not swap space and not a \
+                 shared root",
                 now.path
             )));
         }
         let used = match role {
             Role::Swap => 0,
-            // A shared one is mounted by any of its devices.
-            Role::Root => used(mounts::at(table, Path::new("/")), now)?,
-            _ => used(table.iter().rfind(|m| m.is_on(now)), now)?,
+            // The mount of a shared root may name any of its devices.
+            Role::Root => used_bytes(mounts::at(table, Path::new("/")), now)?,
+            _ => used_bytes(table.iter().rfind(|m| m.is_on(now)), now)?,
         };
         self.containers.extend(luks.then(|| now.path.clone()));
         let is_tree = role.tree().is_some();
         if !is_tree && used > part.bytes {
-            return Err(refused(format!("{role}= would have {} bytes, but {used} are in use on {}", part.bytes, now.path)));
+            return Err(refused(format!(
+                "{role}= would have {} bytes, but {used} bytes are in use on {}; give a layout with a larger one (--layout)",
+                part.bytes, now.path
+            )));
         }
-        self.parts.push(Part {
+        self.parts.push(SourcePart {
             bytes: part.bytes,
             kind: part.kind,
             name: part.name,
@@ -274,21 +280,21 @@ impl Source {
     }
 }
 
-/// Why a partition of the booted disk is not cloned.
-fn why_not(part: &PartLayout, inventory: &Inventory, table: &[Mount]) -> Result<String> {
-    let what = part.fstype.as_deref().unwrap_or("nothing that is known");
+/// The reason why a partition of the booted disk is not cloned.
+fn why_not_cloned(part: &PartLayout, inventory: &Inventory, table: &[Mount]) -> Result<String> {
+    let content = part.fstype.as_deref().unwrap_or("unknown content");
     let now = inventory.find(&part.partuuid)?;
     let path = now.map_or_else(|| part.partuuid.to_string(), |now| now.path.clone());
     Ok(match now.and_then(|now| table.iter().find(|mount| mount.is_on(now))) {
         Some(mount) => {
-            format!("{path} ({what}) is NOT cloned, although it is mounted on {}: no key names it", mount.at.display())
+            format!("{path} ({content}) is NOT cloned, although it is mounted on {}: no key names it", mount.at.display())
         }
-        None => format!("{path} ({what}) is not cloned: it is mounted nowhere, and no key names it"),
+        None => format!("{path} ({content}) is not cloned: it is mounted nowhere, and no key names it"),
     })
 }
 
-/// How many bytes the file system on a partition has, by one of its mounts.
-fn used(mount: Option<&Mount>, part: &Partition) -> Result<u64> {
+/// The bytes in use in the file system of a partition, by one of its mounts.
+fn used_bytes(mount: Option<&Mount>, part: &Partition) -> Result<u64> {
     let mount = mount.with_context(|| format!("{} is mounted nowhere", part.path))?;
     let stat = nix::sys::statvfs::statvfs(&mount.at).with_context(|| mount.at.display().to_string())?;
     Ok(stat.fragment_size() * (stat.blocks() - stat.blocks_free()))
@@ -305,7 +311,7 @@ mod tests {
         PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-{n:012}")).unwrap()
     }
 
-    /// A disk with an ESP (1), and what is given: the number, and the type of file system.
+    /// A disk with an ESP (1) and the given partitions: number, and type of file system.
     fn inventory(parts: &[(u32, &str)]) -> Inventory {
         let part = |n: u32, fstype: &str, disk: &str| {
             format!(
@@ -332,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_says_what_its_partitions_are_for() {
+    fn roles_follow_from_the_mounts() {
         let is = |found: Result<Vec<(String, PartUuid)>>, expected: &[(&str, u32)]| {
             let expected: Vec<_> = expected.iter().map(|(role, n)| ((*role).to_owned(), id(*n))).collect();
             assert_eq!(found.unwrap(), expected);
@@ -347,20 +353,20 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_is_otherwise_is_refused() {
+    fn an_esp_or_a_root_elsewhere_is_refused() {
         for (mounts, expected) in [
-            (&[(2, "/", "/"), (1, "/boot/efi", "/")][..], "is mounted on /boot/efi; dualroot has it on /boot"),
+            (&[(2, "/", "/"), (1, "/boot/efi", "/")][..], "is mounted on /boot/efi; dualroot needs it on /boot"),
             (&[(2, "/", "/")], "is mounted nowhere"),
-            (&[(2, "/", "/"), (1, "/efi", "/")], "but no partition of its disk on /boot"),
-            (&[(9, "/", "/"), (1, "/boot", "/")], "is no partition of the booted disk"),
+            (&[(2, "/", "/"), (1, "/efi", "/")], "but no partition of its disk is mounted on /boot"),
+            (&[(9, "/", "/"), (1, "/boot", "/")], "is neither a partition of the booted disk"),
         ] {
             let error = found(&[(2, "ext4")], mounts).unwrap_err();
             assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
         }
     }
 
-    /// What a disk has on partitions of so many bytes, by number and role.
-    fn shape(parts: &[(u32, &str, &str, u64)]) -> DiskLayout {
+    /// The layout of a disk: number, role, file system and bytes of each partition.
+    fn layout(parts: &[(u32, &str, &str, u64)]) -> DiskLayout {
         let part = |(n, role, fstype, bytes): &(u32, &str, &str, u64)| PartLayout {
             role: Role::parse_key(role).unwrap(),
             partuuid: id(*n),
@@ -378,28 +384,36 @@ mod tests {
     }
 
     #[test]
-    fn what_can_t_be_made_again_is_refused() {
+    fn partitions_that_can_t_be_cloned_are_refused() {
         const LARGE: u64 = 1 << 60;
         let all = [(2, "ext4"), (3, "swap"), (4, "LVM2_member")];
         let esp = (1, "esp", "vfat", LARGE);
         let table = mounted(&[(1, "/", "/"), (2, "/", "/"), (4, "/", "/")]);
-        let shaped = |parts: &[(u32, &str, &str, u64)], named: &[(Role, u32)]| {
+        let source = |parts: &[(u32, &str, &str, u64)], named: &[(Role, u32)]| {
             let roles = [(Role::Esp, 1)].iter().chain(named).map(|(role, n)| (role.clone(), id(*n))).collect();
-            Source::shaped(shape(parts), "the old one", &inventory(&all), &table, &roles, false)
+            Source::with_layout(layout(parts), "the old one", &inventory(&all), &table, &roles, false)
         };
-        shaped(&[esp, (2, "root", "ext4", 1)], &[(Role::Root, 2)]).unwrap();
+        source(&[esp, (2, "root", "ext4", 1)], &[(Role::Root, 2)]).unwrap();
         for (parts, named, expected) in [
             (
                 &[esp][..],
                 &[(Role::Home, 2)][..],
-                "home= of the booted disk, aaaaaaaa-0000-4000-8000-000000000002, has no like on the old one",
+                "the old one has no partition for home= of the booted disk, aaaaaaaa-0000-4000-8000-000000000002;",
             ),
-            (&[esp, (4, "root", "LVM2_member", 1)], &[(Role::Root, 4)], "holds LVM2_member, which can't be made again; ext2, "),
-            (&[esp, (3, "root", "swap", 1)], &[(Role::Root, 3)], "holds swap, which can't be made again"),
-            (&[esp, (2, "root", "xfs", 1)], &[(Role::Root, 2)], "root= of the booted disk, /dev/x2, holds ext4, and not xfs"),
+            (
+                &[esp, (4, "root", "LVM2_member", 1)],
+                &[(Role::Root, 4)],
+                "holds LVM2_member, which dualroot can't make on another disk; it makes ext2, ",
+            ),
+            (&[esp, (3, "root", "swap", 1)], &[(Role::Root, 3)], "holds swap, which dualroot can't make on another disk"),
+            (
+                &[esp, (2, "root", "xfs", 1)],
+                &[(Role::Root, 2)],
+                "root= of the booted disk, /dev/x2, holds ext4, but the layout has xfs",
+            ),
             (&[(1, "esp", "vfat", 1)], &[], "esp= would have 1 bytes, but "),
         ] {
-            let error = shaped(parts, named).unwrap_err();
+            let error = source(parts, named).unwrap_err();
             assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
         }
     }

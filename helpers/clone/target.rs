@@ -1,4 +1,4 @@
-//! The disk that is to be erased: what is on it, and whether it may be.
+//! The disk to erase: its contents, and whether it may be erased.
 
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
@@ -19,7 +19,7 @@ use crate::devices::inventory::ESP_TYPE;
 use crate::devices::luks;
 use crate::pair::machine::booted_esp;
 
-/// A block device as lsblk shows it, with those that it consists of or is used by.
+/// A block device as lsblk shows it, with its partitions and the devices that use it.
 #[derive(Clone, Debug, Deserialize)]
 struct Device {
     kname: String,
@@ -44,7 +44,7 @@ struct Device {
     children: Vec<Device>,
 }
 
-/// A disk that nothing uses, and that is no disk of the pair.
+/// A disk that is not in use and not in the pair.
 #[derive(Debug)]
 pub struct Target {
     device: Device,
@@ -56,25 +56,25 @@ pub struct Target {
     file: File,
 }
 
-// NAME is for the tree: without it, lsblk prints a list.
+// Without NAME, lsblk prints a list and no tree.
 const COLUMNS: &str =
     "NAME,KNAME,PATH,TYPE,SIZE,MODEL,SERIAL,RO,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTFLAGS,PARTTYPE,MOUNTPOINTS,LOG-SEC";
 
 impl Target {
-    /// Looks at the disk with this path. Where it was not finished, one of its partitions may be among those that are `joined`: devices of
-    /// the shared root, by the kernel's names.
+    /// Probes the disk with this path. If an earlier clone to it was interrupted, its partitions may be among those that have `joined` the
+    /// shared root, which are given by the kernel's names.
     ///
     /// # Errors
-    /// A refusal: no disk, a disk that is mounted or used, or one of the pair.
-    pub fn look(path: &Path, config: Option<&Config>, joined: Option<&[String]>) -> Result<Self> {
+    /// A refusal: no disk, a disk that is mounted or in use, or one of the pair.
+    pub fn probe(path: &Path, config: Option<&Config>, joined: Option<&[String]>) -> Result<Self> {
         let shown = path.display();
-        // udev's links are as good.
+        // The path may be one of udev's links.
         let path = fs::canonicalize(path).map_err(|e| refused(format!("{shown}: {e}; 'lsblk -d' shows the disks")))?;
         let file = File::open(&path).map_err(|e| refused(format!("{shown} can't be opened: {e}")))?;
         let arguments = ["--json".into(), "--bytes".into(), "--output".into(), COLUMNS.into(), path.clone().into_os_string()];
         let read = || {
             let printed = program::output("lsblk", arguments.clone());
-            parse(&printed.map_err(|e| refused(format!("{shown} is no disk that lsblk knows: {e:#}")))?)
+            parse(&printed.map_err(|e| refused(format!("lsblk can't show {shown}: {e:#}; 'lsblk -d' shows the disks")))?)
         };
         let mut device = read()?;
         let open = device.left_open(config);
@@ -87,15 +87,15 @@ impl Target {
         if let Ok((_, esp)) = booted_esp(&Root::new("/")) {
             device.check_booted(esp)?;
         }
-        // A disk is in use as a whole by what uses a part of it.
+        // The kernel holds a whole disk while a partition of it is in use.
         for part in device.all().into_iter().filter(|part| !part.is_among(joined) && (joined.is_empty() || part.r#type == "part"))
         {
             let path = &part.path;
-            // Of a member that was away for a while, the kernel may hold the one that went.
+            // The kernel doesn't hold a device of a mounted btrfs that was unplugged and came back.
             if let Some(uuid) = part.uuid.as_deref().filter(|uuid| Path::new("/sys/fs/btrfs").join(uuid).exists()) {
-                return Err(refused(format!("{path} is a part of a btrfs that is in use, {uuid}; nothing was done")));
+                return Err(refused(format!("{path} belongs to a btrfs that is in use, {uuid}; nothing was done")));
             }
-            // A member of a mounted file system of several devices, or whatever else the kernel itself holds.
+            // The kernel holds each device of a mounted file system, and others that lsblk doesn't show as used.
             let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path);
             opened.map_err(|e| refused(format!("{path} is in use ({e}); nothing was done")))?;
         }
@@ -124,14 +124,14 @@ impl Target {
         !text.is_empty() && (text == self.device.kname || Some(text) == self.serial() || is_path())
     }
 
-    /// The device nodes of its partitions: the ESP first, without which no firmware boots what is left of the others.
+    /// The device nodes of its partitions. The ESP comes first: once it is erased, no firmware boots the others.
     pub fn partitions(&self) -> Vec<&str> {
         let is_esp = |part: &&Device| part.parttype.as_deref().is_some_and(|kind| kind.eq_ignore_ascii_case(ESP_TYPE));
         let (esps, others): (Vec<_>, Vec<_>) = self.device.children.iter().partition(is_esp);
         [esps, others].concat().into_iter().map(|part| part.path.as_str()).collect()
     }
 
-    /// A table of what is on it.
+    /// A table of its contents.
     pub fn table(&self) -> String {
         let device = &self.device;
         let words = [device.model.as_deref().unwrap_or_default().trim(), self.serial().unwrap_or("no serial number")];
@@ -144,7 +144,7 @@ impl Target {
             let _ = writeln!(text, "  {:<16} {:>10} MiB  {fstype:<8} {label:<16} {name}", part.path, mib(part.size));
         }
         if device.unfinished().is_some() {
-            text.push_str("  It was to become a spare, and that was not finished.\n");
+            text.push_str("  A clone to it was interrupted: it was to become a spare, and that was not finished.\n");
         }
         if device.children.is_empty() {
             let _ = writeln!(text, "  {}", device.fstype.as_deref().unwrap_or("no partitions"));
@@ -152,39 +152,42 @@ impl Target {
         text
     }
 
-    /// The ESP of a disk that was to become a spare, where that was not finished.
+    /// The ESP, if it has the mark of an interrupted clone.
     pub fn unfinished(&self) -> Option<PartUuid> {
         self.device.unfinished()
     }
 
-    /// Looks again whether it is the disk that it was: the one that was asked about.
+    /// Checks that its path still leads to the disk that the user was asked about.
     ///
     /// # Errors
-    /// That it isn't.
+    /// A path that leads elsewhere.
     pub fn check_same(&self) -> Result<()> {
         let now = fs::metadata(self.path()).map(|meta| meta.rdev()).ok();
-        let was = self.file.metadata().context("the disk can't be looked at any more")?.rdev();
+        let was = self.file.metadata().context("the disk can't be read any more")?.rdev();
         match now == Some(was) {
             true => Ok(()),
-            false => bail!("{} isn't the disk any more that it was", self.path()),
+            false => {
+                bail!("{} is no longer the disk that you were asked about: that was unplugged, or got another name", self.path())
+            }
         }
     }
 }
 
 impl Device {
+    /// The device and all devices below it.
     fn all(&self) -> Vec<&Self> {
         let mut all = vec![self];
         all.extend(self.children.iter().flat_map(Device::all));
         all
     }
 
-    /// The ESP with the attribute that marks it; see [`crate::clone::plan::UNFINISHED`].
+    /// The ESP, if it has the attribute [`crate::clone::plan::UNFINISHED`].
     fn unfinished(&self) -> Option<PartUuid> {
         let marked = self.children.iter().find(|part| part.partflags.as_deref().is_some_and(is_marked))?;
         marked.partuuid()
     }
 
-    /// The LUKS containers that a clone which was cut has left open: those of no disk of the pair.
+    /// The LUKS containers that an interrupted clone has left open; those of the pair's disks are not among them.
     fn left_open(&self, config: Option<&Config>) -> Vec<PartUuid> {
         let parts = self.children.iter().filter(|part| disk_of(part, config).is_none());
         let open = |part: &Self| {
@@ -195,7 +198,7 @@ impl Device {
         parts.filter_map(open).collect()
     }
 
-    /// The ESP may be mounted nowhere.
+    /// Checks that the ESP that was booted is not on it, which is not seen from the mounts if that is unmounted.
     fn check_booted(&self, esp: PartUuid) -> Result<()> {
         match self.all().into_iter().find(|part| part.partuuid() == Some(esp)) {
             Some(part) => Err(refused(format!("{} is the ESP that this machine was booted from; nothing was done", part.path))),
@@ -217,20 +220,23 @@ fn parse(printed: &[u8]) -> Result<Device> {
     struct Printed {
         blockdevices: Vec<Device>,
     }
-    let printed: Printed = serde_json::from_slice(printed).context("what lsblk printed can't be read")?;
+    let printed: Printed = serde_json::from_slice(printed).context("the output of lsblk can't be understood")?;
     printed.blockdevices.into_iter().next().context("lsblk printed nothing")
 }
 
-/// Whether a partition has the attribute [`crate::clone::plan::UNFINISHED`], among those that lsblk shows: bit 1.
+/// Whether a partition's attributes, as lsblk shows them, have bit 1: [`crate::clone::plan::UNFINISHED`].
 fn is_marked(flags: &str) -> bool {
     flags.strip_prefix("0x").and_then(|hex| u64::from_str_radix(hex, 16).ok()).is_some_and(|bits| bits & 2 != 0)
 }
 
-/// Whatever makes a disk one that isn't erased. Its partitions that are `joined` stay, and are not looked at.
+/// Checks that a disk may be erased. Its partitions that are `joined` stay, and are not checked.
 fn check(device: &Device, config: Option<&Config>, joined: &[String]) -> Result<()> {
     let path = &device.path;
     if device.r#type != "disk" {
-        return Err(refused(format!("{path} is a {}, and no disk; name the whole disk ('lsblk -d' shows them)", device.r#type)));
+        return Err(refused(format!(
+            "{path} is no disk (type {}); name the whole disk ('lsblk -d' shows the disks)",
+            device.r#type
+        )));
     }
     for part in device.all().into_iter().filter(|part| !part.is_among(joined)) {
         if let Some(place) = part.mountpoints.iter().flatten().next() {
@@ -239,8 +245,8 @@ fn check(device: &Device, config: Option<&Config>, joined: &[String]) -> Result<
         }
         if let Some(disk) = disk_of(part, config) {
             return Err(refused(format!(
-                "{} belongs to {disk} of the pair; to make that anew, erase it by hand first ('wipefs -a' on its partitions, then on \
-                 {path}), and clone with '--replace {disk}'",
+                "{} belongs to {disk} of the pair; to make {disk} again on this disk, erase it yourself first ('wipefs -a' on its \
+                 partitions, then on {path}), and run this again with '--replace {disk}'",
                 part.path
             )));
         }
@@ -249,7 +255,7 @@ fn check(device: &Device, config: Option<&Config>, joined: &[String]) -> Result<
         }
     }
     match device.ro {
-        true => Err(refused(format!("{path} is read-only"))),
+        true => Err(refused(format!("{path} is read-only; nothing was done"))),
         false => Ok(()),
     }
 }
@@ -284,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn f04_what_is_in_use_is_not_erased() {
+    fn f04_a_disk_in_use_is_not_erased() {
         check(&device(&node("/dev/sdb", "disk", "")), None, &[]).unwrap();
         let part = |more: &str| format!(r#","children":[{}]"#, node("/dev/sdb1", "part", more));
         check(&device(&node("/dev/sdb", "disk", &part(r#","mountpoints":[null]"#))), None, &[]).unwrap();
@@ -301,12 +307,12 @@ mod tests {
             let found = why(&node("/dev/sdb", "disk", &more), None);
             assert!(found.starts_with(expected), "{found}");
         }
-        assert!(why(&node("/dev/sdb1", "part", ""), None).contains("is a part, and no disk"));
+        assert!(why(&node("/dev/sdb1", "part", ""), None).contains("is no disk (type part)"));
         assert!(why(&node("/dev/sdb", "disk", "").replace("\"ro\":false", "\"ro\":true"), None).contains("read-only"));
     }
 
     #[test]
-    fn containers_that_a_cut_clone_left_open_are_known() {
+    fn containers_that_an_interrupted_clone_left_open_are_known() {
         let id = |n| format!("aaaaaaaa-0000-4000-8000-00000000000{n}");
         let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(3), id(4));
         let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
@@ -323,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn the_esp_is_erased_before_what_it_boots() {
+    fn the_esp_is_erased_first() {
         let parts = [(1, "0fc63daf-8483-4772-8e79-3d69d8477de4"), (2, "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"), (3, ESP_TYPE)];
         let parts = parts.map(|(n, kind)| node(&format!("/dev/sdb{n}"), "part", &format!(r#","parttype":"{kind}""#)));
         let device = device(&node("/dev/sdb", "disk", &format!(r#","children":[{}]"#, parts.join(","))));
@@ -354,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn f04_a_part_of_the_shared_root_is_left_alone_where_the_disk_was_not_finished() {
+    fn f04_a_device_of_the_shared_root_stays_after_an_interrupted_clone() {
         let flags = |flags: &str| format!(r#","partflags":{flags},"partuuid":"aaaaaaaa-0000-4000-8000-000000000001""#);
         let disk = |esp: &str| {
             let esp = node("/dev/sdb1", "part", "").replace(r#","partuuid":null"#, &flags(esp));

@@ -1,8 +1,8 @@
-//! A blank disk becomes the first one of another machine: a tree that rsync(1) has made of a system is copied to it, and gets a name and
-//! identifiers of its own. The machine that does it isn't changed, and what it boots from makes no difference.
+//! Making a blank disk the first one of another machine, from a template: a system's tree that rsync(1) has copied. The copy gets a name and
+//! identifiers of its own. The machine that runs this isn't changed, and it doesn't matter what it boots from.
 //!
-//! What is made of the tree is what a sync makes of the booted disk, by the same code: boot files in the same order, with everything that
-//! names a disk of the template rewritten, and in the end the proof.
+//! The code is that of a sync: boot files are written in the same order, every name of the template's disks is rewritten, and at the end the
+//! disk is proved.
 
 pub mod identity;
 mod needed;
@@ -21,14 +21,14 @@ use crate::base::progress::Progress;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
-use crate::clone::check::{check_programs, look_into};
+use crate::clone::check::{check_programs, scan_boot_partition};
 use crate::clone::disk::NewDisk;
-use crate::clone::plan::{Plan, mib};
-use crate::clone::source::{self, Source};
+use crate::clone::plan::{DiskPlan, mib};
+use crate::clone::source::{self, Source, SourcePart};
 use crate::clone::target::Target;
 use crate::clone::template::identity::HostName;
 use crate::clone::template::origin::{About, Listing, Origin};
-use crate::clone::template::system::{Names, New};
+use crate::clone::template::system::{Names, NewSystem};
 use crate::conf::Config;
 use crate::copy::rules::{self, OldModules};
 use crate::devices::held;
@@ -38,48 +38,49 @@ use crate::names::ids::{DiskIds, PartIds};
 use crate::proof::prove;
 use crate::write::below::{Below, is_link};
 
-/// What is asked for.
+/// An installation that the user asked for.
 #[derive(Clone, Debug)]
-pub struct Wish {
-    /// The disk that is to be erased.
+pub struct Request {
+    /// The disk to erase.
     pub disk: PathBuf,
-    /// What it becomes a copy of.
+    /// The template.
     pub origin: Origin,
-    /// A file of layouts, of which the first counts instead of the template's own.
+    /// A file of layouts, of which the first is used instead of the template's own.
     pub layout: Option<PathBuf>,
 }
 
-/// What will be done.
-pub struct Job {
-    /// The disk that is erased, and what is made on it.
+/// An installation that was checked.
+pub struct InstallPlan {
+    /// The disk to erase, and its new partitions.
     pub disk: NewDisk,
     origin: Origin,
     about: About,
-    /// What is not copied.
+    /// rsync(1) filter rules for the files that are not copied.
     rules: Vec<String>,
-    /// The bytes in all files that are.
+    /// The bytes in all files that are copied.
     bytes: u64,
     left_out: Vec<String>,
 }
 
-impl Job {
-    /// Decides, from what the template is now. Nothing is written.
+impl InstallPlan {
+    /// Plans and checks an installation of the template as it is now. Nothing is written.
     ///
     /// # Errors
-    /// A refusal: what is missing, in the way, or not understood.
-    pub fn plan(root: &Root, wish: &Wish) -> Result<Self> {
+    /// A refusal: something is missing, in the way, or not understood.
+    pub fn new(root: &Root, request: &Request) -> Result<Self> {
         let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
-        let target = Target::look(&wish.disk, config.as_ref(), None)?;
-        let origin = wish.origin.found()?;
-        let about = origin.about(wish.layout.as_deref())?;
+        let target = Target::probe(&request.disk, config.as_ref(), None)?;
+        let origin = request.origin.canonical()?;
+        let about = origin.about(request.layout.as_deref())?;
         let places = boot_places(&about)?;
-        let rules = rules::all("", &identity::left_out(about.machine_id), &[], OldModules::Stay);
+        let rules = rules::all("", &identity::exclude_rules(about.machine_id), &[], OldModules::Stay);
         let trees = about.disk.partitions.iter().filter_map(|part| part.role.as_ref()?.tree());
         let listing = origin.list(&rules, &trees.chain(places.iter().map(|(_, place)| *place)).collect::<Vec<_>>())?;
         if listing.boots.is_empty() {
             let dirs: Vec<&str> = places.iter().map(|(_, place)| *place).collect();
             return Err(refused(format!(
-                "the template {origin} has no boot loader entry in {}; copy what is mounted there, too",
+                "the template {origin} has no menu entry and no unified kernel image in {}; copy the boot partitions into the template, too; \
+                 nothing was done",
                 dirs.join(" or ")
             )));
         }
@@ -88,49 +89,49 @@ impl Job {
         let named = about.ids.iter().flat_map(|disk| disk.parts.values());
         taken.extend(named.flat_map(|part| [part.label.clone(), part.partlabel.clone()]).flatten());
         let fresh_id = || kernel_id(root, "uuid");
-        let plan = Plan::make(&source, DiskName::parse("disk0")?, (target.bytes, target.sector), taken, fresh_id)
+        let plan = DiskPlan::make(&source, DiskName::parse("disk0")?, (target.bytes, target.sector), taken, fresh_id)
             .map_err(|e| refused(format!("{}: {e:#}", target.path())))?;
         check_programs(&plan)?;
         check_files(&origin, &about, &plan, &places)?;
         let bytes = listing.content;
-        let job = Self { disk: NewDisk { target, plan }, origin, about, rules, bytes, left_out: source.left_out };
-        job.check_images(&places)?;
-        Ok(job)
+        let plan = Self { disk: NewDisk { target, plan }, origin, about, rules, bytes, left_out: source.left_out };
+        plan.check_images(&places)?;
+        Ok(plan)
     }
 
-    /// What is there and what will be, for people.
-    pub fn told(&self) -> String {
-        let mut text = self.disk.told("as the first disk of another machine");
+    /// Describes the disk as it is and as it will be.
+    pub fn describe(&self) -> String {
+        let mut text = self.disk.describe("as the first disk of another machine");
         for line in &self.left_out {
             let _ = writeln!(text, "  {line}");
         }
         let _ =
-            writeln!(text, "It is filled from {}, and gets a machine id of its own. This machine stays as it is.", self.origin);
+            writeln!(text, "It is filled from {}, and gets a machine id of its own. This machine is not changed.", self.origin);
         text
     }
 
-    /// Looks again whether the disk may be erased, as somebody may have taken their time to answer.
+    /// Checks again that the disk may be erased, because the user may have taken long to answer.
     ///
     /// # Errors
-    /// A refusal, as for [`Job::plan`].
+    /// A refusal, as for [`InstallPlan::new`].
     pub fn check_again(&self, root: &Root) -> Result<()> {
         self.disk.check_again(root, None)
     }
 
-    /// Does it. The caller holds the lock, and has asked.
+    /// Erases the disk and installs the copy. The caller holds the lock and has asked the user.
     ///
     /// # Errors
-    /// Whatever fails; no firmware boots the disk then.
-    pub fn run(self, root: &Root, name: &HostName, log: &Log) -> Result<()> {
+    /// Any failure; no firmware boots the disk then.
+    pub fn install(self, root: &Root, name: &HostName, log: &Log) -> Result<()> {
         self.disk.partition(log)?;
         self.disk.make_file_systems(None, log)?;
         held::enter_private_namespace()?;
         let inventory = Inventory::read()?;
         let parts = self.disk.parts(&inventory)?;
-        let new = New::mount(&parts, self.names(&parts, root)?)?;
+        let new = NewSystem::mount(&parts, self.names(&parts, root)?)?;
         log.status(&format!("{}: copying {}", self.disk.target.path(), self.origin));
         self.origin.copy(&self.rules, Progress::begin(|| self.bytes), new.root())?;
-        new.make_own(&self.about, &self.disk.plan, name)?;
+        new.personalise(&self.about, &self.disk.plan, name)?;
         new.barrier()?;
         log.status(&format!("{}: writing its boot partitions", self.disk.target.path()));
         let places = boot_places(&self.about)?;
@@ -141,7 +142,7 @@ impl Job {
             bail!("{} would not boot: {}", self.disk.target.path(), faults.join("; "));
         }
         for (_, place) in &places {
-            new.empty(place)?;
+            new.empty_dir(place)?;
         }
         new.release()?;
         self.disk.finish()?;
@@ -149,20 +150,21 @@ impl Job {
         Ok(())
     }
 
-    /// What can't be rewritten is looked for while nothing is erased yet, where that can be read without copying it.
+    /// Checks the boot images for names that can't be rewritten, before anything is erased. A template on another machine can't be checked
+    /// without copying it.
     fn check_images(&self, places: &[(Role, &str)]) -> Result<()> {
         let Origin::Here(dir) = &self.origin else { return Ok(()) };
         let names = needed::finder(&self.old_ids()?)?;
         for (_, place) in places {
             let place = Root::new(dir).path(place);
-            if let (_, Some(fault)) = look_into(&place, &names)? {
+            if let (_, Some(fault)) = scan_boot_partition(&place, &names)? {
                 return Err(refused(format!("{}/{fault}; nothing was done", place.display())));
             }
         }
         Ok(())
     }
 
-    /// What names the template's disks, and its machine.
+    /// The names of the template's disks, and of its machine.
     fn old_ids(&self) -> Result<Vec<DiskIds>> {
         let mut ids = self.about.ids.clone();
         let first = ids.first_mut().context("the template has no disks")?;
@@ -170,13 +172,14 @@ impl Job {
         Ok(ids)
     }
 
+    /// The names of the new disk and machine, and the rewriter to them.
     fn names(&self, parts: &BTreeMap<Role, &Partition>, root: &Root) -> Result<Names> {
         let of = |(role, part): (&Role, &&Partition)| {
             let partuuid = part.partuuid().with_context(|| format!("{} has no PARTUUID", part.path))?;
             let (uuid, label, partlabel) = (part.uuid.clone(), part.label.clone(), part.partlabel.clone());
             Ok((role.clone(), PartIds { uuid, label, partlabel, ..PartIds::new(partuuid) }))
         };
-        // What is rewritten goes from one disk to another.
+        // The rewriter distinguishes disks by their names in the configuration, so the new disk gets one that the template's disks don't have.
         let taken: Vec<DiskName> = self.about.ids.iter().map(|disk| disk.name).collect();
         let name = DiskName::free(&taken)?;
         let mut own = DiskIds { name, parts: parts.iter().map(of).collect::<Result<_>>()? };
@@ -193,9 +196,9 @@ impl Job {
     }
 }
 
-/// What the new machine would wait for in vain, or what can't be written or followed, is looked for while nothing is erased yet, where that
-/// can be read without copying it.
-fn check_files(origin: &Origin, about: &About, plan: &Plan, places: &[(Role, &str)]) -> Result<()> {
+/// Checks the template's files, before anything is erased, for devices that the new machine would wait for in vain, and for links where files
+/// are needed. A template on another machine can't be checked without copying it.
+fn check_files(origin: &Origin, about: &About, plan: &DiskPlan, places: &[(Role, &str)]) -> Result<()> {
     let Origin::Here(dir) = origin else { return Ok(()) };
     let root = Root::new(dir);
     if let Some(fault) = system::links(&root)? {
@@ -208,30 +211,32 @@ fn check_files(origin: &Origin, about: &About, plan: &Plan, places: &[(Role, &st
     for (_, place) in places {
         if top.stat(place.trim_start_matches('/').as_ref())?.is_some_and(|stat| is_link(&stat)) {
             return Err(refused(format!(
-                "{} is a symbolic link; copy what is mounted there to a directory of that name; nothing was done",
+                "{} is a symbolic link; make it a directory with the boot partition's files in the template; nothing was done",
                 root.path(place).display()
             )));
         }
     }
     let read =
         |path: &str| root.read_opt(path).map(Option::unwrap_or_default).with_context(|| format!("{}{path}", dir.display()));
-    let fstab = needed::of_one_disk(&read(system::FSTAB)?, &about.ids, about.disk.name)?;
-    // What names a part that is made will name that.
+    let fstab = needed::without_other_disks(&read(system::FSTAB)?, &about.ids, about.disk.name)?;
+    // Names of partitions that are made will be rewritten.
     let mut made = about.ids.clone();
     made.iter_mut().for_each(|disk| disk.parts.retain(|role, _| plan.parts.iter().any(|part| part.role == *role)));
-    let faults = needed::absent(&fstab, &read(system::CRYPTTAB)?, &needed::finder(&made)?);
+    let faults = needed::missing_devices(&fstab, &read(system::CRYPTTAB)?, &needed::finder(&made)?);
     match faults.is_empty() {
         true => Ok(()),
         false => Err(refused(format!("{}; nothing was done", faults.join("; ")))),
     }
 }
 
-/// Where the template has what belongs on the boot partitions: as [`crate::conf::Disk::boot_places`].
+/// The template's directories with the files of the boot partitions: as [`crate::conf::Disk::boot_places`].
 fn boot_places(about: &About) -> Result<Vec<(Role, &'static str)>> {
     let has = |role: &Role| about.disk.partitions.iter().any(|part| part.role.as_ref() == Some(role));
     for role in [Role::Esp, Role::Root] {
         if !has(&role) {
-            return Err(refused(format!("the layout of the template has no {role}=, which every disk has; nothing was done")));
+            return Err(refused(format!(
+                "the template's layout has no {role}=, which every disk needs; give another layout (--layout); nothing was done"
+            )));
         }
     }
     Ok(match has(&Role::Xbootldr) {
@@ -240,21 +245,21 @@ fn boot_places(about: &About) -> Result<Vec<(Role, &'static str)>> {
     })
 }
 
-/// What fstab has to have lines for: all but the first two, which are mounted before anything reads it.
-fn lines<'a>(about: &About, plan: &'a Plan) -> Result<Vec<(Option<&'a str>, PartUuid, &'a str)>> {
+/// The partitions that fstab needs lines for: all except root and /usr, which are mounted before fstab is read.
+fn fstab_entries<'a>(about: &About, plan: &'a DiskPlan) -> Result<Vec<(Option<&'a str>, PartUuid, &'a str)>> {
     let places = boot_places(about)?;
     let at = |role: &Role| places.iter().find(|(boot, _)| boot == role).map(|(_, place)| *place);
     let parts = plan.parts.iter().filter(|part| !matches!(part.role, Role::Root | Role::Usr));
-    Ok(parts.map(|part| (at(&part.role).or(part.role.tree()), part.partuuid, part.content.told())).collect())
+    Ok(parts.map(|part| (at(&part.role).or(part.role.tree()), part.partuuid, part.content.name())).collect())
 }
 
-/// The partitions that are made, and room for what is copied to them. The root holds the boot files for a while, too.
+/// The partitions to make, with the room that their files need. The root holds the boot files for a while, too.
 fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Result<Source> {
     for disk in &about.ids {
-        // Whatever the layout says: what the key of that machine opens isn't copied to a plain partition.
+        // Whatever the layout says: encrypted files must not end up on a plain partition.
         if let Some((role, _)) = disk.parts.iter().find(|(_, part)| part.container.is_some()) {
             return Err(refused(format!(
-                "{role}= of the template's {} lay in a LUKS container, which is not made from a template; nothing was done",
+                "{role}= of the template's {} was in a LUKS container, and dualroot installs no containers from a template; nothing was done",
                 disk.name
             )));
         }
@@ -263,25 +268,26 @@ fn source(about: &About, places: &[(Role, &str)], listing: &Listing<'_>) -> Resu
     let bytes = |place: &str| listing.bytes.get(place).copied().unwrap_or_default();
     for part in &about.disk.partitions {
         let Some(role) = part.role.clone() else {
-            let what = part.fstype.as_deref().unwrap_or("nothing that is known");
-            made.left_out.push(format!("{} ({what}) is not made: no key named it", part.partuuid));
+            let content = part.fstype.as_deref().unwrap_or("unknown content");
+            made.left_out.push(format!("{} ({content}) is not made: no key named it", part.partuuid));
             continue;
         };
-        let content = source::Content::made_anew(part, &role)?;
+        let content = source::Content::like(part, &role)?;
         if part.container.is_some() {
             return Err(refused(format!(
-                "{role}= of the template lay in a LUKS container, which is not made from a template; nothing was done"
+                "{role}= of the template was in a LUKS container, and dualroot installs no containers from a template; nothing was done"
             )));
         }
         if let Some((_, place)) = places.iter().find(|(of, _)| *of == role).filter(|(_, place)| bytes(place) > part.bytes) {
             return Err(refused(format!(
-                "{place} of the template has {} MiB, more than its {role}= partition, which has {} MiB; nothing was done",
+                "{place} of the template has {} MiB, but its {role}= partition only {} MiB; give a layout with a larger one (--layout); \
+                 nothing was done",
                 mib(bytes(place)),
                 mib(part.bytes)
             )));
         }
         let boot = || places.iter().map(|(_, place)| bytes(place)).sum::<u64>();
-        made.parts.push(source::Part {
+        made.parts.push(SourcePart {
             bytes: part.bytes,
             kind: part.kind.clone(),
             name: part.name.clone(),
@@ -381,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn every_partition_gets_room_for_what_is_copied_to_it() {
+    fn every_partition_gets_room_for_its_files() {
         let about = about(&ROLES);
         let places = boot_places(&about).unwrap();
         assert_eq!(places, [(Role::Esp, "/efi"), (Role::Xbootldr, "/boot")]);
@@ -392,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_made_is_refused() {
+    fn a_layout_that_cannot_be_made_is_refused() {
         let refusal = |about: &About, listed: &[(&'static str, u64)]| {
             let made = boot_places(about).and_then(|places| source(about, &places, &listing(listed)));
             let error = made.unwrap_err();
@@ -402,19 +408,19 @@ mod tests {
         assert!(refusal(&about(&["root"]), &[]).contains("has no esp="));
         assert!(refusal(&about(&["esp", "home"]), &[]).contains("has no root="));
         let found = refusal(&about(&["esp", "root"]), &[("/boot", 101)]);
-        assert!(found.contains("/boot of the template has 101 MiB, more than its esp= partition, which has 100 MiB"), "{found}");
+        assert!(found.contains("/boot of the template has 101 MiB, but its esp= partition only 100 MiB"), "{found}");
         let mut encrypted = about(&["esp", "root"]);
         encrypted.disk.partitions[1].container = Some("x".into());
-        assert!(refusal(&encrypted, &[]).contains("root= of the template lay in a LUKS container"));
-        // Another layout doesn't change what it was.
+        assert!(refusal(&encrypted, &[]).contains("root= of the template was in a LUKS container"));
+        // Another layout doesn't change that its files were encrypted.
         let mut encrypted = about(&["esp", "root"]);
         let root = encrypted.ids[0].parts.get_mut(&Role::Root).unwrap();
         root.container = Some(ContainerIds { uuid: None, label: None });
-        assert!(refusal(&encrypted, &[]).contains("root= of the template's disk0 lay in a LUKS container"));
+        assert!(refusal(&encrypted, &[]).contains("root= of the template's disk0 was in a LUKS container"));
     }
 
     /// A tree that was copied, on one file system.
-    fn copied(files: &[(&str, &str)]) -> (tempfile::TempDir, New) {
+    fn copied(files: &[(&str, &str)]) -> (tempfile::TempDir, NewSystem) {
         let tmp = tempfile::tempdir().unwrap();
         for (path, text) in files {
             let path = tmp.path().join(path.trim_start_matches('/'));
@@ -422,7 +428,7 @@ mod tests {
             fs::write(path, text).unwrap();
         }
         let (top, below) = (tmp.path().to_owned(), Below::open(tmp.path()).unwrap());
-        (tmp, New { held: BTreeMap::new(), top, below, generation: None, names: names() })
+        (tmp, NewSystem { held: BTreeMap::new(), top, below, generation: None, names: names() })
     }
 
     #[test]
@@ -430,9 +436,10 @@ mod tests {
         let roles = ["esp", "root", "swap", "home"];
         let plan = {
             let source = source(&about(&roles), &[(Role::Esp, "/boot")], &listing(&[])).unwrap();
-            let mut plan =
-                Plan::make(&source, DiskName::parse("disk0").unwrap(), (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1)))
-                    .unwrap();
+            let mut plan = DiskPlan::make(&source, DiskName::parse("disk0").unwrap(), (2000 * MIB, 512), [].into(), || {
+                Ok(Uuid::from_u128(1))
+            })
+            .unwrap();
             plan.parts.iter_mut().for_each(|part| part.partuuid = id(NEW, part.role.key()));
             plan
         };
@@ -459,7 +466,7 @@ mod tests {
         let mut about = about(&roles);
         about.ids.push(ids("disk1", SPARE, 0xd0a1, &roles));
         about.ids[1].parts.retain(|role, _| matches!(role, Role::Esp | Role::Root));
-        new.make_own(&about, &plan, &name).unwrap();
+        new.personalise(&about, &plan, &name).unwrap();
         let read = |path: &str| fs::read_to_string(tmp.path().join(path.trim_start_matches('/'))).unwrap();
         for (path, expected) in [
             ("/etc/machine-id", format!("{new_id}\n")),
@@ -485,12 +492,12 @@ mod tests {
         // A link to the machine id stays one.
         fs::remove_file(tmp.path().join("var/lib/dbus/machine-id")).unwrap();
         symlink("/etc/machine-id", tmp.path().join("var/lib/dbus/machine-id")).unwrap();
-        new.make_own(&about, &plan, &name).unwrap();
+        new.personalise(&about, &plan, &name).unwrap();
         assert!(tmp.path().join("var/lib/dbus/machine-id").is_symlink());
     }
 
     #[test]
-    fn an_entry_boots_the_new_root_or_does_not() {
+    fn entries_boot_the_new_root_or_another() {
         let (_tmp, new) = copied(&[]);
         let old = format!("options root=PARTUUID={} ro\nlinux /{}/linux\n", id(OLD, "root"), Uuid::from_u128(0xd0a1).simple());
         assert_eq!(new.boots_root(old.as_bytes()), Some(false));
@@ -513,13 +520,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_mended_later_is_refused_before_the_disk_is_erased() {
+    fn faults_that_cannot_be_fixed_later_are_refused_before_the_disk_is_erased() {
         let (tmp, _) = copied(&[("/etc/fstab", &format!("PARTUUID={} / ext4\n", id(OLD, "root"))), ("/boot/x", "")]);
         let (origin, about) = (Origin::Here(tmp.path().to_owned()), about(&["esp", "root"]));
         let places = boot_places(&about).unwrap();
         let source = source(&about, &places, &listing(&[])).unwrap();
         let disk0 = DiskName::parse("disk0").unwrap();
-        let plan = Plan::make(&source, disk0, (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1))).unwrap();
+        let plan = DiskPlan::make(&source, disk0, (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1))).unwrap();
         let check = || check_files(&origin, &about, &plan, &places);
         check().unwrap();
         let refusal = || {
@@ -555,27 +562,27 @@ mod tests {
         let (about, name) = (about(&roles), HostName::parse("other").unwrap());
         let source = source(&about, &[(Role::Esp, "/boot")], &listing(&[])).unwrap();
         let disk0 = DiskName::parse("disk0").unwrap();
-        let plan = Plan::make(&source, disk0, (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1))).unwrap();
-        new.make_own(&about, &plan, &name).unwrap();
+        let plan = DiskPlan::make(&source, disk0, (2000 * MIB, 512), [].into(), || Ok(Uuid::from_u128(1))).unwrap();
+        new.personalise(&about, &plan, &name).unwrap();
         assert!(tmp.path().join("etc/hosts").is_symlink() && tmp.path().join("etc/machine-info").is_symlink());
         assert_eq!(fs::read(tmp.path().join("usr/x")).unwrap(), b"pair");
         link("../usr/x", "etc/crypttab");
-        let error = new.make_own(&about, &plan, &name).unwrap_err().to_string();
+        let error = new.personalise(&about, &plan, &name).unwrap_err().to_string();
         assert!(error.contains("/etc/crypttab -> ../usr/x of the template"), "{error}");
         assert!(new.copied_boot_files("/boot").unwrap().files.contains_key("vmlinuz"));
         link(tmp.path().join("boot").to_str().unwrap(), "efi");
         for place in ["/efi", "/none"] {
             let error = new.copied_boot_files(place).unwrap_err();
-            assert!(format!("{error:#}").contains("has to be a directory and no link"), "{error:#}");
+            assert!(format!("{error:#}").contains("has to be a directory, not a link"), "{error:#}");
         }
     }
 
     #[test]
-    fn a_machine_that_would_wait_in_vain_is_found_in_the_end() {
+    fn devices_that_the_boot_would_wait_for_in_vain_are_found_in_the_end() {
         let fstab = format!("PARTUUID={} / ext4\nUUID=gone /data ext4\nUUID=gone /more ext4 nofail\n", id(NEW, "root"));
         let (_tmp, new) = copied(&[("/etc/fstab", &fstab), ("/etc/crypttab", "x /dev/sdz1\n"), ("/usr/x", "")]);
         let faults = new.prove(&[].into()).unwrap();
-        let waits: Vec<&String> = faults.iter().filter(|fault| fault.contains("the boot wait for")).collect();
+        let waits: Vec<&String> = faults.iter().filter(|fault| fault.contains("make the boot wait for")).collect();
         assert!(
             matches!(&waits[..], [one, other] if one.contains("line 1 (x) needs /dev/sdz1") && other.contains("line 2 (/data) needs UUID=gone")),
             "{faults:?}"
@@ -585,9 +592,9 @@ mod tests {
     #[test]
     fn boot_files_leave_an_empty_mount_point() {
         let (tmp, new) = copied(&[("/boot/a/b/c", ""), ("/boot/vmlinuz", ""), ("/etc/x", "")]);
-        new.empty("/boot").unwrap();
+        new.empty_dir("/boot").unwrap();
         assert_eq!(fs::read_dir(tmp.path().join("boot")).unwrap().count(), 0);
         assert!(tmp.path().join("etc/x").exists());
-        new.empty("/efi").unwrap_err();
+        new.empty_dir("/efi").unwrap_err();
     }
 }

@@ -1,4 +1,4 @@
-//! /etc/dualroot.conf with one more disk in it, every other line kept as it is.
+//! Adding a disk to /etc/dualroot.conf; every other line stays as it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -16,21 +16,20 @@ pub const FILE: &str = "/etc/dualroot.conf";
 /// A configuration that isn't in force yet.
 #[derive(Clone, Debug)]
 pub struct Draft {
-    /// What [`FILE`] is to hold.
+    /// The new text of [`FILE`].
     pub text: Vec<u8>,
-    /// What all files say then.
+    /// The configuration that this text and the other files make.
     pub config: Config,
 }
 
 /// The partitions that a section names.
 pub type Section = BTreeMap<Role, PartUuid>;
 
-/// The configuration with these partitions for `name`: a new section at the end, or the values of the section that is there, replaced.
-/// Where there is no configuration, `first` is the section of the booted disk, which comes before, and what lies in LUKS containers is
-/// said; else that is there.
+/// Drafts the configuration with these partitions for `name`: a new section at the end, or new values in the section that is there.
+/// Where there is no configuration yet, `first` is the section of the booted disk, which is written before, with `luks=` in front.
 ///
 /// # Errors
-/// A refusal where the files, changed in that way, don't say that: somebody has to do it by hand.
+/// A refusal where the files, changed in this way, don't give these partitions: the user has to edit them.
 pub fn draft(
     root: &Root,
     first: Option<&(DiskName, Section)>,
@@ -43,15 +42,16 @@ pub fn draft(
     let old = at.map(|(_, text)| text.clone()).unwrap_or_default();
     let by_hand = || {
         format!(
-            "{FILE} can't be changed line by line; have every disk's section there and nowhere else, one key a line; nothing was done"
+            "{FILE} can't be changed line by line; write every disk's section there and nowhere else, one key a line, and run this again; \
+             nothing was done"
         )
     };
     let old = String::from_utf8(old).ok().with_context(|| refused(format!("{FILE} is not UTF-8; {}", by_hand())))?;
     let text = match has_section(&old, name) {
-        true => replaced(&old, name, section),
-        false => appended(&old, first, name, section, luks),
+        true => replace_values(&old, name, section),
+        false => append_section(&old, first, name, section, luks),
     };
-    // A main file in /etc is the one that counts.
+    // A main file in /etc would hide the one that is in force.
     if at.is_none() && sources.iter().any(|(file, _)| !file.contains(".conf.d/")) {
         return Err(refused(by_hand()));
     }
@@ -61,8 +61,13 @@ pub fn draft(
     let config = config.with_context(|| refused(by_hand()))?;
     if let Some(role) = luks.symmetric_difference(&config.settings.luks).next() {
         return Err(refused(format!(
-            "luks= in the configuration has to say what lies in LUKS containers, but {role}= {}; see dualroot.conf(5); nothing was done",
-            if luks.contains(role) { "does, and is not named" } else { "does not, and is named" }
+            "{role}= {}; luks= in the configuration has to name exactly the LUKS containers; correct it, see dualroot.conf(5); nothing was \
+             done",
+            if luks.contains(role) {
+                "is a LUKS container, but luks= does not name it"
+            } else {
+                "is no LUKS container, but luks= names it"
+            }
         )));
     }
     match config.disks.iter().find(|disk| disk.name == name).is_some_and(|disk| disk.parts == *section) {
@@ -71,7 +76,7 @@ pub fn draft(
     }
 }
 
-/// The lowest name that no disk has. The booted disk is disk0 where nothing is configured.
+/// The lowest name that no disk has. Where nothing is configured, the booted disk is disk0.
 ///
 /// # Errors
 /// A thousand disks.
@@ -85,7 +90,7 @@ pub fn free_name(config: Option<&Config>) -> Result<DiskName> {
 
 fn section_text(name: DiskName, section: &Section) -> String {
     let mut text = format!("[{name}]\n");
-    // As people write it: what boots first.
+    // In the usual order: boot partitions first.
     let boot = section.iter().filter(|(role, _)| role.is_boot());
     for (role, partuuid) in boot.chain(section.iter().filter(|(role, _)| !role.is_boot())) {
         let _ = writeln!(text, "{role}={partuuid}");
@@ -93,7 +98,13 @@ fn section_text(name: DiskName, section: &Section) -> String {
     text
 }
 
-fn appended(old: &str, first: Option<&(DiskName, Section)>, name: DiskName, section: &Section, luks: &BTreeSet<Role>) -> String {
+fn append_section(
+    old: &str,
+    first: Option<&(DiskName, Section)>,
+    name: DiskName,
+    section: &Section,
+    luks: &BTreeSet<Role>,
+) -> String {
     let mut text = old.to_owned();
     if !text.is_empty() {
         text.push_str(if text.ends_with('\n') { "\n" } else { "\n\n" });
@@ -109,7 +120,7 @@ fn appended(old: &str, first: Option<&(DiskName, Section)>, name: DiskName, sect
     text + &section_text(name, section)
 }
 
-/// The section that begins with this line, if one does.
+/// The name of the section that begins with this line, if one does.
 fn section_of(line: &str) -> Option<&str> {
     line.trim().strip_prefix('[')?.strip_suffix(']').map(str::trim)
 }
@@ -118,7 +129,7 @@ fn has_section(text: &str, name: DiskName) -> bool {
     text.lines().any(|line| section_of(line) == Some(&name.to_string()))
 }
 
-fn replaced(old: &str, name: DiskName, section: &Section) -> String {
+fn replace_values(old: &str, name: DiskName, section: &Section) -> String {
     let name = name.to_string();
     let mut inside = false;
     let mut text = String::new();
@@ -184,21 +195,21 @@ mod tests {
         let (_tmp, root) = with(&[]);
         let expected = format!("[disk0]\nesp={}\nroot={}\n\n[disk1]\nesp={}\nroot={}\n", id(0), id(1), id(10), id(11));
         assert_eq!(text(&root, true, 1).unwrap(), expected);
-        // What is there and says nothing stays.
+        // A file without disks stays as it is.
         let (_tmp, root) = with(&[("etc/dualroot.conf", "# Nothing yet.\n[dualroot]\nsettle=1")]);
         assert_eq!(text(&root, true, 1).unwrap(), format!("# Nothing yet.\n[dualroot]\nsettle=1\n\n{expected}"));
         assert_eq!((free_name(None).unwrap(), disk(1)), (disk(1), disk(1)));
     }
 
     #[test]
-    fn what_lies_in_containers_is_said() {
+    fn luks_containers_are_named_in_the_configuration() {
         let (_tmp, root) = with(&[]);
         let found = text_with(&root, true, 1, &[Role::Root]).unwrap();
         assert!(found.starts_with(&format!("[dualroot]\nluks=root\n\n[disk0]\nesp={}\n", id(0))), "{found}");
         let pair = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(0), id(1), id(2), id(3));
         for (text, luks, expected) in [
-            (pair.clone(), &[Role::Root][..], "root= does, and is not named"),
-            (format!("{pair}[dualroot]\nluks=root\n"), &[], "root= does not, and is named"),
+            (pair.clone(), &[Role::Root][..], "root= is a LUKS container, but luks= does not name it"),
+            (format!("{pair}[dualroot]\nluks=root\n"), &[], "root= is no LUKS container, but luks= names it"),
         ] {
             let (_tmp, root) = with(&[("etc/dualroot.conf", &text)]);
             let error = text_with(&root, false, 1, luks).unwrap_err();
@@ -225,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_have_to_be_guessed_is_left_to_people() {
+    fn files_that_would_need_guessing_are_refused() {
         let pair = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(0), id(1), id(2), id(3));
         let elsewhere = [("usr/lib/dualroot.conf", pair.as_str())];
         let later = [
@@ -238,7 +249,7 @@ mod tests {
             let (_tmp, root) = with(files);
             let error = text(&root, false, 1).unwrap_err();
             assert!(
-                error.is::<Refused>() && error.to_string().contains("have every disk's section there"),
+                error.is::<Refused>() && error.to_string().contains("write every disk's section there"),
                 "{files:?}: {error:#}"
             );
         }

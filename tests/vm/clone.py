@@ -61,13 +61,13 @@ def check_refusals(pair):
                 r"printf '[disk%s]\nesp=aaaaaaaa-0000-4000-8000-%012u\nroot=aaaaaaaa-0000-4000-8000-%012u\n' 0 1 2 1 3 4 >/run/others")
     for what, arguments, expected in (
             ("the booted disk", f"--yes-erase {device('A')} {device('A')}", "is mounted on"),
-            ("a partition of it", f"--yes-erase {device('A')}-part1 {device('A')}-part1", "and no disk"),
-            ("a disk without a word", device("B"), "nobody is there to be asked"),
-            ("a disk by another's name", f"--yes-erase A {device('B')}", "is not what /dev/"),
+            ("a partition of it", f"--yes-erase {device('A')}-part1 {device('A')}-part1", "is no disk (type part)"),
+            ("a disk without a word", device("B"), "there is no terminal to ask on; confirm with"),
+            ("a disk by another's name", f"--yes-erase A {device('B')}", "is neither the name nor the serial number of /dev/"),
             ("a disk that isn't there", "--yes-erase X /dev/disk/by-id/virtio-X", "No such file"),
             ("a disk that is too small", f"--yes-erase T {device('T')}", "it is too small"),
-            ("a place that no disk has", f"--replace disk7 --yes-erase B {device('B')}", "there is no [disk7]"),
-            ("a file", "--yes-erase X /etc/fstab", "is no disk that lsblk knows"),
+            ("a place that no disk has", f"--replace disk7 --yes-erase B {device('B')}", "has no section [disk7]"),
+            ("a file", "--yes-erase X /etc/fstab", "lsblk can't show /etc/fstab"),
             ("a layout that isn't there", f"--layout /etc/layout.json --yes-erase B {device('B')}", "/etc/layout.json: No such file"),
             ("a layout of other disks", f"--layout /run/layout.json --yes-erase B {device('B')}", "holds no layout of disk1")):
         refused(pair, what, arguments, expected)
@@ -92,7 +92,7 @@ def check_refusals(pair):
     if pair.own:
         refuse_initrd(pair)
     else:
-        refused(pair, "a shared root with a swap file in it", f"--shared-root --yes-erase B {device('B')}", "is in use as swap space",
+        refused(pair, "a shared root with a swap file in it", f"--shared-root --yes-erase B {device('B')}", "is a swap file in use",
                 "touch /swap && chattr +C /swap && fallocate -l 16M /swap && chmod 600 /swap && mkswap -q /swap && swapon /swap",
                 "swapoff /swap && rm /swap")
     written = machine.run(f"cmp -n 67108864 {device('B')} /dev/zero && ls /etc/dualroot.conf 2>/dev/null || true")
@@ -120,7 +120,9 @@ def refuse_answers(pair):
     def pull():
         pair.machine.unplug("B")
         return "B"
-    for what, answer, expected in (("another disk's name", "A", "is not what /dev/"), ("a disk that is pulled", pull, "the disk any more")):
+    for what, answer, expected in (
+            ("another disk's name", "A", "is neither the name nor the serial number of /dev/"),
+            ("a disk that is pulled", pull, "is no longer the disk that you were asked about")):
         code, said = answered(pair, device("B"), ("To erase it", answer))
         pair.report.check(f"refused: {what}, typed", code == 3 and expected in said, (code, said))
     plug(pair.machine, "B", pair.disks["B"])
@@ -149,7 +151,7 @@ def refuse_luks(pair, initrd):
         machine.run("update-initramfs -u", 900)
     plug(machine, "T", blank(machine.directory / "t.raw", size(pair)))
     for what, arguments, expected in (
-            ("nobody to ask for a passphrase", "", "nobody is there to be asked for a passphrase"),
+            ("nobody to ask for a passphrase", "", "there is no terminal to ask for a passphrase on"),
             ("another passphrase", "--key-file /etc/hostname ", "does not open the LUKS container")):
         code, said = machine.status(f"dualroot-clone {arguments}--yes-erase T {device('T')} </dev/null 2>&1", 300)
         report.check(f"refused: {what}", code == 3 and expected in said, (code, said))
@@ -251,8 +253,8 @@ def check_named(pair):
     other = f"--yes-erase kernels {device('kernels')}"
     for what, arguments, expected in (
             ("a disk of the pair", f"--yes-erase B {device('B')}", "belongs to disk1 of the pair"),
-            ("the place of a disk that is there", f"--replace disk1 {other}", "disk1 is there"),
-            ("a shared root beside one's own", f"--shared-root {other}", "each disk has a root of its own")):
+            ("the place of a disk that is there", f"--replace disk1 {other}", "disk1 is still there"),
+            ("a shared root instead of one's own", f"--shared-root {other}", "each disk has a root of its own")):
         refused(pair, what, arguments, expected)
     machine.run(f"wipefs -q -a {device('B')}-part* && wipefs -q -a {device('B')} && rm /etc/dualroot.conf && systemctl daemon-reload && "
                 "udevadm settle")
@@ -360,7 +362,7 @@ def install(pair, booted, initrd):
     command = f"dualroot-clone --template {{}} --yes-erase T {device('T')}"
     for what, origin, expected, exit_status in (
             ("a template without a machine id", "/srv", "/srv has no /etc/machine-id", 3),
-            ("one without a name", TEMPLATE, "nobody is there to be asked; '--hostname NAME'", 3),
+            ("one without a name", TEMPLATE, "there is no terminal to ask on; give the name of the new machine with '--hostname NAME'", 3),
             ("a name that is none", f"{TEMPLATE} --hostname a_b", "is no host name", 2),
             ("one in the place of a disk", f"{TEMPLATE} --replace disk0", "cannot be used with", 2)):
         code, said = machine.status(f"{command.format(origin)} </dev/null 2>&1", 300)

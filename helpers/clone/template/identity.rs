@@ -1,4 +1,4 @@
-//! What makes the copy of a template a machine of its own: its name, its machine id, and what it doesn't take over.
+//! The identity of a copy of a template: its host name, its machine id, and the files that it doesn't take over.
 
 use std::fmt;
 
@@ -9,17 +9,16 @@ use crate::base::types::{DirPath, PartUuid, Role};
 use crate::names::fstab;
 use crate::names::ids::{DiskIds, PartIds};
 
-/// Where a system has its machine id (machine-id(5)).
+/// The file with a system's machine id (machine-id(5)).
 pub const MACHINE_ID: &str = "/etc/machine-id";
-/// Where D-Bus has it, if that is no link.
+/// D-Bus's file with it, usually a link.
 pub const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
-/// Where a system has its name (hostname(5)).
+/// The file with a system's name (hostname(5)).
 pub const HOST_NAME: &str = "/etc/hostname";
-/// Files that may name the machine, beside those that name disks: see kernel-install(8).
+/// Files that may name the machine, in addition to those that name disks: see kernel-install(8).
 pub const NAMING: [&str; 2] = ["/etc/kernel/entry-token", "/etc/machine-info"];
 
-/// What stays with the machine that the template was made of, as rsync filter rules: what nobody else may have, and what is said of its
-/// disks.
+/// rsync filter rules for files that stay with the machine that the template was made of: its secrets, and statements about its disks.
 const OWN: [&str; 7] = [
     "- /etc/ssh/ssh_host_*_key",
     "- /etc/ssh/ssh_host_*_key.pub",
@@ -46,7 +45,7 @@ impl HostName {
         };
         if text.len() > 64 || !text.split('.').all(is_label) {
             bail!(
-                "'{}' is no host name: letters, digits and hyphens, none of these at an end, with dots between them, and not more than 64 in all",
+                "'{}' is no host name; it has up to 64 characters: labels of letters, digits and inner hyphens, separated by dots",
                 text.escape_debug()
             );
         }
@@ -65,16 +64,16 @@ impl fmt::Display for HostName {
     }
 }
 
-/// The name that a file has, as [`HOST_NAME`] is written.
+/// The name in a file like [`HOST_NAME`].
 pub fn host_name(file: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(file);
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     lines.next().map(str::to_owned)
 }
 
-/// hosts(5) with another name in the place of a machine's old one, also where that is the first part of a longer name. An alias
-/// that is the first part of the old one becomes that of the new one. Addresses and comments stay. `localhost` is everybody's.
-pub fn renamed(hosts: &[u8], old: &str, new: &HostName) -> Vec<u8> {
+/// Replaces a machine's old name in hosts(5) by the new one, also where it is the first part of a longer name. An alias that is the first
+/// part of the old name becomes that of the new one. Addresses, comments and `localhost` stay.
+pub fn rename_host(hosts: &[u8], old: &str, new: &HostName) -> Vec<u8> {
     let mut out = Vec::with_capacity(hosts.len());
     let alias = old.split('.').next().unwrap_or_default();
     for line in hosts.split_inclusive(|b| *b == b'\n') {
@@ -99,18 +98,17 @@ pub fn renamed(hosts: &[u8], old: &str, new: &HostName) -> Vec<u8> {
     out
 }
 
-/// The id that a file like [`MACHINE_ID`] holds.
+/// The id in a file like [`MACHINE_ID`].
 ///
 /// # Errors
-/// One that holds none.
+/// A file without one.
 pub fn machine_id(file: &[u8]) -> Result<Uuid> {
     let text = std::str::from_utf8(file).unwrap_or_default().trim();
     let id = Uuid::try_parse(text).ok().filter(|id| text.len() == 32 && !id.is_nil());
     id.with_context(|| format!("'{}' is no machine id of 32 hexadecimal digits", text.escape_debug()))
 }
 
-/// Has a disk's identifiers tell of the machine's, too: where that is written, and what is to be written instead, is found in the same
-/// way.
+/// Adds the machine id to a disk's identifiers, so that it is found and rewritten together with them.
 ///
 /// # Errors
 /// None in practice.
@@ -120,16 +118,15 @@ pub fn add_machine_id(disk: &mut DiskIds, id: Uuid) -> Result<()> {
     Ok(())
 }
 
-/// rsync's filter rules for what isn't copied of a machine with this id.
-pub fn left_out(id: Uuid) -> Vec<String> {
+/// rsync's filter rules for the files that aren't copied from a machine with this id.
+pub fn exclude_rules(id: Uuid) -> Vec<String> {
     let journal = format!("- /var/log/journal/{}", id.simple());
     OWN.iter().map(|rule| (*rule).to_owned()).chain([journal]).collect()
 }
 
-/// fstab with a line for each of these partitions that it has none for: on the machine that the template was made of,
-/// dualroot-generator(8) mounted them, by a configuration that doesn't come along. Each is where it is mounted (None for swap space), what
-/// it is, and its type.
-pub fn with_lines(old: &[u8], parts: &[(Option<&str>, PartUuid, &str)]) -> Vec<u8> {
+/// Adds a line to fstab for each of these partitions that has none: on the template's machine, dualroot-generator(8) mounted them by a
+/// configuration that isn't copied. Each is given by its mount point (None for swap space), its PARTUUID and its type.
+pub fn add_lines(old: &[u8], parts: &[(Option<&str>, PartUuid, &str)]) -> Vec<u8> {
     let mut text = old.to_vec();
     for (at, partuuid, fstype) in parts {
         if fstab::lines(old).any(|line| at.map_or_else(|| line.is_swap(), |at| line.is_at(at))) {
@@ -173,23 +170,23 @@ mod tests {
     }
 
     #[test]
-    fn the_old_name_goes_from_hosts() {
+    fn the_old_name_is_replaced_in_hosts() {
         let other = HostName::parse("other.example.net").unwrap();
         let old = "127.0.0.1\tlocalhost pair\n# pair is here\n  127.0.1.1 pair.example.org  PAIR # pair\npair pair\n::1 pairs repair x.pair\n\n10.0.0.1";
         let expected = "127.0.0.1\tlocalhost other.example.net\n# pair is here\n  127.0.1.1 other.example.org  other.example.net # pair\n\
             pair other.example.net\n::1 pairs repair x.pair\n\n10.0.0.1";
-        assert_eq!(String::from_utf8(renamed(old.as_bytes(), "pair", &other)).unwrap(), expected);
-        assert_eq!(renamed(old.as_bytes(), "localhost", &other), old.as_bytes());
+        assert_eq!(String::from_utf8(rename_host(old.as_bytes(), "pair", &other)).unwrap(), expected);
+        assert_eq!(rename_host(old.as_bytes(), "localhost", &other), old.as_bytes());
         let long = "1 pair.example.org pair Pair repair pair.other localhost";
         let renamed_long = "1 other.example.net other other repair pair.other localhost";
-        assert_eq!(String::from_utf8(renamed(long.as_bytes(), "pair.example.org", &other)).unwrap(), renamed_long);
+        assert_eq!(String::from_utf8(rename_host(long.as_bytes(), "pair.example.org", &other)).unwrap(), renamed_long);
         let everybodys = b"::1 localhost.localdomain localhost";
-        assert_eq!(renamed(everybodys, "localhost.localdomain", &other), everybodys);
-        assert_eq!(renamed(b"1 pair pair", "pair", &HostName::parse("a").unwrap()), b"1 a a");
+        assert_eq!(rename_host(everybodys, "localhost.localdomain", &other), everybodys);
+        assert_eq!(rename_host(b"1 pair pair", "pair", &HostName::parse("a").unwrap()), b"1 a a");
     }
 
     #[test]
-    fn a_machine_id_is_what_systemd_takes() {
+    fn a_machine_id_is_valid_if_systemd_takes_it() {
         let text = "d0a1c0ded0a1c0ded0a1c0ded0a1c0de";
         assert_eq!(machine_id(format!("{text}\n").as_bytes()).unwrap().simple().to_string(), text);
         for text in ["", "uninitialized\n", "d0a1c0de-d0a1-c0de-d0a1-c0ded0a1c0de", "00000000000000000000000000000000"] {
@@ -222,16 +219,16 @@ mod tests {
         assert_eq!(rewriter.rewrite(a.to_uppercase().as_bytes()), b.as_bytes(), "FAT knows no case");
         let named = rewriter.foreign(format!("/{a}/linux").as_bytes());
         assert!(matches!(&named[..], [name] if name.contains("/etc/machine-id of disk0")), "{named:?}");
-        assert!(left_out(machine_id(a.as_bytes()).unwrap()).contains(&format!("- /var/log/journal/{a}")));
-        assert!(left_out(Uuid::from_u128(1)).contains(&format!("- {}", crate::names::crypttab::KEY)));
+        assert!(exclude_rules(machine_id(a.as_bytes()).unwrap()).contains(&format!("- /var/log/journal/{a}")));
+        assert!(exclude_rules(Uuid::from_u128(1)).contains(&format!("- {}", crate::names::crypttab::KEY)));
     }
 
     #[test]
-    fn what_the_generator_mounted_gets_lines() {
+    fn partitions_that_the_generator_mounted_get_lines() {
         let id = |n: u32| PartUuid::parse(&format!("aaaaaaaa-0000-4000-8000-00000000000{n}")).unwrap();
         let parts =
             [(Some("/boot"), id(1), "vfat"), (Some("/home"), id(2), "ext4"), (Some("/a b"), id(3), "xfs"), (None, id(4), "swap")];
-        let text = with_lines(b"UUID=x / ext4\nLABEL=h //home/ ext4", &parts);
+        let text = add_lines(b"UUID=x / ext4\nLABEL=h //home/ ext4", &parts);
         assert_eq!(
             String::from_utf8(text).unwrap(),
             format!(
@@ -243,6 +240,6 @@ mod tests {
             )
         );
         let whole = b"a /boot vfat\nb /home ext4\nc /a\\040b xfs\nd none swap";
-        assert_eq!(with_lines(whole, &parts), whole);
+        assert_eq!(add_lines(whole, &parts), whole);
     }
 }

@@ -1,5 +1,5 @@
-//! What fstab(5) and crypttab(5) of a template have its copy wait for: lines about another disk go, and what nothing of the new one answers
-//! to is found.
+//! The devices that the copy of a template would wait for when it boots: removes fstab(5) lines about other disks, and finds lines whose
+//! device the new disk doesn't have.
 
 use anyhow::Result;
 
@@ -10,14 +10,14 @@ use crate::names::fstab::{self, Line};
 use crate::names::ident::Rewriter;
 use crate::names::ids::DiskIds;
 
-/// What a device is named by; and where one is, if not by that.
+/// The tags that name a device, and the paths that do.
 const TAGS: [&[u8]; 4] = [b"UUID=", b"PARTUUID=", b"LABEL=", b"PARTLABEL="];
 const DEVICES: &[u8] = b"/dev/";
 const MAPPED: &[u8] = b"/dev/mapper/";
-/// Swap space in memory is on no disk.
+/// Swap space in memory, which is on no disk.
 const MEMORY: &[u8] = b"/dev/zram";
 
-/// Finds what names these disks.
+/// Finds the names of these disks.
 ///
 /// # Errors
 /// A refusal: those of [`Rewriter::finder`].
@@ -25,12 +25,12 @@ pub(super) fn finder(disks: &[DiskIds]) -> Result<Rewriter> {
     Rewriter::finder(disks).map_err(|e| refused(format!("{e:#}")))
 }
 
-/// fstab without what it says of the template's spares: rewritten, it would be said of the new disk. `first` is the disk that the template
-/// was made of, unless fstab has the root on another one, as after a failover.
+/// Removes the lines about the template's spares from fstab, which would otherwise be rewritten into lines about the new disk. `first` is the
+/// disk that the template was made of, unless fstab has the root on another one, as after a failover.
 ///
 /// # Errors
 /// As [`finder`].
-pub(super) fn of_one_disk(fstab: &[u8], disks: &[DiskIds], first: DiskName) -> Result<Vec<u8>> {
+pub(super) fn without_other_disks(fstab: &[u8], disks: &[DiskIds], first: DiskName) -> Result<Vec<u8>> {
     let finders = disks.iter().map(|disk| Ok((disk.name, finder(std::slice::from_ref(disk))?))).collect::<Result<Vec<_>>>()?;
     let named = |line: &Line<'_>| -> Vec<DiskName> {
         finders.iter().filter(|(_, finder)| !finder.foreign(line.spec.raw).is_empty()).map(|(name, _)| *name).collect()
@@ -44,14 +44,14 @@ pub(super) fn of_one_disk(fstab: &[u8], disks: &[DiskIds], first: DiskName) -> R
     Ok(fstab::without(fstab, |line| is_a_spares(line) || is_anothers(line)))
 }
 
-/// Whether it is one of the places where spares are mounted, or below one.
+/// Whether the line mounts something where spares are mounted, or below.
 fn is_a_spares(line: &Line<'_>) -> bool {
     let place = line.mount_point().unwrap_or_default();
     place.strip_prefix(b"/mnt/root").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
-/// Lines that boot waits for, and whose device nothing that `own` finds answers to, one sentence a line.
-pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<String> {
+/// One sentence for each line that the boot waits for and whose device is none of the disk whose names `own` finds.
+pub(super) fn missing_devices(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<String> {
     let is_absent = |spec: &[u8]| {
         let is_device = TAGS.iter().any(|tag| spec.starts_with(tag)) || spec.starts_with(DEVICES);
         is_device && !spec.starts_with(MEMORY) && own.foreign(spec).is_empty()
@@ -63,8 +63,8 @@ pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<Strin
     let mut opened = Vec::new();
     let mut fault = |path: &str, number: usize, what: &[u8], spec: &[u8]| {
         faults.push(format!(
-            "{path} would have the boot wait for a device that the new disk hasn't got: line {number} ({}) needs {}; take it out of the \
-             template's, or give it nofail",
+            "{path} would make the boot wait for a device that the new disk does not have: line {number} ({}) needs {}; in the template's \
+             file, remove the line or add nofail to it",
             what.escape_ascii(),
             spec.escape_ascii()
         ));
@@ -83,7 +83,7 @@ pub(super) fn absent(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<Strin
     }
     for line in fstab::lines(fstab).filter(Line::is_needed_at_boot) {
         let spec = line.spec.text();
-        // As it stands there, too: labels may be escaped.
+        // The raw text counts, too: labels may be escaped.
         if is_absent(&spec) && is_absent(line.spec.raw) && !opened.iter().any(|path| **path == *spec) {
             fault("/etc/fstab", line.number, &line.file.text(), &spec);
         }
@@ -112,28 +112,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_of_spares_goes() {
+    fn lines_about_spares_are_removed() {
         let roles = [Role::Esp, Role::Root, Role::Swap];
         let disks = [disk("disk0", 'a', &roles), disk("disk1", 'b', &roles)];
         let own = "# on UUID=BAAA-0001\nUUID=AAAA-0001 / ext4\nLABEL=esp\\040a /boot vfat\n/dev/sda2 none swap\nUUID=x /data ext4\ntmpfs /tmp tmpfs\n";
         let others = "UUID=BAAA-0000 /efi2 vfat\n/dev/sdb2 none swap\nUUID=BAAA-0001 /mnt/root1 ext4 noauto\n/dev/sdz /mnt/root22/boot vfat\n";
         let first = disks[0].name;
-        let left = of_one_disk(format!("{own}{others}/dev/sdz /mnt/rootless ext4\n").as_bytes(), &disks, first).unwrap();
+        let left = without_other_disks(format!("{own}{others}/dev/sdz /mnt/rootless ext4\n").as_bytes(), &disks, first).unwrap();
         assert_eq!(String::from_utf8(left).unwrap(), format!("{own}/dev/sdz /mnt/rootless ext4\n"));
         // It was made after a failover.
         let text = b"UUID=BAAA-0001 / ext4\n/dev/sda2 none swap\n/dev/sdb2 none swap\n";
-        assert_eq!(of_one_disk(text, &disks, first).unwrap(), b"UUID=BAAA-0001 / ext4\n/dev/sdb2 none swap\n");
+        assert_eq!(without_other_disks(text, &disks, first).unwrap(), b"UUID=BAAA-0001 / ext4\n/dev/sdb2 none swap\n");
     }
 
     #[test]
-    fn what_the_new_disk_has_not_got_is_found() {
+    fn devices_that_the_new_disk_lacks_are_found() {
         let own = finder(&[disk("disk0", 'a', &[Role::Esp, Role::Root])]).unwrap();
         let crypttab = "# a UUID=c\ns PARTUUID=aaaaaaaa-0000-4000-8000-000000000001 /dev/urandom swap\n";
         let fine = "PARTUUID=AAAAAAAA-0000-4000-8000-000000000001 / ext4\nUUID=\"AAAA-0000\" /boot vfat\nLABEL=root\\040a /a ext4\n\
             /dev/disk/by-uuid/AAAA-0000 /b vfat\ntmpfs /tmp tmpfs\n/srv/a /srv/b none bind\nproc /proc proc\nhost:/dev/x /nfs nfs\n\
             /dev/zram0 none swap\n/dev/mapper/s none swap\nUUID=gone /c ext4 nofail\n/dev/sr0 /media/cd iso9660 ro,noauto\n\
             /dev/sdq /d ext4 x-systemd.automount\n";
-        assert_eq!(absent(fine.as_bytes(), crypttab.as_bytes(), &own), [""; 0]);
+        assert_eq!(missing_devices(fine.as_bytes(), crypttab.as_bytes(), &own), [""; 0]);
         for line in [
             "UUID=BBBB-0000 /boot vfat umask=0077 0 2",
             "UUID=bbbbbbbb-0000-4000-8000-000000000001 /data ext4",
@@ -144,7 +144,7 @@ mod tests {
             "/dev/mapper/data /data ext4",
             "/dev/disk/by-id/x-part1 /data ext4",
         ] {
-            let faults = absent(format!("{fine}{line}\n").as_bytes(), crypttab.as_bytes(), &own);
+            let faults = missing_devices(format!("{fine}{line}\n").as_bytes(), crypttab.as_bytes(), &own);
             assert!(
                 matches!(&faults[..], [fault] if fault.contains("line 14 (") && fault.contains("/etc/fstab")),
                 "{line}: {faults:?}"
@@ -156,7 +156,7 @@ mod tests {
             ("data UUID=x none luks,nofail", 0),
             ("data UUID=x - noauto", 0),
         ] {
-            assert_eq!(absent(b"", format!("{crypttab}{line}\n").as_bytes(), &own).len(), count, "{line}");
+            assert_eq!(missing_devices(b"", format!("{crypttab}{line}\n").as_bytes(), &own).len(), count, "{line}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where a template is, and what can be known of it before a disk is erased.
+//! A template's place, and its properties, which are read before a disk is erased.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -23,25 +23,25 @@ use crate::write::below::Below;
 use crate::write::state;
 
 const RUN: &str = "/run/dualroot";
-/// Where what another machine says of its template is kept while it is looked at.
+/// A directory for files of a template on another machine, while they are read.
 const PLACE: &str = "/run/dualroot/template";
 
-/// What dualroot has kept in a template of its disks: see [`gpt`] and [`crate::names::idstore`].
+/// dualroot's own records in a template: see [`gpt`] and [`crate::names::idstore`].
 const LAYOUT: &str = "/var/lib/dualroot/layout.json";
 const IDENTIFIERS: &str = "/var/lib/dualroot/identifiers.json";
 
-/// What ssh(1) needs of the environment to find keys.
+/// The environment variables by which ssh(1) finds keys.
 const FOR_SSH: [&str; 2] = ["SSH_AUTH_SOCK", "HOME"];
 
-/// A connection that stays for others (ControlPersist) would be a process that has its directory on the new disk.
+/// No shared connection: one that stays open (ControlPersist) is a process whose working directory is on the new disk.
 const SSH: &str = "--rsh=ssh -oControlMaster=no -oControlPath=none";
 
-/// Where a template is: a tree as rsync(1) makes it of a system.
+/// The place of a template: a tree that rsync(1) has made of a system.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Origin {
     /// In a directory of this machine.
     Here(PathBuf),
-    /// In a directory of another one, which ssh(1) reaches.
+    /// In a directory of another machine, which ssh(1) reaches.
     There {
         /// The host, as ssh(1) takes it, perhaps with a user in front.
         host: String,
@@ -70,10 +70,10 @@ impl Origin {
         };
         let dir = dir.strip_prefix(':').unwrap_or(dir);
         if dir.starts_with(':') || text.starts_with("rsync://") {
-            bail!("'{}' is a template on an rsync daemon; ssh is what is known here, as HOST:DIRECTORY", text.escape_debug());
+            bail!("'{}' is a template on an rsync daemon; only ssh is supported: HOST:DIRECTORY", text.escape_debug());
         }
         let is_odd = |c: char| c.is_control() || c.is_whitespace();
-        // What ssh gets as the host is what is behind a user, without brackets.
+        // ssh gets the host without the user and without brackets.
         let name = host.rsplit('@').next().unwrap_or_default();
         let name = name.strip_prefix('[').unwrap_or(name).trim_end_matches(']');
         let is_option = host.starts_with('-') || name.starts_with('-');
@@ -83,11 +83,11 @@ impl Origin {
         Ok(Self::There { host: host.to_owned(), dir: dir.to_owned() })
     }
 
-    /// The same, wherever one is.
+    /// The origin with an absolute path, if it is on this machine.
     ///
     /// # Errors
     /// A refusal for a directory that isn't there.
-    pub fn found(&self) -> Result<Self> {
+    pub fn canonical(&self) -> Result<Self> {
         let Self::Here(dir) = self else { return Ok(self.clone()) };
         let found = dir.canonicalize().map_err(|e| refused(format!("the template {self}: {e}")))?;
         match found.is_dir() {
@@ -96,11 +96,11 @@ impl Origin {
         }
     }
 
-    /// rsync's arguments for all of the template, to the directory that it is run in.
+    /// rsync's arguments for copying the whole template to the working directory.
     fn arguments(&self, options: &[&str], rules: &[String]) -> Vec<OsString> {
         let remote: &[&str] = match self {
             Self::Here(_) => &[],
-            // Whatever is in a name is a part of it.
+            // No shell on the other side interprets the name.
             Self::There { .. } => &[SSH, "--protect-args"],
         };
         let mut source = match self {
@@ -128,7 +128,7 @@ impl Origin {
         rsync::run_rsync(command, target).with_context(|| format!("the template {self}"))
     }
 
-    /// Copies all of it to below a handle, and what is mounted there, but what the rules leave out.
+    /// Copies the template below a handle and what is mounted there, except for files that the rules exclude.
     ///
     /// # Errors
     /// As [`rsync::run_rsync`].
@@ -143,36 +143,36 @@ impl Origin {
         }
     }
 
-    /// How much there is to be copied of each of these directories, of which those inside others count for themselves, as `/home` or `""`.
+    /// Lists the files to copy, for each of these directories, such as `/home` or `""`. One inside another counts for itself.
     ///
     /// # Errors
-    /// A refusal, where that can't be read.
+    /// A refusal, where the template can't be read.
     pub fn list<'p>(&self, rules: &[String], places: &[&'p str]) -> Result<Listing<'p>> {
         let options = ["--dry-run", "--archive", "--hard-links", "--out-format=%i %l /%n"];
-        let said = in_an_empty_directory(|dir| self.rsync(&options, rules, Stdio::piped(), dir));
+        let said = in_scratch_directory(|dir| self.rsync(&options, rules, Stdio::piped(), dir));
         Ok(Listing::parse(&said.map_err(nothing_done)?, places))
     }
 
-    /// What it says of itself; `shape` is a file of layouts that counts instead of its own.
+    /// Reads the template's properties; `layout` is a file of layouts that is used instead of its own.
     ///
     /// # Errors
-    /// A refusal, where it can't be reached, or lacks something.
-    pub fn about(&self, shape: Option<&Path>) -> Result<About> {
+    /// A refusal, where the template can't be reached, or lacks something.
+    pub fn about(&self, layout: Option<&Path>) -> Result<About> {
         if let Self::Here(dir) = self {
-            return About::read(&Root::new(dir), self, shape);
+            return About::read(&Root::new(dir), self, layout);
         }
         let paths = ["/etc/", MACHINE_ID, HOST_NAME, "/var/", "/var/lib/", "/var/lib/dualroot/", LAYOUT, IDENTIFIERS];
         let rules: Vec<String> = paths.iter().map(|path| format!("+ {path}")).chain(["- *".to_owned()]).collect();
-        in_an_empty_directory(|dir| {
+        in_scratch_directory(|dir| {
             let copied = self.rsync(&["--recursive", "--copy-links"], &rules, Stdio::null(), dir);
             copied.map_err(nothing_done)?;
-            About::read(&Root::new(PLACE), self, shape)
+            About::read(&Root::new(PLACE), self, layout)
         })
     }
 }
 
-/// Does something with a directory of one's own that is there for so long.
-fn in_an_empty_directory<T>(act: impl FnOnce(&Below) -> Result<T>) -> Result<T> {
+/// Calls `act` with an empty directory, which is removed afterwards.
+fn in_scratch_directory<T>(act: impl FnOnce(&Below) -> Result<T>) -> Result<T> {
     let run = state::open(Path::new(RUN))?;
     let name = PLACE.strip_prefix(RUN).unwrap_or_default().trim_start_matches('/').as_ref();
     run.clear(name)?;
@@ -191,54 +191,52 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// What a template says of the system that it was made of.
+/// A template's properties: the system that it was made of.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct About {
     /// The id of the machine.
     pub machine_id: Uuid,
     /// Its name.
     pub host_name: Option<String>,
-    /// What the disk is made like.
+    /// The layout of its disks.
     pub disk: DiskLayout,
-    /// What names that machine's disks.
+    /// The names of its disks.
     pub ids: Vec<DiskIds>,
 }
 
 impl About {
-    /// Reads it in the tree, or in what was copied of that; `shown` is for people.
-    fn read(root: &Root, shown: &Origin, shape: Option<&Path>) -> Result<Self> {
+    /// Reads them in the tree, or in a copy of some of its files; messages name the template as `shown`.
+    fn read(root: &Root, shown: &Origin, layout: Option<&Path>) -> Result<Self> {
         let has = |path: &str| {
             let read = root.read_opt(path).map_err(|e| refused(format!("the template {shown}: {path} can't be read: {e}")))?;
-            read.ok_or_else(|| refused(format!("the template {shown} has no {path}; {}", what_to_do(path))))
+            read.ok_or_else(|| refused(format!("the template {shown} has no {path}; {}", advice(path))))
         };
         let id = identity::machine_id(&has(MACHINE_ID)?);
-        let machine_id =
-            id.map_err(|e| refused(format!("the template {shown}: {MACHINE_ID}: {e}; {}", what_to_do(MACHINE_ID))))?;
-        let disks = match shape {
+        let machine_id = id.map_err(|e| refused(format!("the template {shown}: {MACHINE_ID}: {e}; {}", advice(MACHINE_ID))))?;
+        let disks = match layout {
             Some(file) => gpt::load_all(file).map_err(|e| refused(format!("{e:#}")))?,
             None => parse(LAYOUT, &has(LAYOUT)?, shown)?,
         };
         let ids: Vec<DiskIds> = parse(IDENTIFIERS, &has(IDENTIFIERS)?, shown)?;
         if ids.is_empty() || !ids.iter().all(|disk| disk.parts.contains_key(&Role::Root)) {
             return Err(refused(format!(
-                "the template {shown} is of a machine whose disks share one root ({IDENTIFIERS} has no root of a disk); only one with a root \
-                 on each disk can be installed"
+                "the template {shown} is of a machine whose disks share one root ({IDENTIFIERS} names no root of a disk), and such a template \
+                 can't be installed; nothing was done"
             )));
         }
         let host_name = root.read_opt(HOST_NAME).ok().flatten().and_then(|file| identity::host_name(&file));
-        // Those of a pair have the same partitions.
+        // The disks of a pair have the same partitions.
         let disk = disks.into_iter().next();
-        let disk =
-            disk.ok_or_else(|| refused(format!("the template {shown}: no disk is in its layout; {}", what_to_do(LAYOUT))))?;
+        let disk = disk.ok_or_else(|| refused(format!("the template {shown}: its layout has no disk; {}", advice(LAYOUT))))?;
         check(&disk).map_err(|e| {
-            let file = shape.map_or_else(|| format!("the template {shown}: {LAYOUT}"), |file| file.display().to_string());
-            refused(format!("{file}: {e:#}; {}", what_to_do(LAYOUT)))
+            let file = layout.map_or_else(|| format!("the template {shown}: {LAYOUT}"), |file| file.display().to_string());
+            refused(format!("{file}: {e:#}; {}", advice(LAYOUT)))
         })?;
         Ok(Self { machine_id, host_name, disk, ids })
     }
 }
 
-/// A layout comes from another machine, and what is in it goes to sfdisk and mkfs.
+/// Checks a layout: it comes from another machine, and its texts go to sfdisk and mkfs.
 fn check(disk: &DiskLayout) -> Result<()> {
     const LARGEST: u64 = 1 << 60;
     let mut roles = BTreeSet::new();
@@ -250,13 +248,13 @@ fn check(disk: &DiskLayout) -> Result<()> {
         let is_odd = |text: &str| text.contains(|c: char| c.is_control() || c == '"');
         let texts = [Some(&part.attributes), part.fstype.as_ref()];
         if let Some(text) = texts.into_iter().flatten().find(|text| is_odd(text)) {
-            bail!("{of} has '{}', with characters that belong into no attribute and no type", text.escape_debug());
+            bail!("{of} has '{}' as an attribute or type, which can't have such characters", text.escape_debug());
         }
         if part.bytes > LARGEST {
             bail!("{of} has {} bytes, more than any disk", part.bytes);
         }
         if let Some(role) = part.role.as_ref().filter(|role| !roles.insert(*role)) {
-            bail!("{of} is {role}=, and another one is, too");
+            bail!("{of} is {role}=, and so is another one");
         }
     }
     Ok(())
@@ -264,32 +262,33 @@ fn check(disk: &DiskLayout) -> Result<()> {
 
 fn parse<T: DeserializeOwned>(path: &str, bytes: &[u8], shown: &Origin) -> Result<T> {
     serde_json::from_slice(bytes)
-        .map_err(|e| refused(format!("the template {shown}: {path} can't be understood ({e}); {}", what_to_do(path))))
+        .map_err(|e| refused(format!("the template {shown}: {path} can't be understood ({e}); {}", advice(path))))
 }
 
-fn what_to_do(path: &str) -> &'static str {
+/// The remedy for a file of the template that is missing or can't be used.
+fn advice(path: &str) -> &'static str {
     match path {
         LAYOUT => {
-            "run dualroot-sync on the machine that it was made of, and make it again, or give what disks look like by --layout"
+            "run dualroot-sync on the machine that it was made of, and make the template again, or give a layout with --layout; nothing was done"
         }
-        IDENTIFIERS => "run dualroot-sync on the machine that it was made of, and make it again",
-        _ => "make the template again, of a whole system that was booted",
+        IDENTIFIERS => "run dualroot-sync on the machine that it was made of, and make the template again; nothing was done",
+        _ => "make the template again, of a whole system that was booted; nothing was done",
     }
 }
 
-/// What is to be copied.
+/// The amount to copy.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Listing<'p> {
-    /// Bytes on a disk, about, by the directories that were asked for.
+    /// The approximate bytes on a disk, by directory.
     pub bytes: BTreeMap<&'p str, u64>,
-    /// Those of them that have what a boot loader boots, where it looks for that.
+    /// The directories with a menu entry or a unified kernel image in the place where boot loaders search.
     pub boots: Vec<&'p str>,
-    /// Bytes that are in all files together, each counted once.
+    /// The bytes in all files together, each counted once.
     pub content: u64,
 }
 
 impl<'p> Listing<'p> {
-    /// Reads lines of `%i %l /%n`, as rsync(1) has these.
+    /// Parses lines of rsync's format `%i %l /%n`.
     fn parse(said: &[u8], places: &[&'p str]) -> Self {
         let mut found = Self::default();
         for line in String::from_utf8_lossy(said).lines() {
@@ -303,7 +302,7 @@ impl<'p> Listing<'p> {
             if item.starts_with(">f") {
                 found.content = found.content.saturating_add(size);
             }
-            // Whole blocks, and an inode. A further name of a file is neither.
+            // Whole blocks, and an inode. Another name of a file needs neither.
             let room = if item.starts_with('h') { 0 } else { size.div_ceil(BLOCK).saturating_mul(BLOCK).saturating_add(INODE) };
             let bytes = found.bytes.entry(place).or_default();
             *bytes = bytes.saturating_add(room);
@@ -315,7 +314,7 @@ impl<'p> Listing<'p> {
     }
 }
 
-/// What file systems give room by, usually, and what they take for a file besides.
+/// The usual unit of a file system's space, and its overhead for each file.
 const BLOCK: u64 = 4096;
 const INODE: u64 = 256;
 
@@ -369,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn rsync_is_told_of_the_template_and_nothing_else() {
+    fn rsync_gets_the_template_and_nothing_else() {
         let said = |origin: &Origin, options: &[&str]| -> Vec<String> {
             let rules = ["- /var/lib/dualroot/*".to_owned()];
             origin.arguments(options, &rules).into_iter().map(|arg| arg.into_string().unwrap()).collect()
@@ -385,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_be_copied_is_counted_where_it_will_be() {
+    fn files_are_counted_where_they_will_be() {
         let said = b"cd+++++++++ 4096 /./\n>f+++++++++ 5000 /etc/a b\n>f+++++++++ 10 /home/a\nhf+++++++++ 10 /home/b\n\
             >f+++++++++ 0 /homes\n>f+++++++++ 1 /boot/loader/entries/a.conf\n>f+++++++++ 1 /efi/EFI/BOOT/BOOTX64.EFI\nx y z\n\n";
         let found = Listing::parse(said, &["", "/home", "/boot", "/efi"]);
@@ -398,7 +397,7 @@ mod tests {
 
     #[test]
     fn a_tree_is_listed_as_it_is_copied() {
-        // Where directories are made in /run.
+        // Only root can make directories in /run.
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -415,7 +414,7 @@ mod tests {
         }
         fs::hard_link(from.join("etc/ssh/ssh_config"), from.join("home/same")).unwrap();
         let origin = Origin::Here(from);
-        let rules = identity::left_out(Uuid::from_u128(1));
+        let rules = identity::exclude_rules(Uuid::from_u128(1));
         let listing = origin.list(&rules, &["", "/home", "/boot"]).unwrap();
         assert_eq!(listing.boots, ["/boot"]);
         // Three directories, and a file.
@@ -448,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_without_what_is_needed_is_refused() {
+    fn a_template_without_a_needed_file_is_refused() {
         let part = format!(r#"{{"partuuid":"{ID}","uuid":null,"label":null,"partlabel":null,"paths":[]}}"#);
         let ids = format!(r#"[{{"name":"disk0","parts":{{"root":{part}}}}}]"#);
         let shared = ids.replace("root", "esp");
@@ -472,7 +471,7 @@ mod tests {
             (MACHINE_ID, Some("uninitialized\n"), "/etc/machine-id: 'uninitialized' is no machine id"),
             (LAYOUT, None, "has no /var/lib/dualroot/layout.json; run dualroot-sync on the machine that it was made of"),
             (LAYOUT, Some("{}"), "/var/lib/dualroot/layout.json can't be understood"),
-            (LAYOUT, Some("[]"), "no disk is in its layout"),
+            (LAYOUT, Some("[]"), "its layout has no disk"),
             (IDENTIFIERS, None, "has no /var/lib/dualroot/identifiers.json; run dualroot-sync"),
         ] {
             let (_tmp, origin) = with(path, text);
@@ -490,11 +489,11 @@ mod tests {
         for (parts, expected) in [
             (one.clone(), None),
             (one.replace("0FC63DAF", "x"), Some("which is no GUID")),
-            (one.replace(r#""attributes":"""#, r#""attributes":"a\nb""#), Some("belong into no attribute")),
-            (one.replace(r#""attributes":"""#, r#""attributes":"a\" b""#), Some("belong into no attribute")),
-            (one.replace("ext4", r"ext\u0000"), Some("belong into no attribute")),
+            (one.replace(r#""attributes":"""#, r#""attributes":"a\nb""#), Some("which can't have such characters")),
+            (one.replace(r#""attributes":"""#, r#""attributes":"a\" b""#), Some("which can't have such characters")),
+            (one.replace("ext4", r"ext\u0000"), Some("which can't have such characters")),
             (one.replace(r#""bytes":1"#, r#""bytes":1152921504606846977"#), Some("more than any disk")),
-            (format!("{one},{other}"), Some("is root=, and another one is, too")),
+            (format!("{one},{other}"), Some("is root=, and so is another one")),
         ] {
             let layout = disk(&parts);
             let (_tmp, origin) = template(&[whole[0], whole[1], (LAYOUT, &layout), whole[3]]);
@@ -507,13 +506,13 @@ mod tests {
             }
         }
         let (tmp, origin) = with(LAYOUT, None);
-        let shape = tmp.path().join("shape");
-        fs::write(&shape, layout).unwrap();
-        origin.about(Some(&shape)).unwrap();
+        let file = tmp.path().join("layout");
+        fs::write(&file, layout).unwrap();
+        origin.about(Some(&file)).unwrap();
         let (_tmp, origin) = template(&[whole[0], whole[1], whole[2], (IDENTIFIERS, &shared)]);
         let error = origin.about(None).unwrap_err();
         assert!(error.is::<Refused>() && error.to_string().contains("share one root"), "{error:#}");
-        let error = Origin::Here(tmp.path().join("absent")).found().unwrap_err();
+        let error = Origin::Here(tmp.path().join("absent")).canonical().unwrap_err();
         assert!(error.is::<Refused>(), "{error:#}");
     }
 }

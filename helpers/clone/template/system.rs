@@ -1,4 +1,4 @@
-//! The file systems of a new disk, and the copy of a template on them, which becomes the system of a machine of its own.
+//! The file systems of a new disk, with the copy of a template that becomes a machine of its own.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::boot::entry::Titles;
 use crate::boot::files::{BootFiles, Class};
 use crate::boot::wanted::Wanted;
 use crate::boot::{bootable, offers, order, room, roots, wanted};
-use crate::clone::plan::Plan;
+use crate::clone::plan::DiskPlan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
 use crate::clone::template::needed;
 use crate::clone::template::origin::About;
@@ -28,38 +28,38 @@ use crate::proof::{images, prove};
 use crate::write::below::{self, Below, is_link};
 use crate::write::change::Change;
 
-/// Where the new disk is mounted, in a namespace of one's own.
+/// The mount points for the new disk, in a private mount namespace.
 const PLACES: &str = "/run/dualroot/new";
 pub(super) const FSTAB: &str = "/etc/fstab";
 pub(super) const CRYPTTAB: &str = "/etc/crypttab";
 const HOSTS: &str = "/etc/hosts";
 
-/// What the new disk is known by.
+/// The names of the new disk and machine.
 pub(super) struct Names {
-    /// Replaces what names the template's disks, and its machine.
+    /// Rewrites the names of the template's disks and machine into these.
     pub(super) rewriter: Rewriter,
-    /// Finds what names the new root.
+    /// Finds the names of the new root.
     pub(super) root: Rewriter,
-    /// Finds what names any part of the new disk.
+    /// Finds the names of any partition of the new disk.
     pub(super) own: Rewriter,
     pub(super) machine_id: String,
 }
 
-/// The new disk's file systems, mounted where nobody else sees them.
-pub(super) struct New {
+/// The new disk's file systems, mounted where no other process sees them.
+pub(super) struct NewSystem {
     pub(super) held: BTreeMap<Role, Held>,
-    /// Where the top directory of the new system is.
+    /// The top directory of the new system.
     pub(super) top: PathBuf,
     pub(super) below: Below,
-    /// The one that its root is, where that is btrfs, as on every spare.
+    /// The generation that is its root, where that is btrfs, as on every spare.
     pub(super) generation: Option<Generation>,
     pub(super) names: Names,
 }
 
-impl New {
-    /// Mounts what was made.
+impl NewSystem {
+    /// Mounts the new file systems.
     pub(super) fn mount(parts: &BTreeMap<Role, &Partition>, names: Names) -> Result<Self> {
-        let of = |role: &Role| parts.get(role).copied().with_context(|| format!("there is no {role}="));
+        let of = |role: &Role| parts.get(role).copied().with_context(|| format!("the new disk has no {role}="));
         let mut held = BTreeMap::new();
         let mut hold = |role: &Role, place: &Path| -> Result<()> {
             let mut one = Held::open(of(role)?, place)?;
@@ -82,11 +82,11 @@ impl New {
             generation = Some(first);
         }
         let mut new = Self { below: Below::open(&top)?, held, top, generation, names };
-        // Those in others come behind these.
+        // A mount point inside another tree comes after that tree.
         let mut trees: Vec<(&Role, &str)> = parts.keys().filter_map(|role| Some((role, role.tree()?))).collect();
         trees.sort_by_key(|(_, at)| at.len());
         for (role, at) in trees.into_iter().filter(|(_, at)| !at.is_empty()) {
-            let (below, path) = new.at(at)?;
+            let (below, path) = new.locate(at)?;
             below.apply(&Change::MakeDir(path.to_owned()))?;
             let mut one = Held::open(of(role)?, &new.files().path(at))?;
             one.make_writable()?;
@@ -106,7 +106,7 @@ impl New {
     }
 
     /// The handle of the file system that holds a path of the new system, and the path there.
-    fn at<'p>(&self, path: &'p str) -> Result<(&Below, &'p str)> {
+    fn locate<'p>(&self, path: &'p str) -> Result<(&Below, &'p str)> {
         let trees = self.held.iter().filter_map(|(role, held)| Some((role.tree().filter(|at| !at.is_empty())?, held)));
         let inner = |at: &str| path.strip_prefix(at)?.strip_prefix('/');
         match trees.filter_map(|(at, held)| Some((inner(at)?, held))).min_by_key(|(inner, _)| inner.len()) {
@@ -116,46 +116,46 @@ impl New {
     }
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let (below, path) = self.at(path)?;
+        let (below, path) = self.locate(path)?;
         below.read(path)
     }
 
-    /// What a file holds that may be a link, which leads elsewhere and stays as it is: then nothing.
+    /// A file's content; None for a link, which is not followed.
     fn read_file(&self, path: &str) -> Result<Option<Vec<u8>>> {
         if self.is_file(path)? { self.read(path) } else { Ok(None) }
     }
 
     fn is_file(&self, path: &str) -> Result<bool> {
-        let (below, path) = self.at(path)?;
+        let (below, path) = self.locate(path)?;
         Ok(below.stat(path.as_ref())?.is_some_and(|stat| !is_link(&stat)))
     }
 
     fn write(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
         let file = Rewritten { path: path.to_owned(), bytes };
-        let (below, inner) = self.at(path)?;
+        let (below, inner) = self.locate(path)?;
         let dir = path.strip_suffix(inner).unwrap_or_default();
         below.apply(&file.change(dir, &self.files()))
     }
 
-    /// Has the copied tree be that of a machine of its own, with this disk.
-    pub(super) fn make_own(&self, about: &About, plan: &Plan, name: &HostName) -> Result<()> {
+    /// Gives the copied tree the identity of the new machine and disk.
+    pub(super) fn personalise(&self, about: &About, plan: &DiskPlan, name: &HostName) -> Result<()> {
         if let Some(fault) = links(&self.files())? {
             bail!("{fault}");
         }
         if let Some(fstab) = self.read_file(FSTAB)? {
-            self.write_other(FSTAB, &fstab, needed::of_one_disk(&fstab, &about.ids, about.disk.name)?)?;
+            self.write_changed(FSTAB, &fstab, needed::without_other_disks(&fstab, &about.ids, about.disk.name)?)?;
         }
         for file in files::rewritten(&self.files(), &self.names.rewriter, self.generation, |_| false)? {
             self.write(&file.path, file.bytes)?;
         }
         let fstab = self.read_file(FSTAB)?.unwrap_or_default();
-        self.write_other(FSTAB, &fstab, identity::with_lines(&fstab, &super::lines(about, plan)?))?;
+        self.write_changed(FSTAB, &fstab, identity::add_lines(&fstab, &super::fstab_entries(about, plan)?))?;
         if let (Some(was), Some(hosts)) = (&about.host_name, self.read_file(HOSTS)?) {
-            self.write_other(HOSTS, &hosts, identity::renamed(&hosts, was, name))?;
+            self.write_changed(HOSTS, &hosts, identity::rename_host(&hosts, was, name))?;
         }
         for path in identity::NAMING {
             let old = self.read_file(path)?.unwrap_or_default();
-            self.write_other(path, &old, self.names.rewriter.rewrite(&old))?;
+            self.write_changed(path, &old, self.names.rewriter.rewrite(&old))?;
         }
         self.write(HOST_NAME, format!("{name}\n").into_bytes())?;
         let id = format!("{}\n", self.names.machine_id).into_bytes();
@@ -165,7 +165,8 @@ impl New {
         self.write(identity::MACHINE_ID, id)
     }
 
-    fn write_other(&self, path: &str, old: &[u8], new: Vec<u8>) -> Result<()> {
+    /// Writes a file, if its content changes.
+    fn write_changed(&self, path: &str, old: &[u8], new: Vec<u8>) -> Result<()> {
         if new == old { Ok(()) } else { self.write(path, new) }
     }
 
@@ -174,13 +175,13 @@ impl New {
         self.held.values().try_for_each(|held| held.below()?.apply(&Change::Barrier))
     }
 
-    /// What is on the boot partitions.
+    /// The files on the boot partitions.
     fn boot_files(&self) -> Result<BTreeMap<Role, BootFiles>> {
         let boot = self.held.iter().filter(|(role, _)| role.is_boot());
         boot.map(|(role, held)| Ok((role.clone(), BootFiles::scan(held.below()?).with_context(|| role.to_string())?))).collect()
     }
 
-    /// Whether an entry boots the new root; None where it doesn't say what it boots.
+    /// Whether an entry boots the new root; None where it has no root=.
     pub(super) fn boots_root(&self, entry: &[u8]) -> Option<bool> {
         let mut roots = entry.split(u8::is_ascii_whitespace).filter(|word| word.starts_with(b"root=")).peekable();
         roots.peek()?;
@@ -201,21 +202,21 @@ impl New {
         bootable::retarget(text, &self.names.rewriter, &Titles::default(), self.generation, boots_root)
     }
 
-    /// What the copied tree has for a boot partition. By a link, that would be this machine's.
+    /// The copied tree's files for a boot partition. A link would lead to this machine's files.
     pub(super) fn copied_boot_files(&self, place: &str) -> Result<BootFiles> {
-        let (below, path) = self.at(place)?;
+        let (below, path) = self.locate(place)?;
         let dir = below.sub(path.as_ref()).and_then(|dir| dir.context("it is no directory"));
         let found = dir.and_then(|dir| BootFiles::scan(&dir));
-        found.with_context(|| format!("{place} of the template, which has to be a directory and no link"))
+        found.with_context(|| format!("{place} of the template, which has to be a directory, not a link"))
     }
 
-    /// Fills the boot partitions with what the copied tree has for them, in the order of [`order`]; returns what is to be there.
+    /// Writes the copied tree's boot files to the boot partitions, in the order of [`order`]; returns the wanted files.
     pub(super) fn write_boot_files(&self, places: &[(Role, &str)]) -> Result<BTreeMap<Role, Vec<Wanted>>> {
         let mut source = BTreeMap::new();
         for (role, place) in places {
             source.insert(role, (self.copied_boot_files(place)?, self.files().path(place)));
         }
-        // Older generations, and what only they need, stay behind.
+        // Entries of older generations, and files that only they need, are not written.
         if let Some(newest) = source.values().flat_map(|(files, _)| roots::booted(files)).max() {
             source.values_mut().for_each(|(files, _)| offers::keep_own(files, &newest.subvolume()));
         }
@@ -236,7 +237,7 @@ impl New {
             let (free, cluster) = self.below_of(&part.role)?.free()?;
             match room::shortfall(&steps, &part.role, part.spare, free, cluster) {
                 0 => {}
-                short => bail!("{}= is too small, by {short} bytes; give a larger one by --layout", part.role),
+                short => bail!("{}= is too small by {short} bytes; give a layout with a larger one (--layout)", part.role),
             }
         }
         for step in &steps {
@@ -249,7 +250,7 @@ impl New {
         self.held.get(role).with_context(|| format!("{role}= is not mounted"))?.below()
     }
 
-    /// Why it would not boot as what it is to be, from what is read of it now.
+    /// Reads the new disk again, and says why it would not boot as the new machine.
     pub(super) fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<String>> {
         let found = self.boot_files()?;
         let rewriter = &self.names.rewriter;
@@ -258,15 +259,14 @@ impl New {
         let mut faults = prove::boot_partitions(&parts, rewriter);
         let mut searched = Searched::new(rewriter)?;
         for part in &parts {
-            let place = self.held.get(&part.role).context("a boot partition has gone")?.place();
+            let place = self.held.get(&part.role).context("a boot partition is gone")?.place();
             faults.extend(images::boot_partition(place, part.found, rewriter, &mut searched)?);
-            faults.extend(misnamed(part.found, rewriter).map(|path| format!("{}: {path} bears the template's name", part.role)));
+            faults.extend(misnamed(part.found, rewriter).map(|path| format!("{}: {path} has the template's name", part.role)));
         }
         let texts: Vec<&[u8]> = parts.iter().flat_map(|p| p.found.of(Class::Entry)).filter_map(|f| f.text.as_deref()).collect();
         if self.boots_another(&texts) {
             faults.push(
-                "no entry boots the root that was made: root= names something that the template's identifiers.json doesn't know"
-                    .to_owned(),
+                "no entry boots the new root: root= names a device that the template's identifiers.json does not have".to_owned(),
             );
         }
         let mut files = BTreeMap::new();
@@ -278,7 +278,7 @@ impl New {
         }
         faults.extend(prove::root_files(&files, rewriter, |_| false));
         let text = |path: &str| files.get(path).map(Vec::as_slice).unwrap_or_default();
-        faults.extend(needed::absent(text(FSTAB), text(CRYPTTAB), &self.names.own));
+        faults.extend(needed::missing_devices(text(FSTAB), text(CRYPTTAB), &self.names.own));
         if let Some(current) = self.generation {
             let top = self.below_of(&Role::Root)?;
             faults.extend(generation::prove(top, &roots::booted_roots(&found), current));
@@ -287,42 +287,42 @@ impl New {
             faults.extend(
                 beside
                     .into_iter()
-                    .map(|line| format!("{FSTAB} would have the boot wait for a subvolume that is not there: {line}")),
+                    .map(|line| format!("{FSTAB} would make the boot wait for a subvolume that does not exist: {line}")),
             );
         }
         Ok(faults)
     }
 
-    /// Leaves an empty directory to mount something on.
-    pub(super) fn empty(&self, place: &str) -> Result<()> {
-        let (below, path) = self.at(place)?;
+    /// Empties a directory, which becomes a mount point.
+    pub(super) fn empty_dir(&self, place: &str) -> Result<()> {
+        let (below, path) = self.locate(place)?;
         for name in below.names(path.as_ref())? {
             below.clear(&below::join(path.as_ref(), &name))?;
         }
         Ok(())
     }
 
-    /// Flushes everything, and lets go of it.
+    /// Flushes and unmounts everything.
     pub(super) fn release(self) -> Result<()> {
         drop(self.below);
-        // What is mounted in others comes before these.
+        // Mounts inside other mounts come first.
         self.held.into_values().rev().try_for_each(Held::release)
     }
 }
 
-/// Links in the place of files that are written, as a fault.
+/// A fault that names links in the place of files that have to be written.
 pub(super) fn links(root: &Root) -> Result<Option<String>> {
     let found = files::links(root, &[identity::MACHINE_ID, HOST_NAME])?;
     let list = || {
         format!(
-            "{} of the template: a file that differs by machine can't be a symbolic link; make it a file there",
+            "{} of the template: symbolic links, but these files differ from machine to machine; make them regular files in the template",
             found.join(", ")
         )
     };
     Ok((!found.is_empty()).then(list))
 }
 
-/// Files and directories that are called after what names the template.
+/// The files and directories whose names contain a name of the template.
 pub(super) fn misnamed<'f>(found: &'f BootFiles, rewriter: &Rewriter) -> impl Iterator<Item = &'f String> {
     let paths = found.files.values().map(|file| &file.path).chain(&found.dirs);
     paths.filter(|path| !rewriter.foreign(path.as_bytes()).is_empty())
