@@ -1,16 +1,16 @@
 #!/bin/sh
-# In an initrd with systemd: its mount of a btrfs root of which a disk is missing waits for ever, because udev doesn't call the devices
-# that are there ready. Adds "degraded" to the mount's options, and has udev look at the devices again.
+# In an initrd with systemd, the mount of a btrfs root that lacks a disk waits for ever, because udev doesn't call the other devices ready.
+# Adds "degraded" to the mount's options, and makes udev probe the devices again.
 
 . "${DUALROOT_ROOT-}/usr/lib/dualroot/degraded.sh"
 
-# Whatever made the mount unit: root= on the kernel's command line, or the discovery of partitions.
+# The mount unit comes from root= on the kernel's command line, or from the discovery of partitions.
 device=$(systemctl show --property=What --value sysroot.mount)
 case $device in
     /dev/*) ;;
     *) exit 0 ;;
 esac
-# Until the root, or a part of it, is there: that has a time-out of its own.
+# Waits until the root, or one of its devices, is there; systemd has a time-out for that.
 until [ -e "${DUALROOT_ROOT-}$device" ] && type=$(blkid -p -s TYPE -o value "${DUALROOT_ROOT-}$device"); do
     dualroot_pause
 done

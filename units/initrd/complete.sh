@@ -1,12 +1,12 @@
 # shellcheck shell=sh
-# A copy to this disk that was cut among its last renames: completed before anything of the root is started. Sourced in the initrd, as
+# Completes a copy to this disk that was interrupted among its last renames, before any program of the root starts. Sourced in the initrd, as
 # degraded.sh is, but only where each disk has a root of its own.
 
-# $1: where the root is mounted, and with it /usr. Whatever happens, the boot goes on: dualroot-complete.service tries again.
+# $1: the mount point of the root, with /usr mounted below. If this fails, the boot continues, and dualroot-complete.service tries again.
 dualroot_complete() {
     [ -e "$1/.dualroot" ] || [ -e "$1/usr/.dualroot" ] || return 0
     "${DUALROOT_ROOT-}/usr/lib/dualroot/dualroot-complete" --root="$1" 2>&1 | while IFS= read -r dualroot_line; do
-        # Without a level: the program was not even started.
+        # A line without a level: the program was not even started.
         case $dualroot_line in
             "<"[0-7]">"*) ;;
             *) dualroot_line="<3>$dualroot_line" ;;

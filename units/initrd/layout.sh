@@ -1,8 +1,8 @@
 # shellcheck shell=sh
-# What /etc/dualroot.conf and its drop-ins say, as far as it matters when an initrd is made. Sourced by the hooks of initramfs-tools
-# and of dracut. It finds the files as dualroot itself does: of one name, the most important directory's counts.
+# Questions about /etc/dualroot.conf and its drop-ins that matter when an initrd is made. Sourced by the hooks of initramfs-tools and of
+# dracut. The files are found as dualroot itself finds them: of files with one name, that in the most important directory counts.
 
-# The files, most important main file first. $1 goes before every path.
+# Prints the files, the main file first. $1 goes before every path.
 dualroot_files() {
     for dualroot_dir in /etc /run /usr/local/lib /usr/lib; do
         [ -e "$1$dualroot_dir/dualroot.conf" ] || continue
@@ -40,16 +40,16 @@ dualroot_shared_root() {
     dualroot_configured "${1-}" && ! dualroot_says "${1-}" '^[[:space:]]*root[[:space:]]*=[[:space:]]*[^[:space:]]'
 }
 
-# Whether disks share their root, or nothing is configured yet and they may come to: a disk is cloned with the initrds that there are.
-# What lies on several devices already is somebody else's affair until it is configured, unless dualroot-clone is making it so.
+# Whether disks share their root, or nothing is configured yet and they may do so later: a clone gets the initrds that exist. A root on
+# several devices is not dualroot's until it is configured, unless dualroot-clone is making it one right now.
 dualroot_may_share_root() {
     dualroot_shared_root "${1-}" && return 0
     ! dualroot_configured "${1-}" && dualroot_btrfs_root "${1-}" && [ -x "${1-}/usr/bin/btrfs" ] &&
         { [ -e "${1-}/var/lib/dualroot/joining" ] || ! dualroot_several_devices; }
 }
 
-# Whether the kernel $2 is always booted with the option $1, so that what the initrd needs can be left to that: by every entry that there
-# is, by those that kernel-install(8) will make, and by what was booted now.
+# Whether the kernel $2 is always booted with the option $1, so that the initrd can rely on that: by every entry that exists, by those that
+# kernel-install(8) will make, and by the running system.
 dualroot_boots_with() {
     [ -r "${DUALROOT_ROOT-}/etc/kernel/cmdline" ] || return 1
     for dualroot_file in "${DUALROOT_ROOT-}/etc/kernel/cmdline" "${DUALROOT_ROOT-}/proc/cmdline" \
@@ -62,7 +62,7 @@ dualroot_boots_with() {
     done
 }
 
-# Whether the root is a btrfs of several devices, as far as that can be seen from here.
+# Whether the running system's root is a btrfs of several devices.
 dualroot_several_devices() {
     set -- /sys/fs/btrfs/"$(findmnt -no UUID / 2>/dev/null)"/devinfo/*
     [ $# -gt 1 ]
