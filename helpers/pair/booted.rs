@@ -1,5 +1,5 @@
-//! Noting that a disk was booted. What is done on it from now on is on no other (failure mode 7), whatever else is out of order on the
-//! machine: so this asks for nothing but the disk's own ESP.
+//! Noting that a disk was booted, because changes from then on are on this disk only (failure mode 7). This needs the disk's own ESP and
+//! nothing else, so that it works whatever else is wrong with the machine.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -15,15 +15,15 @@ use crate::pair::lineage::Record;
 use crate::pair::machine::booted_esp;
 use crate::write::below::Below;
 
-/// Where the ESP of a booted disk may be mounted (Boot Loader Specification, UAPI.1).
+/// The directories where the ESP of a booted disk may be mounted (Boot Loader Specification, UAPI.1).
 const PLACES: [&str; 2] = ["/efi", "/boot"];
 
-/// Notes in the booted disk's record that it was booted, and which spares aren't there. Nothing where dualroot isn't configured.
+/// Notes in the booted disk's record that it was booted, and which spares are missing. Does nothing where dualroot isn't configured.
 ///
 /// # Errors
-/// An ESP that can't be told, isn't mounted, or can't be written; a record that can't be read.
+/// An ESP that is unknown, isn't mounted, or can't be written; a record that can't be read.
 pub fn note(root: &Root) -> Result<()> {
-    // A configuration that is wrong is the sync's to complain of.
+    // The sync reports a wrong configuration.
     match Config::load(root) {
         Ok(None) => Ok(()),
         Ok(Some(config)) => note_with(root, Some(&config)),
@@ -41,7 +41,9 @@ pub fn note_with(root: &Root, config: Option<&Config>) -> Result<()> {
     let table = mounts::table()?;
     let is_there = |dir: &&str| mounts::at(&table, Path::new(dir)).is_some_and(|mount| mount.is_of(device) && mount.root == "/");
     let dir = PLACES.into_iter().find(is_there).ok_or_else(|| {
-        refused(format!("the booted ESP {esp} is mounted neither on /efi nor on /boot, so that the boot can't be noted on it"))
+        refused(format!(
+            "the booted ESP {esp} is mounted neither on /efi nor on /boot, so the boot can't be noted on it; mount it there"
+        ))
     })?;
     let below = Below::open(Path::new(dir))?;
     let booted = config.and_then(|config| config.booted(&esp));

@@ -1,9 +1,9 @@
 //! A shared btrfs root after a time without one of its disks.
 //!
-//! The initrd leaves a record in /run when it had to mount the root degraded, and tmpfiles.d(5) keeps it on the root. Another one is in
-//! an EFI variable, by which the initrd of the disk that was away knows that it was (failure mode 29); a disk that drops out while the
-//! machine runs is noted there, too. Once the disk is back, dualroot-heal.service brings it what was written meanwhile (btrfs scrub, then
-//! balance), and removes both. Until then the disk's half is old, and can't be relied on: alone, it is not mounted.
+//! The initrd leaves a record in /run when it mounts the root degraded, and tmpfiles.d(5) copies it to the root. Another record is an EFI
+//! variable, from which the initrd of the disk that was away learns that it is old (failure mode 29). It is also written when a disk drops out
+//! while the machine runs. Once the disk is back, dualroot-heal.service updates it (btrfs scrub, then balance), and removes both records. Until
+//! then the disk's half is old, and is not mounted alone.
 
 use std::path::Path;
 
@@ -27,21 +27,21 @@ const NAME: &str = "degraded";
 /// The namespace of dualroot's variable, which units/initrd/degraded.sh writes.
 pub(crate) const VENDOR: Uuid = uuid!("5e3df885-f0ed-4d14-bd72-a97d06c0619f");
 
-/// How a shared root stands.
+/// The state of a shared root.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Root {
-    /// Every disk that is there holds all of it, or each disk has its own.
+    /// Every disk holds all of it, or each disk has a root of its own.
     Whole,
     /// It is mounted without one of its disks, or one has dropped out since.
     Degraded,
-    /// It was, and the disk that was away is behind still.
+    /// It was degraded, and the disk that was away is not healed yet.
     Behind,
 }
 
-/// How this machine's root stands.
+/// Probes the state of this machine's root.
 ///
 /// # Errors
-/// What is mounted, or what the kernel shows of it, can't be read.
+/// Mounts, or the kernel's view of the file system, that can't be read.
 pub fn look(root: &Directory, config: &Config) -> Result<Root> {
     if config.layout() == Layout::OwnRoots {
         return Ok(Root::Whole);
@@ -49,18 +49,18 @@ pub fn look(root: &Directory, config: &Config) -> Result<Root> {
     let mounted = Mounted::look(root)?;
     Ok(match () {
         () if root.exists(NOW) || mounted.as_ref().is_some_and(Mounted::lacks_a_device) => Root::Degraded,
-        // A system that was powered off early, or lost a disk while it ran, has only the second.
+        // A system that was powered off early, or lost a disk while it ran, has the record in the firmware only.
         () if root.exists(KEPT) || mounted.is_some_and(|mounted| is_in_firmware(root, &mounted)) => Root::Behind,
         () => Root::Whole,
     })
 }
 
-/// Whether there is a variable, and it is about this file system.
+/// Whether the variable exists and is about this file system.
 fn is_in_firmware(root: &Directory, mounted: &Mounted) -> bool {
-    variable(root).is_some_and(|value| said_of(&value, &mounted.uuid).is_some())
+    variable(root).is_some_and(|value| recorded_devices(&value, &mounted.uuid).is_some())
 }
 
-/// What the variable says. One that can't be read tells the initrd nothing, either.
+/// The variable's text. The initrd can't use a variable that can't be read, either.
 fn variable(root: &Directory) -> Option<String> {
     let value = EfiVars::open(root)?.get(&alone()).ok()?;
     value.map(|(_, value)| String::from_utf8_lossy(&value).into_owned())
@@ -70,28 +70,28 @@ fn alone() -> Variable {
     Variable::new_with_vendor("DualrootAlone", VENDOR)
 }
 
-/// The devices that go on of the file system with this UUID, where the variable is about that.
-fn said_of<'a>(value: &'a str, uuid: &Uuid) -> Option<&'a str> {
+/// The up-to-date devices of the file system with this UUID, if the variable is about that.
+fn recorded_devices<'a>(value: &'a str, uuid: &Uuid) -> Option<&'a str> {
     value.strip_prefix(&uuid.to_string())?.strip_prefix(' ')
 }
 
-/// What the variable is to say, as in units/initrd/degraded.sh, when it says `was`, and the root goes on with the devices that are `here`.
-/// None where all that are here have stayed behind already, which that is not to forget.
+/// The variable's new text, as in units/initrd/degraded.sh, when its text is `was`, and the root continues with the devices that are `here`.
+/// None where all of these are old already, which the variable must keep.
 fn record(was: &str, uuid: &Uuid, here: &[String]) -> Option<String> {
-    let devices: Vec<&str> = match said_of(was, uuid) {
-        Some(said) => said.split(' ').filter(|device| here.iter().any(|here| here == device)).collect(),
+    let devices: Vec<&str> = match recorded_devices(was, uuid) {
+        Some(recorded) => recorded.split(' ').filter(|device| here.iter().any(|here| here == device)).collect(),
         None => here.iter().map(String::as_str).collect(),
     };
     (!devices.is_empty()).then(|| format!("{uuid} {}", devices.join(" ")))
 }
 
-/// Has the firmware know which devices of a shared root go on, where one is missing: from now on, it stays behind. Returns whether the
-/// firmware did not know that.
+/// Records in the firmware which devices of a shared root are up to date, where one is missing and so gets old from now on. Returns whether the
+/// record changed.
 ///
 /// # Errors
-/// A device, or what is mounted, that can't be read; a variable that can't be written.
+/// A device, or the mounts, that can't be read; a variable that can't be written.
 pub fn note(root: &Directory) -> Result<bool> {
-    // A configuration that is wrong is the sync's to complain of.
+    // The sync reports a wrong configuration.
     if Config::load(root).is_ok_and(|config| config.is_none_or(|config| config.layout() == Layout::OwnRoots)) {
         return Ok(false);
     }
@@ -107,25 +107,25 @@ pub fn note(root: &Directory) -> Result<bool> {
     Ok(record.is_some())
 }
 
-/// Notes that every disk holds all of the root again. The record in the root goes last: what is cut here is begun again.
+/// Removes the records, because every disk holds all of the root again. The record in the root goes last, so that an interrupted run is repeated.
 ///
 /// # Errors
-/// [`crate::base::refusal::Refused`] while a disk is missing, or holds something that no other one does; a variable, or a record, that can't be
-/// removed.
+/// [`crate::base::refusal::Refused`] while a disk is missing, or holds something that no other disk holds; a variable, or a record, that can't
+/// be removed.
 pub fn healed(root: &Directory) -> Result<()> {
     let mounted = Mounted::look(root)?;
     if mounted.as_ref().is_some_and(Mounted::lacks_a_device) {
         return Err(refused(
-            "the shared root goes on without one of its disks, so not every disk holds all of it; put that disk back, if it isn't, and \
+            "the shared root is mounted without one of its disks, so that disk is not up to date; put the disk back, if it is out, and \
              reboot; the next sync starts dualroot-heal.service again",
         ));
     }
-    // That balance passes over what a swap file in use lies in is no error to it (fs/btrfs/volumes.c, __btrfs_balance).
+    // A balance leaves out block groups with an active swap file, and doesn't fail (fs/btrfs/volumes.c, __btrfs_balance).
     let single = mounted.as_ref().map_or(Ok(Vec::new()), |mounted| mounted.not_mirrored(root))?;
     if let Some(kind) = single.first() {
         return Err(refused(format!(
-            "one disk alone holds a part of the shared root ({kind}; 'btrfs filesystem df /'), which 'btrfs balance' left out, as it does \
-             with what a swap file lies in; take such a file out of use ('swapoff'), remove it, and begin this again"
+            "a part of the shared root is on one disk only ({kind}; see 'btrfs filesystem df /'), because 'btrfs balance' left it out, as it \
+             does with the surroundings of an active swap file; stop using such a file ('swapoff'), delete it, and run this again"
         )));
     }
     if mounted.is_some_and(|mounted| is_in_firmware(root, &mounted))
@@ -140,10 +140,10 @@ pub fn healed(root: &Directory) -> Result<()> {
     Ok(())
 }
 
-/// Starts the healing, and doesn't wait for it.
+/// Starts dualroot-heal.service, and doesn't wait for it.
 ///
 /// # Errors
-/// systemctl that fails.
+/// A failure of systemctl.
 pub fn start() -> Result<()> {
     program::output("systemctl", ["start", "--no-block", "dualroot-heal.service"].map(Into::into)).map(drop)
 }
@@ -163,7 +163,7 @@ mod tests {
         u64::from(device.as_bytes()[0] - b'a' + 1)
     }
 
-    /// A machine whose root is a btrfs, and the test's hands.
+    /// A machine whose root is a btrfs, and what a test does to it.
     struct Machine {
         _dir: tempfile::TempDir,
         root: Directory,
@@ -209,7 +209,7 @@ mod tests {
             self.root.path("/sys/fs/btrfs").join(UUID.to_string()).join(what)
         }
 
-        /// Device `which` of the file system is put in, and gets this name.
+        /// Puts in device `which` of the file system, with this name.
         fn put(&self, which: &str, name: &str) {
             let mut block = vec![0; 0x10000];
             block.resize(0x10020, 0);
@@ -227,7 +227,7 @@ mod tests {
             fs::remove_dir(self.root.path("/sys/devices").join(name)).unwrap();
         }
 
-        /// btrfs does that at the mount, with what is there.
+        /// Opens a device, as btrfs does at the mount with those that are there.
         fn opens(&self, name: &str) {
             let link = self.shown("devices").join(name);
             fs::create_dir_all(self.shown("devices")).unwrap();
@@ -238,8 +238,8 @@ mod tests {
             look(&self.root, &Config::load(&self.root).unwrap().unwrap()).unwrap()
         }
 
-        /// What the initrd finds in the firmware: the devices that go on, by their first letters.
-        fn said(&self) -> Option<String> {
+        /// The up-to-date devices that the initrd finds in the firmware, by their first letters.
+        fn recorded(&self) -> Option<String> {
             let value = fs::read(self.vars().join(alone().to_string())).ok()?;
             let devices = value.strip_prefix(format!("\x07\0\0\0{UUID}").as_bytes()).unwrap().to_vec();
             let of = |device: &str| char::from(Uuid::parse_str(device).unwrap().as_bytes()[0]);
@@ -251,22 +251,22 @@ mod tests {
 
     #[test]
     fn f29_a_disk_that_drops_out_while_the_machine_runs_is_noted() {
-        // The first is what the mount is called by.
+        // The mount is called by the first device.
         for (gone, left) in [("a2", "b2"), ("b2", "a2")] {
             let machine = Machine::new("/dev/a2", &["a2", "b2"]);
-            assert_eq!((note(&machine.root).unwrap(), machine.said(), machine.look()), (false, None, Root::Whole));
+            assert_eq!((note(&machine.root).unwrap(), machine.recorded(), machine.look()), (false, None, Root::Whole));
             machine.pull(gone);
             assert_eq!(machine.look(), Root::Degraded);
             assert_eq!(Mounted::look(&machine.root).unwrap().unwrap().lost(&machine.root).unwrap(), [id(gone)]);
             assert!(note(&machine.root).unwrap() && !note(&machine.root).unwrap(), "it is noted once");
-            assert_eq!(machine.said().unwrap(), left[..1]);
-            // It is put back, and btrfs doesn't care: nothing is healed.
+            assert_eq!(machine.recorded().unwrap(), left[..1]);
+            // It is put back, which btrfs ignores: nothing is healed.
             machine.put(gone, "c2");
             assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Degraded));
             machine.write(KEPT, "");
             assert!(healed(&machine.root).unwrap_err().is::<Refused>());
-            assert!(machine.said().is_some() && machine.root.exists(KEPT));
-            // After a reboot, it is behind, and so it is if it is the other one now that drops out.
+            assert!(machine.recorded().is_some() && machine.root.exists(KEPT));
+            // After a reboot, it is behind, and it stays so if the other one drops out now.
             fs::remove_file(machine.shown("devices").join(gone)).unwrap();
             machine.opens("c2");
             machine.mount("/dev/c2");
@@ -274,15 +274,15 @@ mod tests {
             assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Behind));
             machine.pull(left);
             assert!(!note(&machine.root).unwrap());
-            assert_eq!(machine.said().unwrap(), left[..1]);
+            assert_eq!(machine.recorded().unwrap(), left[..1]);
             machine.put(left, left);
             healed(&machine.root).unwrap();
-            assert_eq!((machine.said(), machine.look()), (None, Root::Whole));
+            assert_eq!((machine.recorded(), machine.look()), (None, Root::Whole));
         }
     }
 
     #[test]
-    fn f29_what_one_disk_alone_holds_is_not_healed() {
+    fn f29_data_on_one_disk_only_is_not_healed() {
         let machine = Machine::new("/dev/a2", &["a2", "b2"]);
         let chunks = |kind: &str, bytes: &str| {
             machine.write(KEPT, "");
@@ -301,7 +301,7 @@ mod tests {
             assert_eq!(chunks(kind, bytes), expected, "{kind}");
             assert_eq!(machine.root.exists(KEPT), expected.is_err(), "{kind}");
         }
-        // It has one device since: there is no other half.
+        // A btrfs that has one device by now has no other half.
         let machine = Machine::new("/dev/a2", &["a2"]);
         machine.write(&format!("/sys/fs/btrfs/{UUID}/allocation/data/single/total_bytes"), "1");
         healed(&machine.root).unwrap();
@@ -314,11 +314,11 @@ mod tests {
         symlink("../dm-1", machine.root.path("/dev/mapper/root")).unwrap();
         machine.pull("c2");
         assert!(note(&machine.root).unwrap());
-        assert_eq!(machine.said().unwrap(), "bd");
+        assert_eq!(machine.recorded().unwrap(), "bd");
         machine.pull("b!2");
         assert!(note(&machine.root).unwrap());
-        assert_eq!(machine.said().unwrap(), "d");
-        // What was missing at the mount has no link. The record of another file system isn't kept.
+        assert_eq!(machine.recorded().unwrap(), "d");
+        // A device that was missing at the mount has no link. The record of another file system isn't kept.
         let machine = Machine::new("/dev/a2", &["a2", "b2"]);
         fs::remove_file(machine.shown("devices/b2")).unwrap();
         machine.write(
@@ -326,24 +326,24 @@ mod tests {
             format!("\x07\0\0\0b{} {}", &UUID.to_string()[1..], "longer than the new one is".repeat(3)),
         );
         assert!(note(&machine.root).unwrap());
-        assert_eq!((machine.said().unwrap().as_str(), machine.look()), ("a", Root::Degraded));
+        assert_eq!((machine.recorded().unwrap().as_str(), machine.look()), ("a", Root::Degraded));
     }
 
     #[test]
-    fn f29_nothing_is_noted_of_what_is_no_shared_root_or_cannot_be_told() {
+    fn f29_nothing_is_noted_without_a_shared_root_or_where_it_can_t_be_read() {
         for (configuration, noted) in [(crate::pair::status::tests::PAIR, false), ("", false), ("nonsense", true), (SHARED, true)]
         {
             let machine = Machine::new("/dev/a2", &["a2", "b2"]);
             machine.pull("b2");
             machine.write("/etc/dualroot.conf", configuration);
-            assert_eq!((note(&machine.root).unwrap(), machine.said().is_some()), (noted, noted), "{configuration}");
+            assert_eq!((note(&machine.root).unwrap(), machine.recorded().is_some()), (noted, noted), "{configuration}");
         }
         let machine = Machine::new("/dev/a2", &["a2", "b2"]);
         machine.pull("b2");
         machine.write("/dev/a2", [0; 0x11000]);
-        assert!(note(&machine.root).is_err() && machine.said().is_none());
+        assert!(note(&machine.root).is_err() && machine.recorded().is_none());
         machine.write("/dev/a2", "short");
-        assert!(note(&machine.root).is_err() && machine.said().is_none());
+        assert!(note(&machine.root).is_err() && machine.recorded().is_none());
         // Another root than btrfs, and one that the kernel doesn't show.
         machine.mount("/dev/d2");
         assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Whole));
@@ -358,14 +358,13 @@ mod tests {
         let machine = Machine::new("/dev/a2", &["a2", "b2"]);
         let root = &machine.root;
         assert_eq!(variable(root), None);
-        // As the initrd has it.
+        // The name in the initrd's script.
         let script = include_str!("../../units/initrd/degraded.sh");
         let name = script.lines().find_map(|line| line.strip_prefix("dualroot_variable=")).unwrap();
         let file = machine.vars().join(name);
         fs::write(&file, format!("\x07\0\0\0{UUID} 11111111-2222")).unwrap();
         assert_eq!(machine.look(), Root::Behind);
-        // Not this machine's root: it stays, and the record of this one goes. And what is cut off,
-        // or no text.
+        // A record of another root stays, and that of this one is removed. The same with records that are cut off, or no text.
         let other = format!("\x07\0\0\0b{} 11111111-2222", &UUID.to_string()[1..]);
         let cut = format!("\x07\0\0\0{UUID}");
         for bytes in [other.as_bytes(), cut.as_bytes(), b"", b"\x07\0", b"\x07\0\0\0", b"\x07\0\0\0\xff\n "] {

@@ -1,12 +1,12 @@
-//! Whether a spare holds what the booted disk doesn't: then it is not overwritten (failure mode 7).
+//! Finding out whether a spare holds changes that the booted disk doesn't have; if so, it is not overwritten (failure mode 7).
 //!
-//! Each disk has a small record on its ESP that says what its content is made of: of every disk, how many of its lives, and when the last
-//! of them began. A disk begins a new life when it is booted, and when a spare that had all of the present one is not there to get the
-//! rest. A sync hands the record on with the content. It goes ahead only where the booted disk has every life that the spare has; lives
-//! that only the spare has, its own or another disk's, are work that would be lost. DRBD decides in the same way, by its generation
-//! identifiers; counts for each disk tell more of more than two disks, and by how much one of them is newer.
+//! Each disk has a small record on its ESP. For every disk of the pair, it counts the boots whose changes this disk holds, and has the time of
+//! the last of them. A disk's count grows when it is booted, and also when a spare that was up to date is missing while changes are made. A sync
+//! copies the counts together with the files. It runs only if the booted disk has every boot that the spare has; boots that only the spare has,
+//! its own or another disk's, are changes that would be lost. DRBD decides in the same way, by its generation identifiers; counts for each disk
+//! also work for more than two disks, and show by how much one of them is newer.
 //!
-//! What can't be read, belongs to another pair of disks or to another disk of this one says nothing: then nothing is overwritten, either.
+//! A record that can't be read, or belongs to another pair or to another disk of this pair, proves nothing, so nothing is overwritten then.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -27,60 +27,60 @@ use crate::write::sector::text_change;
 
 /// The first line of a record.
 const HEAD: &str = "dualroot lineage 2";
-/// What the last line of a record begins with: a hash of those before it.
+/// The key of a record's last line: a hash of the lines before it.
 const SUM: &str = "sum=";
 
-/// What is known of a disk's lives.
+/// The boots of one disk.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-struct Life {
+struct Boots {
     count: u64,
-    /// When the last of them began, in seconds since 1970 by that machine's clock; 0 where nobody knows.
+    /// The time of the last of them, in seconds since 1970 by that machine's clock; 0 where it is unknown.
     since: u64,
 }
 
-/// What an ESP says of its disk.
+/// The record on a disk's ESP.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Record {
-    /// The disks that are synced with each other have the same.
+    /// The identifier of the pair; all disks that are synced with each other have the same.
     pair: Option<Uuid>,
-    /// Which of them this is.
+    /// The disk's name.
     disk: Option<DiskName>,
-    /// The kernel's id of the last boot of this disk after which dualroot ran; None where it never did.
-    boot: Option<Uuid>,
-    /// The lives of each disk that are in what this disk holds.
-    lives: BTreeMap<DiskName, Life>,
-    /// Spares that have all lives of this disk.
+    /// The kernel's boot ID of the last boot of this disk after which dualroot ran; None where it never did.
+    boot_id: Option<Uuid>,
+    /// The boots of each disk whose changes this disk holds.
+    boots: BTreeMap<DiskName, Boots>,
+    /// The spares that hold all changes of this disk's boots.
     level: BTreeSet<DiskName>,
-    /// The disk that this one was last synced from, and when, as in [`Life::since`].
+    /// The disk that this one was last synced from, and when, as in [`Boots::since`].
     synced: Option<(DiskName, u64)>,
 }
 
-/// How what is on a spare relates to what is on the booted disk.
+/// The relation of a spare's changes to the booted disk's.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Relation {
-    /// The booted disk has all that the spare has.
+    /// The booted disk has all changes of the spare.
     Ancestor,
-    /// The spare has more, and the booted disk has nothing but the present boot that the spare lacks.
+    /// The spare has more, and the booted disk has only the present boot that the spare lacks.
     Newer(Lead),
-    /// Each has what the other lacks: first the booted disk's, then the spare's.
+    /// Each has changes that the other lacks: first the booted disk's, then the spare's.
     Split(Lead, Lead),
 }
 
-/// What one disk has and another lacks.
+/// The boots that one disk has and another lacks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Lead {
-    /// How many lives.
-    pub lives: u64,
-    /// Whose the last of them is.
+    /// Their number.
+    pub boots: u64,
+    /// The disk of the last one.
     pub of: DiskName,
-    /// When that began.
+    /// The time of the last one.
     since: u64,
 }
 
 impl Lead {
-    /// For people; `without` is the disk that lacks it.
+    /// Describes them for messages; `without` is the disk that lacks them.
     pub fn told(&self, without: DiskName) -> String {
-        let boots = if self.lives == 1 { "one boot".to_owned() } else { format!("{} boots", self.lives) };
+        let boots = if self.boots == 1 { "one boot".to_owned() } else { format!("{} boots", self.boots) };
         let last = if self.since == 0 { String::new() } else { format!(", the last of {}", date(self.since)) };
         format!("{boots} of {} without {without}{last}", self.of)
     }
@@ -91,7 +91,7 @@ impl Record {
     /// `level=diskN`, `synced=diskN TIME`.
     ///
     /// # Errors
-    /// Anything else: a record that can't be read says nothing about what may be overwritten.
+    /// Anything else: a record that can't be read doesn't show what may be overwritten.
     pub fn parse(text: &[u8]) -> Result<Self> {
         let text = std::str::from_utf8(text).context("it is not UTF-8")?.trim_end();
         if text.starts_with("boot=") {
@@ -100,37 +100,39 @@ impl Record {
         let (body, sum) = text.rsplit_once('\n').context("it is cut off")?;
         let body = format!("{body}\n");
         if sum.strip_prefix(SUM) != Some(hash(&body).as_str()) {
-            bail!("its last line is not the hash of the rest");
+            bail!("its last line is not the hash of the other lines");
         }
-        let lines =
-            body.strip_prefix(HEAD).and_then(|rest| rest.strip_prefix('\n')).with_context(|| format!("it is no '{HEAD}'"))?;
+        let lines = body
+            .strip_prefix(HEAD)
+            .and_then(|rest| rest.strip_prefix('\n'))
+            .with_context(|| format!("it does not begin with '{HEAD}'"))?;
         let mut record = Self::default();
         for line in lines.lines() {
-            record.take(line).with_context(|| format!("its line '{}' can't be read", line.escape_debug()))?;
+            record.read_line(line).with_context(|| format!("its line '{}' can't be read", line.escape_debug()))?;
         }
         Ok(record)
     }
 
-    /// Reads the first form that records had: without a head, times and a hash, and with `boot=none` where there was none.
+    /// Reads the oldest format of records: without a head, times and a hash, and with `boot=none` where there was no boot.
     fn parse_first(text: &str) -> Result<Self> {
         let mut record = Self::default();
         for line in text.lines().filter(|line| *line != "boot=none") {
             let timed = if line.starts_with("disk") { format!("{line} 0") } else { line.to_owned() };
-            record.take(&timed).with_context(|| format!("its line '{}' can't be read", line.escape_debug()))?;
+            record.read_line(&timed).with_context(|| format!("its line '{}' can't be read", line.escape_debug()))?;
         }
         Ok(record)
     }
 
-    fn take(&mut self, line: &str) -> Result<()> {
+    fn read_line(&mut self, line: &str) -> Result<()> {
         let (key, value) = line.split_once('=').context("it has no '='")?;
         let timed = || -> Result<(&str, u64)> {
             let (value, time) = value.split_once(' ').context("it has no time")?;
-            Ok((value, time.parse().context("that is no time")?))
+            Ok((value, time.parse().context("its time is no number")?))
         };
         match key {
             "pair" => self.pair = Some(Uuid::try_parse(value)?),
             "disk" => self.disk = Some(DiskName::parse(value)?),
-            "boot" => self.boot = Some(Uuid::try_parse(value)?),
+            "boot" => self.boot_id = Some(Uuid::try_parse(value)?),
             "level" => drop(self.level.insert(DiskName::parse(value)?)),
             "synced" => {
                 let (disk, time) = timed()?;
@@ -138,25 +140,25 @@ impl Record {
             }
             disk => {
                 let (count, since) = timed()?;
-                let life = Life { count: count.parse().context("that is no count")?, since };
-                self.lives.insert(DiskName::parse(disk)?, life);
+                let boots = Boots { count: count.parse().context("its count is no number")?, since };
+                self.boots.insert(DiskName::parse(disk)?, boots);
             }
         }
         Ok(())
     }
 
-    /// The record as it is written, which [`Record::parse`] reads.
+    /// The text of the record, which [`Record::parse`] reads.
     pub fn text(&self) -> String {
         let mut text = format!("{HEAD}\n");
         let mut line = |key: &str, value: String| {
             let _ = writeln!(text, "{key}={value}");
         };
-        for (key, id) in [("pair", self.pair), ("boot", self.boot)] {
+        for (key, id) in [("pair", self.pair), ("boot", self.boot_id)] {
             id.into_iter().for_each(|id| line(key, id.to_string()));
         }
         self.disk.iter().for_each(|disk| line("disk", disk.to_string()));
-        for (disk, life) in &self.lives {
-            line(&disk.to_string(), format!("{} {}", life.count, life.since));
+        for (disk, boots) in &self.boots {
+            line(&disk.to_string(), format!("{} {}", boots.count, boots.since));
         }
         self.level.iter().for_each(|disk| line("level", disk.to_string()));
         self.synced.iter().for_each(|(disk, time)| line("synced", format!("{disk} {time}")));
@@ -165,31 +167,31 @@ impl Record {
         text
     }
 
-    /// The record of an ESP, which is that of this disk; a default one where there is none.
+    /// Loads this disk's record from its ESP; a default one where there is none.
     ///
     /// # Errors
-    /// One that can't be read, or is another disk's.
+    /// A record that can't be read, or is another disk's.
     pub fn load(esp: &Below, of: DiskName) -> Result<Self> {
         let Some(record) = Self::read(esp)? else { return Ok(Self::default()) };
         match record.disk {
             Some(disk) if disk != of => {
-                bail!("{LINEAGE} on the ESP says that it is {disk}, and the configuration that it is {of}")
+                bail!("{LINEAGE} on the ESP says that this is {disk}, but the configuration says {of}")
             }
             _ => Ok(record),
         }
     }
 
-    /// The record of the disk that is booted, with that disk's name: that of the configuration, or, where that is wrong, the record's own.
+    /// Loads the booted disk's record, with the disk's name: that of the configuration, or, where that is wrong, the record's own.
     ///
     /// # Errors
-    /// As [`Record::load`]; a disk that nothing names.
+    /// As [`Record::load`]; a disk without a name.
     pub fn of_booted(esp: &Below, name: Option<DiskName>) -> Result<(DiskName, Self)> {
         if let Some(name) = name {
             return Ok((name, Self::load(esp, name)?));
         }
         let record =
             Self::read(esp)?.context("the ESP that was booted is in no section of the configuration, and has no record")?;
-        Ok((record.disk.with_context(|| format!("{LINEAGE} doesn't say which disk it is of"))?, record))
+        Ok((record.disk.with_context(|| format!("{LINEAGE} does not name its disk"))?, record))
     }
 
     fn read(esp: &Below) -> Result<Option<Self>> {
@@ -197,7 +199,7 @@ impl Record {
         Self::parse(&text).map(Some).with_context(|| format!("{LINEAGE} on the ESP is damaged"))
     }
 
-    /// Writes the record, in place where it can be.
+    /// Writes the record, in place where possible.
     ///
     /// # Errors
     /// An ESP that can't be written.
@@ -212,14 +214,14 @@ impl Record {
         esp.apply(&Change::Barrier)
     }
 
-    /// Whether no sync has ever begun to write this disk, and it was never booted.
+    /// Whether the disk was never booted, and no sync has ever begun to write it.
     pub fn is_new(&self) -> bool {
         *self == Self::default()
     }
 
-    /// How many lives of each disk are in what this one holds.
+    /// The number of boots of each disk whose changes this disk holds.
     pub fn lives(&self) -> impl Iterator<Item = (DiskName, u64)> {
-        self.lives.iter().map(|(disk, life)| (*disk, life.count))
+        self.boots.iter().map(|(disk, boots)| (*disk, boots.count))
     }
 
     /// The disk that this one was last synced from, and when that ended, in seconds since 1970.
@@ -238,106 +240,107 @@ impl Record {
 
     fn booted(&mut self, own: DiskName, id: Uuid, now: u64) {
         self.disk = Some(own);
-        if self.boot.replace(id) != Some(id) {
-            self.live_on(own, now);
+        if self.boot_id.replace(id) != Some(id) {
+            self.count_boot(own, now);
         }
-        // The first boot of a pair gives it its name. That is the boot's, of which there are no two.
+        // The first boot of a pair gives it its identifier: a boot ID, which is unique.
         self.pair.get_or_insert(id);
     }
 
-    fn live_on(&mut self, own: DiskName, now: u64) {
-        let life = self.lives.entry(own).or_default();
-        *life = Life { count: life.count.saturating_add(1), since: now };
+    /// Counts one more boot of this disk; no spare holds its changes yet.
+    fn count_boot(&mut self, own: DiskName, now: u64) {
+        let boots = self.boots.entry(own).or_default();
+        *boots = Boots { count: boots.count.saturating_add(1), since: now };
         self.level.clear();
     }
 
-    /// Notes that the booted disk goes on without this spare. What it holds from now on isn't on a spare that was level with it.
-    /// Returns whether that makes a difference.
+    /// Notes that this spare doesn't get the booted disk's changes from now on. If it was up to date, this counts as a boot. Returns whether
+    /// that was so.
     pub fn left_behind(&mut self, own: DiskName, spare: DiskName) -> bool {
         let was_level = self.level.contains(&spare);
         if was_level {
-            self.live_on(own, now());
+            self.count_boot(own, now());
         }
         was_level
     }
 
-    /// What this one has and another lacks.
+    /// The boots that this record has and another lacks.
     fn lead(&self, other: &Self) -> Option<Lead> {
         let mut lead: Option<Lead> = None;
-        for (disk, life) in &self.lives {
-            let theirs = other.lives.get(disk).copied().unwrap_or_default();
-            // A disk that was brought back from an image counts some of its lives again: they began at another time.
-            let other_life = life.count == theirs.count && life.since != theirs.since && life.since != 0 && theirs.since != 0;
-            let more = if other_life { 1 } else { life.count.saturating_sub(theirs.count) };
+        for (disk, ours) in &self.boots {
+            let theirs = other.boots.get(disk).copied().unwrap_or_default();
+            // A disk that was restored from an image counts some of its boots again, with other times.
+            let is_another = ours.count == theirs.count && ours.since != theirs.since && ours.since != 0 && theirs.since != 0;
+            let more = if is_another { 1 } else { ours.count.saturating_sub(theirs.count) };
             if more > 0 {
-                let lives = lead.as_ref().map_or(0, |lead| lead.lives).saturating_add(more);
-                let last = lead.take().filter(|lead| lead.since > life.since);
-                let (of, since) = last.map_or((*disk, life.since), |lead| (lead.of, lead.since));
-                lead = Some(Lead { lives, of, since });
+                let boots = lead.as_ref().map_or(0, |lead| lead.boots).saturating_add(more);
+                let last = lead.take().filter(|lead| lead.since > ours.since);
+                let (of, since) = last.map_or((*disk, ours.since), |lead| (lead.of, lead.since));
+                lead = Some(Lead { boots, of, since });
             }
         }
         lead
     }
 
-    /// How a spare with that record relates to the booted disk, with ours.
+    /// The relation of a spare with that record to the booted disk, whose record this is.
     pub fn relation(&self, own: DiskName, of_spare: &Self) -> Relation {
         match (self.lead(of_spare), of_spare.lead(self)) {
             (_, None) => Relation::Ancestor,
             (None, Some(newer)) => Relation::Newer(newer),
-            // Each boot begins a life, also that of a disk that was away. One that began before was more than that.
-            (Some(ours), Some(newer)) if ours.of == own && ours.lives == 1 && ours.since > newer.since => Relation::Newer(newer),
+            // The one boot that the spare lacks is the present one. An older one would be changes, even if it is the only one.
+            (Some(ours), Some(newer)) if ours.of == own && ours.boots == 1 && ours.since > newer.since => Relation::Newer(newer),
             (Some(ours), Some(theirs)) => Relation::Split(ours, theirs),
         }
     }
 
-    /// Whether the spare with that record may be overwritten from the disk with ours.
+    /// Checks that the spare with that record may be overwritten from the disk with this one.
     ///
     /// # Errors
-    /// A refusal with the ways out: it holds what ours doesn't, or isn't of this pair.
+    /// A refusal with the ways out, if the spare has changes that the disk lacks, or isn't of this pair.
     pub fn check(&self, own: DiskName, spare: DiskName, of_spare: &Self) -> Result<()> {
         let foreign = matches!((self.pair, of_spare.pair), (Some(ours), Some(theirs)) if ours != theirs);
-        let what = match self.relation(own, of_spare) {
+        let finding = match self.relation(own, of_spare) {
             _ if foreign => {
                 format!(
-                    "{spare} was synced with another disk than {own}, or one of them has lost its record, so either may be newer"
+                    "{spare} was synced with another disk than {own}, or one of them has lost its record; either may be newer"
                 )
             }
             Relation::Ancestor => return Ok(()),
             Relation::Newer(theirs) => format!(
-                "{spare} is newer than {own}: it has {}; what {own} has without {spare} is from this boot{}",
+                "{spare} is newer than {own}: it has {}; {own} has only the present boot without {spare}{}",
                 theirs.told(own),
-                self.lives
+                self.boots
                     .get(&own)
-                    .filter(|life| life.since != 0)
-                    .map_or(String::new(), |life| format!(", of {}", date(life.since)))
+                    .filter(|boots| boots.since != 0)
+                    .map_or(String::new(), |boots| format!(", of {}", date(boots.since)))
             ),
             Relation::Split(ours, theirs) => format!(
-                "{own} and {spare} have each gone on without the other: {own} has {}, {spare} has {}",
+                "{own} and {spare} were each used without the other: {own} has {}, {spare} has {}",
                 ours.told(spare),
                 theirs.told(own)
             ),
         };
         Err(refused_for_age(format!(
-            "{what}; to keep what {spare} holds, boot it ('dualroot-sync --boot-next {spare}', then reboot) and run \
-             'dualroot-sync --discard-spare {own}' there; to give it up, run 'dualroot-sync --discard-spare {spare}' here"
+            "{finding}; to keep the changes on {spare}, boot it ('dualroot-sync --boot-next {spare}', then reboot) and run \
+             'dualroot-sync --discard-spare {own}' there; to give them up, run 'dualroot-sync --discard-spare {spare}' here"
         )))
     }
 
-    /// What a spare's record is while it is written for the first time, from the disk with ours.
+    /// Marks a spare's record before it is written for the first time, from the disk with the record `own`.
     pub fn begun(&mut self, own: &Self, spare: DiskName) {
         (self.pair, self.disk) = (own.pair, Some(spare));
     }
 
-    /// What the two records are after a sync from the disk with ours. Lives of the spare that were given up are counted as known.
+    /// Updates both records after a sync from the disk with this one. Boots of the spare that were given up are counted as known.
     pub fn synced(&mut self, own: DiskName, spare: DiskName, of_spare: &mut Self) {
-        for (disk, life) in &of_spare.lives {
-            let known = self.lives.entry(*disk).or_default();
-            if life.count > known.count {
-                *known = *life;
+        for (disk, boots) in &of_spare.boots {
+            let known = self.boots.entry(*disk).or_default();
+            if boots.count > known.count {
+                *known = *boots;
             }
         }
         (of_spare.pair, of_spare.disk) = (self.pair, Some(spare));
-        of_spare.lives = self.lives.clone();
+        of_spare.boots = self.boots.clone();
         of_spare.level.clear();
         of_spare.synced = Some((own, now()));
         self.level.insert(spare);
@@ -366,7 +369,7 @@ mod tests {
         DiskName::parse(&format!("disk{n}")).unwrap()
     }
 
-    /// A boot whose time is the more, the greater its id is: days after 2026-11-01.
+    /// A boot with this boot ID, which is also its day: days after 2026-11-01.
     fn boot(record: &mut Record, own: u32, id: u64) {
         record.booted(disk(own), Uuid::from_u128(id.into()), 1_793_491_200 + id * 86400);
     }
@@ -399,26 +402,26 @@ mod tests {
         }
         let stale = a.clone();
         boot(&mut a, 0, 10);
-        assert!(matches!(a.relation(disk(0), &b), Relation::Newer(Lead { lives: 7, .. })), "{:?}", a.relation(disk(0), &b));
+        assert!(matches!(a.relation(disk(0), &b), Relation::Newer(Lead { boots: 7, .. })), "{:?}", a.relation(disk(0), &b));
         let said = refusal(&a, 0, 1, &b);
         for part in [
             "disk1 is newer than disk0: it has 7 boots of disk1 without disk0, the last of 2026-11-10 00:00:00 UTC",
-            "what disk0 has without disk1 is from this boot, of 2026-11-11 00:00:00 UTC",
+            "disk0 has only the present boot without disk1, of 2026-11-11 00:00:00 UTC",
             "dualroot-sync --boot-next disk1",
             "run 'dualroot-sync --discard-spare disk0' there",
             "run 'dualroot-sync --discard-spare disk1' here",
         ] {
             assert!(said.contains(part), "{said}");
         }
-        // What was done on A meanwhile is not taken from it either, without being asked.
+        // Changes on A since then are not overwritten either, without being asked.
         let said = refusal(&b, 1, 0, &a);
         assert!(
             said.contains("disk1 has 7 boots of disk1 without disk0") && said.contains("disk0 has one boot of disk0"),
             "{said}"
         );
-        // Had B been booted instead, A would have been overwritten without a question.
+        // If B had been booted instead, A would have been overwritten without a question.
         b.check(disk(1), disk(0), &stale).unwrap();
-        // What is given up is not asked for again.
+        // Changes that were given up are not asked for again.
         let mut again = b.clone();
         again.synced(disk(1), disk(0), &mut a);
         again.check(disk(1), disk(0), &a).unwrap();
@@ -427,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn f07_both_have_moved() {
+    fn f07_both_disks_have_changes() {
         let (mut a, mut b) = pair();
         for day in [2, 3] {
             boot(&mut a, 0, day);
@@ -435,22 +438,22 @@ mod tests {
         for day in [4, 5, 6] {
             boot(&mut b, 1, day);
         }
-        assert!(matches!(a.relation(disk(0), &b), Relation::Split(Lead { lives: 2, .. }, Lead { lives: 3, .. })));
+        assert!(matches!(a.relation(disk(0), &b), Relation::Split(Lead { boots: 2, .. }, Lead { boots: 3, .. })));
         for said in [refusal(&a, 0, 1, &b), refusal(&b, 1, 0, &a)] {
-            assert!(said.contains("have each gone on without the other"), "{said}");
+            assert!(said.contains("were each used without the other"), "{said}");
             assert!(said.contains("disk0 has 2 boots of disk0 without disk1, the last of 2026-11-04 00:00:00 UTC"), "{said}");
         }
     }
 
     #[test]
-    fn f07_a_disk_that_went_on_without_the_spare_is_not_overwritten_by_it() {
+    fn f07_a_disk_that_was_used_without_the_spare_is_not_overwritten_by_it() {
         let (mut a, mut b) = pair();
-        // In the same boot B drops out, and A goes on for a week, with a sync a day.
+        // In the same boot B drops out, and A is used for a week, with a sync a day.
         assert!(a.left_behind(disk(0), disk(1)));
         assert!(!a.left_behind(disk(0), disk(1)), "once is enough");
         // B is put back, and the firmware boots it.
         let stale = b.clone();
-        // By the clock of this machine, that A went on is now.
+        // A's change has the present time.
         boot(&mut b, 1, 36500);
         let said = refusal(&b, 1, 0, &a);
         assert!(said.contains("disk0 is newer than disk1"), "{said}");
@@ -458,11 +461,11 @@ mod tests {
     }
 
     #[test]
-    fn f07_a_disk_that_went_on_for_long_is_not_called_old() {
+    fn f07_a_disk_that_was_used_for_long_is_not_called_old() {
         let (mut a, mut b) = pair();
         a.level.insert(disk(1));
-        // B is pulled, A goes on; 40 days later B is booted elsewhere for a look.
-        a.live_on(disk(0), 1_793_491_200 + 2 * 86400);
+        // B is pulled, A is used; 40 days later B is booted elsewhere once.
+        a.count_boot(disk(0), 1_793_491_200 + 2 * 86400);
         boot(&mut b, 1, 42);
         assert!(matches!(a.relation(disk(0), &b), Relation::Split(..)), "{:?}", a.relation(disk(0), &b));
     }
@@ -474,7 +477,7 @@ mod tests {
         boot(&mut b, 1, 2);
         let mut a = a.clone();
         b.synced(disk(1), disk(0), &mut a);
-        // B is brought back from an image, and booted for a day: by its count alone, A has that.
+        // B is restored from an image, and used for a day: by its count alone, A has that boot.
         let mut b = image;
         boot(&mut b, 1, 3);
         boot(&mut a, 0, 4);
@@ -490,18 +493,18 @@ mod tests {
         a.synced(disk(0), disk(2), &mut c);
         boot(&mut a, 0, 2);
         a.synced(disk(0), disk(1), &mut b);
-        // A dies; what it had is on B, and the firmware boots C.
+        // A dies; its changes are on B, and the firmware boots C.
         let (mut first, old) = (b.clone(), c.clone());
         boot(&mut c, 2, 3);
         let said = refusal(&c, 2, 1, &b);
         assert!(said.contains("disk1 is newer than disk2: it has one boot of disk0 without disk2"), "{said}");
-        // B knows all that C has.
+        // B has all that C has.
         boot(&mut first, 1, 4);
         first.check(disk(1), disk(2), &old).unwrap();
     }
 
     #[test]
-    fn f07_records_that_are_lost_or_of_another_pair_say_nothing() {
+    fn f07_records_that_are_lost_or_of_another_pair_prove_nothing() {
         let (mut a, mut b) = pair();
         // B's record is lost, and B is booted: by its counts alone it would be older.
         boot(&mut a, 0, 2);
@@ -515,7 +518,7 @@ mod tests {
         assert!(refusal(&lost, 0, 1, &b).contains("disk1 is newer than disk0"));
         boot(&mut lost, 0, 4);
         assert!(refusal(&lost, 0, 1, &b).contains("either may be newer"));
-        // Given up, they are a pair again.
+        // Once the changes are given up, they are a pair again.
         lost.synced(disk(0), disk(1), &mut b);
         lost.check(disk(0), disk(1), &b).unwrap();
         boot(&mut b, 1, 5);
@@ -523,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn f07_a_record_is_its_disks() {
+    fn f07_another_disks_record_is_refused() {
         let tmp = tempfile::tempdir().unwrap();
         std::fs::create_dir(tmp.path().join("EFI")).unwrap();
         let esp = Below::open(tmp.path()).unwrap();
@@ -532,11 +535,11 @@ mod tests {
         b.save(&esp).unwrap();
         assert_eq!(Record::load(&esp, disk(1)).unwrap(), b);
         let said = Record::load(&esp, disk(0)).unwrap_err().to_string();
-        assert!(said.contains("says that it is disk1, and the configuration that it is disk0"), "{said}");
+        assert!(said.contains("says that this is disk1, but the configuration says disk0"), "{said}");
     }
 
     #[test]
-    fn f26_records_that_are_none_are_errors() {
+    fn f26_records_that_are_damaged_are_errors() {
         assert!(Record::default().is_new());
         let (mut a, mut b) = pair();
         boot(&mut b, 1, 7);
@@ -563,7 +566,7 @@ mod tests {
         }
         assert!(Record::parse(b"\xff=1").is_err());
         let first = Record::parse(b"boot=none\ndisk0=3\nlevel=disk1\n\n\n").unwrap();
-        assert_eq!((first.lives[&disk(0)], first.level.len()), (Life { count: 3, since: 0 }, 1));
+        assert_eq!((first.boots[&disk(0)], first.level.len()), (Boots { count: 3, since: 0 }, 1));
         assert!(Record::parse(b"boot=none\ndisk0=x\n").is_err());
         assert_eq!(date(u64::MAX), "a date after the year 9999");
         assert_eq!(date(253_402_300_799), "9999-12-31 23:59:59 UTC");

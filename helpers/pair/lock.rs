@@ -1,4 +1,4 @@
-//! One at a time: syncs, and what reads the spares while they must not change (failure mode 23).
+//! The lock that keeps syncs, and programs that read spares, from running at the same time (failure mode 23).
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -10,10 +10,10 @@ use crate::base::root::Root;
 
 const LOCK: &str = "/run/dualroot/lock";
 
-/// Takes the lock, which goes with the process, however that ends. Without `wait`, one that is held is a refusal.
+/// Takes the lock, which the kernel releases when the process ends. Without `wait`, a lock that is held is a refusal.
 ///
 /// # Errors
-/// [`crate::base::refusal::Refused`] as said; a lock that can't be made.
+/// [`crate::base::refusal::Refused`] if it is held; a lock file that can't be made.
 pub fn take(wait: bool) -> Result<File> {
     take_at(Path::new(LOCK), wait)
 }
@@ -30,20 +30,20 @@ fn take_at(path: &Path, wait: bool) -> Result<File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => {
-            Err(refused("another sync is running, or a verification; nothing was done; start this again when that has ended"))
+            Err(refused("another sync is running, or a verification; nothing was done; run this again when that has ended"))
         }
         Err(fs::TryLockError::Error(e)) => Err(e).with_context(|| path.display().to_string()),
     }
 }
 
-/// Whether somebody holds the lock, by what the kernel tells everybody: to try it would get in the way of a sync that begins.
+/// Whether a process holds the lock, by the kernel's list of locks. Trying to take it would disturb a sync that begins.
 pub fn is_held(root: &Root) -> bool {
     use std::os::unix::fs::MetadataExt;
     let Ok(meta) = fs::metadata(root.path(LOCK)) else { return false };
     let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
     let id = format!("{major:02x}:{minor:02x}:{}", meta.ino());
     let text = root.read("/proc/locks").unwrap_or_default();
-    // "1: FLOCK  ADVISORY  WRITE 1234 00:19:567 0 EOF"; one that waits has "->" behind the number.
+    // "1: FLOCK  ADVISORY  WRITE 1234 00:19:567 0 EOF"; a process that waits has "->" after the number.
     String::from_utf8_lossy(&text).lines().any(|line| {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         words.get(1) == Some(&"FLOCK") && words.get(5) == Some(&id.as_str())
@@ -72,21 +72,21 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_is_held_is_seen_by_everybody() {
+    fn every_process_sees_that_the_lock_is_held() {
         let tmp = tempfile::tempdir().unwrap();
         let root = Root::new(tmp.path());
         assert!(!is_held(&root), "there is none");
         fs::create_dir_all(tmp.path().join("run/dualroot")).unwrap();
         fs::create_dir(tmp.path().join("proc")).unwrap();
         let file = File::create(tmp.path().join("run/dualroot/lock")).unwrap();
-        let look = || {
+        let held = || {
             fs::write(tmp.path().join("proc/locks"), fs::read("/proc/locks").unwrap()).unwrap();
             is_held(&root)
         };
-        assert!(!look(), "nobody has taken {}", file.metadata().unwrap().ino());
+        assert!(!held(), "nobody has taken {}", file.metadata().unwrap().ino());
         file.lock().unwrap();
-        assert!(look());
+        assert!(held());
         file.unlock().unwrap();
-        assert!(!look());
+        assert!(!held());
     }
 }

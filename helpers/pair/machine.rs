@@ -1,5 +1,4 @@
-//! The machine as a oneshot finds it: which disk was booted, what is mounted, which spares are there. Everything that is refused
-//! before anything is written is refused here.
+//! The machine as a program finds it: the booted disk, its mounts, and the spares that are there.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,12 +20,13 @@ use crate::names::ids::DiskIds;
 use crate::names::idstore;
 use crate::pair::mounted;
 
-/// The firmware's variables, and the ESP that was booted, by what they say.
+/// The firmware's variables, and the ESP that was booted, which they name.
 ///
 /// # Errors
-/// [`Refused`] where they don't say that.
+/// [`crate::base::refusal::Refused`] where they don't name one.
 pub fn booted_esp(root: &Root) -> Result<(EfiVars, PartUuid)> {
-    let vars = EfiVars::open(root).ok_or_else(|| refused("the machine was not booted by UEFI firmware; nothing was done"))?;
+    let vars = EfiVars::open(root)
+        .ok_or_else(|| refused("the machine was not booted by UEFI firmware, which dualroot needs; nothing was done"))?;
     let esp = efi::booted_esp(&vars).map_err(|e| refused(format!("the booted disk is unknown: {e:#}")))?;
     Ok((vars, esp))
 }
@@ -34,7 +34,7 @@ pub fn booted_esp(root: &Root) -> Result<(EfiVars, PartUuid)> {
 /// The disk that was booted, by its ESP.
 ///
 /// # Errors
-/// [`Refused`] where it is none of the configuration's.
+/// [`crate::base::refusal::Refused`] where the configuration doesn't have it.
 pub fn booted_disk<'a>(config: &'a Config, esp: &PartUuid) -> Result<&'a Disk> {
     config.booted(esp).ok_or_else(|| {
         refused(format!(
@@ -43,7 +43,7 @@ pub fn booted_disk<'a>(config: &'a Config, esp: &PartUuid) -> Result<&'a Disk> {
     })
 }
 
-/// What is known about the running system before a decision.
+/// The running system, as decisions need it.
 pub struct Machine {
     /// The system's root.
     pub root: Root,
@@ -53,26 +53,26 @@ pub struct Machine {
     pub booted: Disk,
     /// The partitions that are there.
     pub inventory: Inventory,
-    /// The names of all disks, those that are absent as they were when last seen.
+    /// The names of all disks; those of a missing disk are as they were when it was last seen.
     pub ids: Vec<DiskIds>,
     /// The boot loader's name and version, as it gives them.
     pub loader: Option<String>,
-    /// What files are to hold that are not in force yet, the configuration among them: spares get these.
+    /// Files that are not in force yet, such as a new configuration; spares get these instead of the present ones.
     pub drafts: Vec<Rewritten>,
 }
 
 impl Machine {
-    /// Looks at the machine; None where dualroot isn't configured.
+    /// Probes the machine; None where dualroot isn't configured.
     ///
     /// # Errors
-    /// [`Refused`] for whatever makes it unsure which disk is which.
+    /// [`crate::base::refusal::Refused`] if it isn't certain which disk is which.
     pub fn look() -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
         Self::with(root, config).map(Some)
     }
 
-    /// Looks at the machine, with a configuration that may not be in force yet.
+    /// Probes the machine, with a configuration that may not be in force yet.
     ///
     /// # Errors
     /// As [`Machine::look`].
@@ -86,7 +86,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Looks at the partitions and mounts as they are now.
+    /// Probes the partitions and mounts again.
     ///
     /// # Errors
     /// As [`Machine::look`].
@@ -98,7 +98,7 @@ impl Machine {
         mounted::check(&self.booted, &self.inventory, &mounts::table()?)
     }
 
-    /// The directory of its file system that is the running system's root, where that is btrfs.
+    /// The subvolume that is the running system's root, as a path in its file system; None where that is no btrfs.
     ///
     /// # Errors
     /// Those of [`mounts::table`].
@@ -107,12 +107,12 @@ impl Machine {
         Ok(mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs").map(|mount| mount.root.clone()))
     }
 
-    /// The firmware, with what its boot entries follow from.
+    /// The firmware, with the data that its boot entries follow from.
     pub fn firmware(&self) -> Firmware<'_> {
         Firmware { root: &self.root, config: &self.config, booted: &self.booted, inventory: &self.inventory }
     }
 
-    /// Where the booted disk's boot partitions are mounted.
+    /// The mount points of the booted disk's boot partitions.
     pub fn boot_dirs(&self) -> Vec<PathBuf> {
         self.booted.boot_places().into_iter().map(|(_, _, dir)| Path::new(dir.as_str()).to_owned()).collect()
     }
@@ -120,7 +120,7 @@ impl Machine {
     /// The rewriter for one disk of the pair.
     ///
     /// # Errors
-    /// [`Refused`] for identifiers that can't be told apart.
+    /// [`crate::base::refusal::Refused`] for identifiers that can't be told apart.
     pub fn rewriter(&self, target: &Disk) -> Result<Rewriter> {
         let of = |disk: &&DiskIds| disk.name == target.name;
         let target = self.ids.iter().find(of).with_context(|| format!("{} has no identifiers", target.name))?;
@@ -144,7 +144,7 @@ impl Machine {
         Titles { own: target.title.clone(), all: self.config.disks.iter().filter_map(|d| d.title.clone()).collect() }
     }
 
-    /// Whether an fstab line that mounts something at `dir` is about another disk on purpose: a spare's place, or an ESP's.
+    /// Whether an fstab line that mounts something at `dir` belongs to another disk: `dir` is a spare's mount point, or an ESP's.
     pub fn is_apart(&self, dir: &DirPath) -> bool {
         let spares = self.config.spares(&self.booted);
         spares.iter().any(|(at, _)| dir.is_within(at)) || self.config.disks.iter().any(|d| d.esp_mountpoint.as_ref() == Some(dir))

@@ -1,4 +1,4 @@
-//! Whether the booted disk's partitions are mounted where a sync looks for them.
+//! A check that the booted disk's partitions are mounted where a sync expects them.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,11 +13,11 @@ use crate::devices::inventory::Inventory;
 use crate::devices::mounts::{self, Mount};
 use crate::devices::subvolume;
 
-/// Every partition of the booted disk that is copied is mounted where it belongs: a kernel that was installed into a /boot on
-/// which nothing is mounted is not where anybody looks for it (failure mode 5).
+/// Checks that every partition of the booted disk that is copied is mounted where it belongs. If nothing is mounted on /boot, a kernel that is
+/// installed there is missing on the boot partition (failure mode 5).
 ///
 /// # Errors
-/// [`crate::base::refusal::Refused`], which names the first that isn't.
+/// [`crate::base::refusal::Refused`], which names the first partition that isn't.
 pub(super) fn check(booted: &Disk, inventory: &Inventory, table: &[Mount]) -> Result<()> {
     let trees = booted.parts.iter().filter_map(|(role, part)| {
         let at = role.tree()?;
@@ -28,17 +28,17 @@ pub(super) fn check(booted: &Disk, inventory: &Inventory, table: &[Mount]) -> Re
         let name = booted.name;
         let found = inventory.find(&partuuid).map_err(|e| refused(format!("{e:#}")))?;
         let part = found.ok_or_else(|| {
-            refused(format!("{name} was booted, but its {role}= partition {partuuid} isn't there; correct the configuration"))
+            refused(format!("{name} was booted, but its {role}= partition {partuuid} does not exist; correct the configuration"))
         })?;
         match mounts::at(table, &dir) {
             Some(mount) if mount.is_on(part) && mount.root == "/" => {}
-            // The entries name the subvolume of a root.
+            // A root may be a subvolume, which the menu entries name.
             Some(mount) if mount.is_on(part) && role == Role::Root && mount.fstype == "btrfs" && is_subvolume(&dir) => {}
-            // Another btrfs subvolume, or a directory that is bound there. What the boot finds by its path isn't where it was.
+            // Another subvolume, or a directory that is bind-mounted: on a copy, the boot would find other files there.
             Some(mount) if mount.is_on(part) => {
                 return Err(refused(format!(
-                    "{name} was booted, but {} is only {} of its {role}= partition {}; dualroot copies whole file systems, so mount \
-                     that without subvol= and without bind",
+                    "{name} was booted, but {} has only {} of its {role}= partition {}, and dualroot copies whole file systems; mount that \
+                     without subvol= and without bind",
                     dir.display(),
                     mount.root,
                     part.path
@@ -46,7 +46,7 @@ pub(super) fn check(booted: &Disk, inventory: &Inventory, table: &[Mount]) -> Re
             }
             Some(mount) => {
                 return Err(refused(format!(
-                    "{name} was booted, but {} is {} and not its {role}= partition {}; mount that there",
+                    "{name} was booted, but {} has {} mounted instead of its {role}= partition {}; mount that there",
                     dir.display(),
                     mount.source,
                     part.path
@@ -55,7 +55,7 @@ pub(super) fn check(booted: &Disk, inventory: &Inventory, table: &[Mount]) -> Re
             None => {
                 return Err(refused(format!(
                     "{name} was booted, but nothing is mounted on {}; mount its {role}= partition {} there \
-                     ('systemctl daemon-reload' and 'systemctl start local-fs.target' have the generator's mounts made)",
+                     ('systemctl daemon-reload' and 'systemctl start local-fs.target' make the generator's mounts)",
                     dir.display(),
                     part.path
                 )));
@@ -65,7 +65,7 @@ pub(super) fn check(booted: &Disk, inventory: &Inventory, table: &[Mount]) -> Re
     Ok(())
 }
 
-/// Whether this is the top directory of a btrfs subvolume, and not one that is bound there.
+/// Whether this is the top directory of a btrfs subvolume, and not a directory inside one that is bind-mounted.
 fn is_subvolume(dir: &Path) -> bool {
     fs::metadata(dir).is_ok_and(|meta| meta.ino() == subvolume::TOP)
 }
@@ -105,14 +105,17 @@ mod tests {
         check(&[line("8:1", "/", "/boot")]).unwrap();
         for (boot, expected) in [
             (vec![], "nothing is mounted on /boot; mount its esp= partition /dev/x1 there"),
-            (vec![line("8:3", "/", "/boot")], "/boot is /dev/none and not its esp= partition /dev/x1"),
-            (vec![line("8:1", "/", "/boot"), line("0:30", "/", "/boot")], "/boot is /dev/none and not its esp= partition"),
-            (vec![line("8:1", "/sub", "/boot")], "/boot is only /sub of its esp= partition"),
+            (vec![line("8:3", "/", "/boot")], "/boot has /dev/none mounted instead of its esp= partition /dev/x1"),
+            (
+                vec![line("8:1", "/", "/boot"), line("0:30", "/", "/boot")],
+                "/boot has /dev/none mounted instead of its esp= partition",
+            ),
+            (vec![line("8:1", "/sub", "/boot")], "/boot has only /sub of its esp= partition"),
         ] {
             let error = check(&boot).unwrap_err();
             assert!(error.is::<Refused>() && error.to_string().contains(expected), "{error}");
         }
         let error = super::check(&booted, &inventory, &[line("8:9", "/", "/"), line("8:1", "/", "/boot")]).unwrap_err();
-        assert!(error.to_string().contains("/ is /dev/none and not its root= partition /dev/x2"), "{error}");
+        assert!(error.to_string().contains("/ has /dev/none mounted instead of its root= partition /dev/x2"), "{error}");
     }
 }

@@ -1,6 +1,6 @@
-//! Waiting until the booted disk is quiet: no package manager at work, and boot files that have stopped changing.
+//! Waiting until the booted disk is quiet: no package manager runs, and the boot files have stopped changing.
 //!
-//! Path units only hint that something happened. What is looked at here is the state itself, and it is looked at again after a sync.
+//! Path units only hint that something happened. This reads the files themselves, and a sync reads them again when it ends.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -17,18 +17,18 @@ use crate::boot::files::{Class, classify};
 /// Files that package managers lock with fcntl(2) while they work.
 const LOCKED: [&str; 4] =
     ["/var/lib/dpkg/lock", "/var/lib/dpkg/lock-frontend", "/var/lib/rpm/.rpm.lock", "/usr/lib/sysimage/rpm/.rpm.lock"];
-/// Files that are there while a package manager works.
+/// Files that exist while a package manager works.
 const PRESENT: [&str; 1] = ["/var/lib/pacman/db.lck"];
-/// What else of a root tells that something is being changed.
+/// Files of the root that change when a package is installed, or when the boot is configured.
 const STATE: [&str; 5] = ["/var/lib/dpkg/status", "/etc/fstab", "/etc/crypttab", "/etc/kernel/cmdline", "/usr/lib/modules"];
-/// A source that is busy for longer is reported, so that someone looks at it.
+/// The limit for the wait; a source that is busy for longer is reported as a failure.
 const PATIENCE: Duration = Duration::from_secs(20 * 60);
 
-/// What files' names, sizes and times say; equal prints mean that nothing was changed in between, as far as those can tell.
+/// A hash of files' names, sizes and times. If two fingerprints are equal, nothing has changed in between, as far as those show.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Print(blake3::Hash);
 
-/// Prints everything below the boot partitions' directories, and the state files.
+/// The fingerprint of all files below the boot partitions' directories, and of [`STATE`].
 ///
 /// # Errors
 /// A directory that can't be read.
@@ -43,8 +43,7 @@ pub fn print(boot: &[PathBuf]) -> Result<Print> {
     Ok(Print(hasher.finalize()))
 }
 
-/// Whether it looks as it did, and no package manager is at work: what that has begun may be half there, although nothing that tells of it
-/// has changed yet.
+/// Whether nothing has changed and no package manager runs, which may have written half of its files while the fingerprint is still the same.
 ///
 /// # Errors
 /// As [`print`].
@@ -59,8 +58,8 @@ fn add(hasher: &mut blake3::Hasher, path: &Path) -> std::io::Result<()> {
         Err(e) => return Err(e),
     };
     hasher.update(path.as_os_str().as_encoded_bytes());
-    // No access time, no change time and no inode number: the first changes by reading, and FAT makes up the others. The number is
-    // another one whenever the kernel has forgotten the file, as it does while a large tree is copied.
+    // No access time, no change time and no inode number: the first changes by reading, and FAT has none of the others. Its inode numbers
+    // change whenever the kernel drops the file from its cache, as it does while a large tree is copied.
     for value in [meta.size(), meta.mtime().cast_unsigned(), meta.mtime_nsec().cast_unsigned()] {
         hasher.update(&value.to_le_bytes());
     }
@@ -72,7 +71,7 @@ fn add_tree(hasher: &mut blake3::Hasher, top: &Path, dir: &Path, depth: u8) -> s
     paths.sort();
     for path in paths {
         if fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
-            // The files in it are what matters: the lineage's own directory is no change.
+            // Only files count: the directory of the lineage record is no change.
             if depth < 16 {
                 add_tree(hasher, top, &path, depth + 1)?;
             }
@@ -83,12 +82,12 @@ fn add_tree(hasher: &mut blake3::Hasher, top: &Path, dir: &Path, depth: u8) -> s
     Ok(())
 }
 
-/// Whether a file is one that stays on its disk. The sync itself writes the lineage, which is no reason to copy again.
+/// Whether a file stays on its disk. The sync itself writes the lineage record, which is no reason to copy again.
 fn is_local(top: &Path, path: &Path) -> bool {
     path.strip_prefix(top).ok().and_then(Path::to_str).is_some_and(|path| classify(path) == Class::Local)
 }
 
-/// The package manager's lock that is held now, if any.
+/// The lock of a package manager that runs now, if any.
 pub fn package_manager() -> Option<&'static str> {
     LOCKED.into_iter().find(|path| is_locked(Path::new(path))).or(PRESENT.into_iter().find(|path| Path::new(path).exists()))
 }
@@ -99,16 +98,16 @@ fn is_locked(path: &Path) -> bool {
     fcntl(&file, FcntlArg::F_GETLK(&mut lock)).is_ok() && lock.l_type != short(libc::F_UNLCK)
 }
 
-/// The constants of fcntl(2) are ints, its structure has shorts.
+/// Converts a constant of fcntl(2), which is an int, to the type of its structure's field.
 fn short(value: libc::c_int) -> libc::c_short {
     libc::c_short::try_from(value).unwrap_or_default()
 }
 
-/// Waits until nothing has changed for `settle` and no package manager is at work, and returns how it looks then.
-/// `tell` is told once what is waited for.
+/// Waits until nothing has changed for `settle` and no package manager runs, and returns the fingerprint. Calls `tell` once with the reason
+/// for the wait.
 ///
 /// # Errors
-/// A source that doesn't come to rest in 20 minutes.
+/// A source that isn't quiet after 20 minutes.
 pub fn wait(boot: &[PathBuf], settle: Duration, mut tell: impl FnMut(&str)) -> Result<Print> {
     let begun = Instant::now();
     let mut told = false;
@@ -120,12 +119,12 @@ pub fn wait(boot: &[PathBuf], settle: Duration, mut tell: impl FnMut(&str)) -> R
         if now == before && busy.is_none() {
             return Ok(now);
         }
-        let what = busy.map_or("the boot files are being changed".to_owned(), |lock| format!("a package manager holds {lock}"));
+        let reason = busy.map_or("the boot files are being changed".to_owned(), |lock| format!("a package manager holds {lock}"));
         if begun.elapsed() > PATIENCE {
-            bail!("the booted disk was not quiet for 20 minutes ({what}); the spare was left as it is");
+            bail!("the booted disk was busy for 20 minutes ({reason}); the spare was left as it is; the next sync tries again");
         }
         if !std::mem::replace(&mut told, true) {
-            tell(&format!("waiting: {what}"));
+            tell(&format!("waiting: {reason}"));
         }
         before = now;
         // A lock may be held with nothing changing: don't spin when settle=0.
@@ -138,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn f11_prints_tell_changes() {
+    fn f11_fingerprints_show_changes() {
         let tmp = tempfile::tempdir().unwrap();
         let dirs = [tmp.path().to_owned()];
         fs::create_dir(tmp.path().join("sub")).unwrap();
@@ -151,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn f10_prints_do_not_tell_what_is_no_change() {
+    fn f10_fingerprints_ignore_what_is_no_change() {
         let tmp = tempfile::tempdir().unwrap();
         let dirs = [tmp.path().to_owned()];
         let path = |name: &str| tmp.path().join(name);
@@ -160,7 +159,7 @@ mod tests {
         let first = print(&dirs).unwrap();
         fs::create_dir_all(path("EFI/dualroot")).unwrap();
         fs::write(path(crate::boot::files::LINEAGE), "boot=none").unwrap();
-        assert_eq!(print(&dirs).unwrap(), first, "the lineage is the sync's own");
+        assert_eq!(print(&dirs).unwrap(), first, "the sync itself writes the lineage");
         // The same file under another inode number, as FAT's are after a while.
         let time = fs::metadata(path("loader/linux")).unwrap().modified().unwrap();
         fs::copy(path("loader/linux"), path("loader/again")).unwrap();

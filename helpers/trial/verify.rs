@@ -1,7 +1,7 @@
-//! Reading the spares' boot files again, from the medium, and holding them against what the last sync had read there.
+//! Reading the spares' boot files again from the medium, and comparing them with the hashes of the last sync.
 //!
-//! A spare is written and read by syncs, and then rests, for months if nothing changes. What its medium loses meanwhile is found here,
-//! and not on the day when it is booted. Nothing is written to it.
+//! After a sync, a spare may rest for months if nothing changes. This finds damage on its medium before the day when it is booted. Nothing is
+//! written to it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,19 +21,19 @@ use crate::pair::status::{Proof, Reading, Standing, Status};
 use crate::sync::spare::Spare;
 use crate::write::below::{Below, Kind};
 
-/// A file that is not what it should be.
+/// A damaged file.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Fault {
+pub struct BadFile {
     /// Its path in the partition.
     pub path: String,
-    /// What is wrong with it.
-    pub what: What,
+    /// Its damage.
+    pub damage: Damage,
 }
 
-/// What can be wrong with a file.
+/// The damage of a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum What {
-    /// Other bytes.
+pub enum Damage {
+    /// Its bytes differ.
     Differs,
     /// It isn't there.
     Missing,
@@ -41,40 +41,40 @@ pub enum What {
     Unreadable(String),
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for BadFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = &self.path;
-        match &self.what {
-            What::Differs => write!(f, "{path} is not what the last sync read there"),
-            What::Missing => write!(f, "{path} is missing"),
-            What::Unreadable(why) => write!(f, "{path} can't be read: {why}"),
+        match &self.damage {
+            Damage::Differs => write!(f, "{path} is not what the last sync read there"),
+            Damage::Missing => write!(f, "{path} is missing"),
+            Damage::Unreadable(why) => write!(f, "{path} can't be read: {why}"),
         }
     }
 }
 
-/// Reads the files of a list of hashes, in hexadecimal, and says which are something else. They come from where the handle reads.
-pub fn compare(below: &Below, files: &BTreeMap<String, String>) -> Vec<Fault> {
-    let look = |(path, hash): (&String, &String)| {
-        let what = match below.hash(path) {
+/// Reads the files of a list of hashes, in hexadecimal, and returns those that differ. The handle decides whether they come from the medium.
+pub fn compare(below: &Below, files: &BTreeMap<String, String>) -> Vec<BadFile> {
+    let check = |(path, hash): (&String, &String)| {
+        let damage = match below.hash(path) {
             Ok(Some(found)) if found.to_hex().as_str() == hash => return None,
-            Ok(Some(_)) => What::Differs,
-            Ok(None) => What::Missing,
-            Err(e) => What::Unreadable(format!("{:#}", e.root_cause())),
+            Ok(Some(_)) => Damage::Differs,
+            Ok(None) => Damage::Missing,
+            Err(e) => Damage::Unreadable(format!("{:#}", e.root_cause())),
         };
-        Some(Fault { path: path.clone(), what })
+        Some(BadFile { path: path.clone(), damage })
     };
-    files.iter().filter_map(look).collect()
+    files.iter().filter_map(check).collect()
 }
 
-/// Reads all that is below the handle, and says what can't be read.
-pub fn unreadable(below: &Below) -> Vec<Fault> {
+/// Reads all files below the handle, and returns those that can't be read.
+pub fn unreadable(below: &Below) -> Vec<BadFile> {
     const DEEPEST: usize = 16;
     let mut faults = Vec::new();
     let mut dirs = vec![".".to_owned()];
     while let Some(dir) = dirs.pop() {
-        let fault = |path: &str, e: &anyhow::Error| Fault {
+        let fault = |path: &str, e: &anyhow::Error| BadFile {
             path: path.to_owned(),
-            what: What::Unreadable(format!("{:#}", e.root_cause())),
+            damage: Damage::Unreadable(format!("{:#}", e.root_cause())),
         };
         let names = below.list(&dir).unwrap_or_else(|e| {
             faults.push(fault(&dir, &e));
@@ -84,7 +84,7 @@ pub fn unreadable(below: &Below) -> Vec<Fault> {
             let path = if dir == "." { name } else { format!("{dir}/{name}") };
             match kind {
                 Kind::Dir if path.split('/').count() < DEEPEST => dirs.push(path),
-                // A file that is gone by now was none.
+                // A file that was deleted meanwhile is no fault.
                 Kind::File(_) => faults.extend(below.hash(&path).err().map(|e| fault(&path, &e))),
                 Kind::Dir | Kind::Other => {}
             }
@@ -94,19 +94,19 @@ pub fn unreadable(below: &Below) -> Vec<Fault> {
     faults
 }
 
-/// Reads every spare that is there, and the booted disk's own boot partitions, and notes what came of it. The caller holds the lock and
-/// has entered a private mount namespace.
+/// Reads every spare that is there, and the booted disk's own boot partitions, and records the result in the status. The caller holds the lock
+/// and has entered a private mount namespace.
 pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
     let mut standing = Standing::Whole;
     for (_, disk) in machine.config.spares(&machine.booted) {
         let read = match machine.inventory.disk(disk).map_err(|e| refused(format!("{e:#}"))) {
             Ok(parts) if parts.is_empty() => {
-                log.warning(&format!("{} is not there, and was not read", disk.name));
+                log.warning(&format!("{} is missing, and was not read", disk.name));
                 status.absent(disk);
                 standing = standing.max(Standing::Absent);
                 continue;
             }
-            Ok(parts) => one(machine, disk, &parts, status, log),
+            Ok(parts) => verify_spare(machine, disk, &parts, status, log),
             Err(e) => Err(e),
         };
         let faults = match read {
@@ -121,22 +121,22 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
         for fault in &faults {
             log.error(&format!(
                 "{}: {fault}; 'systemctl start dualroot-sync.service' writes it again, if the disk can still be written; watch the \
-                 disk's SMART values (smartctl -a), and replace it if there is more of this",
+                 disk's SMART values (smartctl -a), and replace the disk if this happens again",
                 disk.name
             ));
         }
         if faults.is_empty() {
-            log.info(&format!("{}: its boot files are what the last sync wrote", disk.name));
+            log.info(&format!("{}: its boot files are as the last sync wrote them", disk.name));
         } else {
             standing = Standing::Broken;
         }
         status.read(disk, faults);
     }
-    let faults = own(machine);
+    let faults = verify_booted(machine);
     for fault in &faults {
         log.error(&format!(
-            "{}, which is booted: {fault}; watch the disk's SMART values (smartctl -a), and replace it; the other disk can be booted by \
-             'dualroot-sync --boot-next'",
+            "{}, which is booted: {fault}; watch the disk's SMART values (smartctl -a), and replace the disk; 'dualroot-sync --boot-next' \
+             makes the firmware boot another one",
             machine.booted.name
         ));
     }
@@ -147,18 +147,24 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
     standing
 }
 
-/// What is wrong with a spare's boot files.
-fn one(machine: &Machine, disk: &Disk, parts: &BTreeMap<Role, &Partition>, status: &Status, log: &Log) -> Result<Vec<String>> {
+/// The faults of a spare's boot files.
+fn verify_spare(
+    machine: &Machine,
+    disk: &Disk,
+    parts: &BTreeMap<Role, &Partition>,
+    status: &Status,
+    log: &Log,
+) -> Result<Vec<String>> {
     let proof = status.of(disk.name).and_then(|seen| seen.proof.as_ref()).ok_or_else(|| {
-        refused("there is nothing to compare its boot files with before a sync has ended well; start dualroot-sync.service")
+        refused("no sync of it has ended well yet, so there are no hashes to compare its boot files with; start dualroot-sync.service")
     })?;
     let mut spare = Spare::new(machine, disk, parts)?;
     spare.hold(parts, Role::is_boot)?;
     let record = Record::load(spare.mounted.below(&Role::Esp)?, disk.name).map_err(|e| refused(format!("{e:#}")))?;
     let (_, own) = own_record(machine)?;
-    // Booted since, it has changed its files itself.
+    // A spare that was booted since has changed its files itself.
     own.check(machine.booted.name, disk.name, &record)?;
-    check_is_of(&record, proof)?;
+    check_proof(&record, proof)?;
     let mut faults = Vec::new();
     for (role, files) in &proof.files {
         let part = parts.get(role).map_or("", |part| part.path.as_str());
@@ -170,23 +176,22 @@ fn one(machine: &Machine, disk: &Disk, parts: &BTreeMap<Role, &Partition>, statu
     Ok(faults)
 }
 
-/// What was read then is what the spare was left with.
-fn check_is_of(record: &Record, proof: &Proof) -> Result<()> {
+/// Checks that the proof is of the last sync that wrote the spare.
+fn check_proof(record: &Record, proof: &Proof) -> Result<()> {
     if record.last_synced() == proof.synced {
         return Ok(());
     }
-    let last = record.last_synced().map_or_else(
-        || "says of no sync".to_owned(),
-        |(disk, at)| format!("says that it was synced from {disk} at {}", date(at)),
-    );
+    let last = record
+        .last_synced()
+        .map_or_else(|| "has no sync".to_owned(), |(disk, at)| format!("says that it was synced from {disk} at {}", date(at)));
     Err(refused(format!(
-        "its own record {last}, and this disk remembers another state of it, of {}; start dualroot-sync.service",
+        "its own record {last}, but the hashes on this disk are from another sync, of {}; start dualroot-sync.service",
         date(proof.at)
     )))
 }
 
-/// What of the booted disk's boot files can't be read. What they hold is up to whoever installs kernels.
-fn own(machine: &Machine) -> Vec<String> {
+/// The booted disk's boot files that can't be read. Their contents may change at any time, when a kernel is installed.
+fn verify_booted(machine: &Machine) -> Vec<String> {
     let mut faults = Vec::new();
     for (role, _, dir) in machine.booted.boot_places() {
         match Below::open(Path::new(dir.as_str())).context("it can't be read") {
@@ -216,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_on_the_medium_is_found_below_what_the_kernel_remembers() {
+    fn changes_on_the_medium_are_found_despite_the_cache() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -239,7 +244,7 @@ mod tests {
         }
         below.apply(&Change::Barrier).unwrap();
         drop(below);
-        // At rest, and seen by everybody, as a spare is.
+        // Read-only and visible to all processes, as a spare is.
         run("mount", &["-oremount,ro".as_ref(), first.as_ref()]);
         run("mount", &["--bind".as_ref(), first.as_ref(), second.as_ref()]);
         let (everybody, medium) = (Below::open(&first).unwrap(), Below::open(&second).unwrap().from_medium());
@@ -248,23 +253,23 @@ mod tests {
         let on_medium = fs::read(image.path()).unwrap();
         let at = on_medium.windows(linux.len()).position(|part| part == linux).unwrap() + 40_000;
         image.as_file().write_all_at(b"K", at as u64).unwrap();
-        assert_eq!(fs::read(first.join("linux")).unwrap(), linux, "it is remembered");
-        assert_eq!(compare(&everybody, &files), [], "and nobody would know");
-        assert_eq!(compare(&medium, &files), [Fault { path: "linux".into(), what: What::Differs }]);
+        assert_eq!(fs::read(first.join("linux")).unwrap(), linux, "it is cached");
+        assert_eq!(compare(&everybody, &files), [], "and the damage is not seen");
+        assert_eq!(compare(&medium, &files), [BadFile { path: "linux".into(), damage: Damage::Differs }]);
         assert_eq!(unreadable(&medium), []);
-        // The medium ends before that: a loop device gives EIO.
+        // The medium ends before that file: a loop device gives EIO.
         image.as_file().set_len((at as u64 - 30_000) & !4095).unwrap();
         let found = unreadable(&medium);
-        let why = What::Unreadable("Input/output error (os error 5)".into());
-        assert!(found.contains(&Fault { path: "linux".into(), what: why.clone() }), "{found:?}");
-        assert!(compare(&medium, &files).contains(&Fault { path: "linux".into(), what: why }));
+        let why = Damage::Unreadable("Input/output error (os error 5)".into());
+        assert!(found.contains(&BadFile { path: "linux".into(), damage: why.clone() }), "{found:?}");
+        assert!(compare(&medium, &files).contains(&BadFile { path: "linux".into(), damage: why }));
         drop((everybody, medium));
         run("umount", &[second.as_ref()]);
         run("umount", &[first.as_ref()]);
     }
 
     #[test]
-    fn each_file_that_is_not_what_it_was_is_named() {
+    fn each_damaged_file_is_named() {
         let tmp = tempfile::tempdir().unwrap();
         fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
         for path in ["linux", "initrd", "loader/entries/a.conf", "gone", "strange"] {
@@ -272,7 +277,7 @@ mod tests {
         }
         let below = Below::open(tmp.path()).unwrap();
         let files = hashes(&below);
-        fs::write(tmp.path().join("new"), "of nobody's concern").unwrap();
+        fs::write(tmp.path().join("new"), "not in the list").unwrap();
         assert_eq!(compare(&below, &files), []);
         fs::write(tmp.path().join("initrd"), "Initrd").unwrap();
         fs::remove_file(tmp.path().join("gone")).unwrap();
@@ -285,14 +290,14 @@ mod tests {
     }
 
     #[test]
-    fn another_sync_is_another_state() {
+    fn hashes_of_another_sync_are_refused() {
         let [first, second] = [0, 1].map(|n| DiskName::parse(&format!("disk{n}")).unwrap());
         let proof = |synced| Proof { at: 1_793_491_200, synced, files: BTreeMap::new() };
         let (mut own, mut record) = (Record::default(), Record::default());
-        check_is_of(&record, &proof(None)).unwrap();
+        check_proof(&record, &proof(None)).unwrap();
         own.synced(first, second, &mut record);
-        check_is_of(&record, &proof(record.last_synced())).unwrap();
-        let error = check_is_of(&record, &proof(Some((first, 7)))).unwrap_err();
+        check_proof(&record, &proof(record.last_synced())).unwrap();
+        let error = check_proof(&record, &proof(Some((first, 7)))).unwrap_err();
         assert!(error.is::<Refused>());
         let error = error.to_string();
         assert!(error.contains("synced from disk0 at ") && error.contains("of 2026-11-01 00:00:00 UTC; start"), "{error}");

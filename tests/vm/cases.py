@@ -405,7 +405,7 @@ def boot_half(pair, disk, kernel):
     pair.check_booted(disk, kernel)
     # That, and no more: the healing isn't to begin yet.
     code, said = machine.status("dualroot-sync --dry-run", 300)
-    newer = "disk1 is newer than disk0: it has" if disk is pair.a else "disk1 and disk0 have each gone on without the other"
+    newer = "disk1 is newer than disk0: it has" if disk is pair.a else "disk1 and disk0 were each used without the other"
     report.check(f"from disk{disk.number}, nothing is overwritten unasked", code == 3 and newer in said, said)
 
 
