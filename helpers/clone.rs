@@ -154,7 +154,7 @@ impl ClonePlan {
                 join::FSTAB
             );
         }
-        let _ = write!(text, "At the end, {} gets a section for the disk", edit::FILE);
+        let _ = write!(text, "At the end, {} names the disk", edit::FILE);
         text.push_str(match self.efi_entries {
             true => ", and the firmware gets a boot entry for it, after the booted disk's.\n",
             false => "; the firmware gets no boot entry for it (efi-entries=no).\n",
