@@ -159,7 +159,7 @@ mod tests {
 
     const PCI: &str = "/sys/devices/pci0000:00/0000:00:1c.0";
 
-    /// Disks at SATA, sda; at USB, sdb; and at NVMe, nvme0n1, and as one of a subsystem, nvme1n1. All behind a bridge whose
+    /// Disks at SATA, sda; at USB, sdb; and at NVMe, nvme0n1, and as one of a subsystem, nvme1n1. All are below a bridge whose
     /// driver is built in.
     fn disks(root: &Root) {
         drive(root, PCI, "pcieport", "pcieportdrv", false);

@@ -203,8 +203,8 @@ const JOINING: &str = "joining";
 const NEEDS_ALL_DISKS: &str = "would not mount the root without one of its disks; make the initrds again ('update-initramfs -u -k all', \
                                'dracut --regenerate-all --force')";
 
-/// Checks that with the machine's files, another disk boots the same root, and boots it alone. `names` finds the booted disk's names, among
-/// which the shared root's are none.
+/// Checks that with the machine's files, another disk boots the same root, and boots it alone. `names` finds the booted disk's names, without
+/// those of the shared root.
 ///
 /// # Errors
 /// The first file that prevents that.

@@ -184,7 +184,7 @@ impl InstallPlan {
         let name = DiskName::free(&taken)?;
         let mut own = DiskIds { name, parts: parts.iter().map(of).collect::<Result<_>>()? };
         let alone = |ids: &PartIds| DiskIds { name, parts: [(Role::Root, ids.clone())].into() };
-        let its_root = own.parts.get(&Role::Root).map(alone).context("there is no root")?;
+        let its_root = own.parts.get(&Role::Root).map(alone).context("the new disk has no root=")?;
         let old = self.old_ids()?;
         let root_names = needed::finder(&[its_root])?;
         let own_names = needed::finder(std::slice::from_ref(&own))?;

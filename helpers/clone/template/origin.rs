@@ -89,10 +89,10 @@ impl Origin {
     /// A refusal for a directory that isn't there.
     pub fn canonical(&self) -> Result<Self> {
         let Self::Here(dir) = self else { return Ok(self.clone()) };
-        let found = dir.canonicalize().map_err(|e| refused(format!("the template {self}: {e}")))?;
+        let found = dir.canonicalize().map_err(|e| refused(format!("the template {self}: {e}; nothing was done")))?;
         match found.is_dir() {
             true => Ok(Self::Here(found)),
-            false => Err(refused(format!("the template {self} is no directory"))),
+            false => Err(refused(format!("the template {self} is no directory; nothing was done"))),
         }
     }
 
