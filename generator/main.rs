@@ -12,19 +12,56 @@ mod plan;
 mod units;
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dualroot::base::root::Root;
 
 use crate::facts::FactsOrReason;
 use crate::log::{Level, Log};
 
+/// The text of `--help`.
+const HELP: &str = "\
+Write the mount units that follow from which disk of the pair was booted. systemd runs this at every boot (systemd.generator(7)).
+
+Usage: dualroot-generator NORMAL-DIR [EARLY-DIR LATE-DIR]
+
+Options:
+  -h, --help     Print help
+  -V, --version  Print version
+
+Exit status: 0 the units were written, or there was nothing to do; 1 failed; 2 usage.
+";
+
+/// What the arguments ask for.
+enum Call {
+    Help,
+    Version,
+    /// Units in this directory.
+    Units(PathBuf),
+}
+
 fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let normal = match parse(&args) {
+        Ok(Call::Help) => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(Call::Version) => {
+            println!("dualroot-generator {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        Ok(Call::Units(normal)) => normal,
+        Err(sentence) => {
+            eprintln!("dualroot-generator: {sentence}; nothing was written. See 'dualroot-generator --help'.");
+            return ExitCode::from(2);
+        }
+    };
     let root = Root::from_env();
     let mut log = Log::open(&root);
-    match run(&root, &mut log) {
+    match run(&root, &normal, &mut log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             log.line(Level::Error, &format!("{e:#}"));
@@ -33,16 +70,27 @@ fn main() -> ExitCode {
     }
 }
 
-/// Reads facts, plans and writes. If there is nothing to do, it writes nothing and succeeds.
-fn run(root: &Root, log: &mut Log) -> Result<()> {
-    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-    // systemd.generator(7): the normal, early and late directories; for tests one that stands for all.
-    let ([normal] | [normal, _, _]) = &args[..] else {
-        bail!("expected one or three directories as arguments, found {}", args.len());
-    };
-    if normal.is_empty() {
-        bail!("expected a directory as the first argument, found an empty one");
+/// Reads the arguments: the normal, early and late directories, or for tests one that stands for all.
+fn parse(args: &[OsString]) -> Result<Call, String> {
+    if let [only] = args {
+        match only.to_str() {
+            Some("-h" | "--help") => return Ok(Call::Help),
+            Some("-V" | "--version") => return Ok(Call::Version),
+            _ => {}
+        }
     }
+    // A relative path is no directory of systemd's; an option that doesn't exist is among them.
+    if let Some(other) = args.iter().find(|arg| !Path::new(arg).is_absolute()) {
+        return Err(format!("'{}' is no absolute path of a directory", other.to_string_lossy().escape_debug()));
+    }
+    match args {
+        [normal] | [normal, _, _] => Ok(Call::Units(normal.into())),
+        _ => Err(format!("expected one or three directories as arguments, found {}", args.len())),
+    }
+}
+
+/// Reads facts, plans and writes. If there is nothing to do, it writes nothing and succeeds.
+fn run(root: &Root, normal: &Path, log: &mut Log) -> Result<()> {
     let facts = match facts::read(root, |name| std::env::var_os(name))? {
         FactsOrReason::Reason(level, reason) => {
             log.line(level, &format!("no mount units are made: {reason}"));
@@ -57,5 +105,5 @@ fn run(root: &Root, log: &mut Log) -> Result<()> {
     for (level, note) in &plan.notes {
         log.line(*level, note);
     }
-    units::write(Path::new(normal), &units::files(&plan)?)
+    units::write(normal, &units::files(&plan)?)
 }

@@ -322,18 +322,36 @@ fn f27_one_argument() {
     assert!(differences.is_empty(), "{differences}");
 }
 
+/// Whatever is no absolute path makes no directory of its name.
 #[test]
 fn f27_wrong_arguments() {
     let setup = Setup::new("01-own-roots");
-    for args in [&[][..], &["a", "b"], &["a", "b", "c", "d"]] {
-        let output = setup.run(args);
-        assert_eq!(output.status.code(), Some(1));
-        let found = format!("<3>dualroot-generator[PID]: expected one or three directories as arguments, found {}\n", args.len());
-        assert_eq!(setup.log(&output), found);
+    let run = |args: &[&str]| {
+        let mut command = Command::new(GENERATOR);
+        command.env("DUALROOT_ROOT", setup.path("root")).current_dir(setup.dir.path()).args(args).output().unwrap()
+    };
+    for (args, expected) in [
+        (&[][..], "expected one or three directories as arguments, found 0"),
+        (&["/nowhere/a", "/nowhere/b"], "expected one or three directories as arguments, found 2"),
+        (&["/nowhere/a", "/nowhere/b", "/nowhere/c", "/nowhere/d"], "expected one or three directories as arguments, found 4"),
+        (&[""], "'' is no absolute path of a directory"),
+        (&["units"], "'units' is no absolute path of a directory"),
+        (&["--halp"], "'--halp' is no absolute path of a directory"),
+        (&["/nowhere/a", "--help", "/nowhere/c"], "'--help' is no absolute path of a directory"),
+        (&["/nowhere/a", "early", "/nowhere/c"], "'early' is no absolute path of a directory"),
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        let found = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(found, format!("dualroot-generator: {expected}; nothing was written. See 'dualroot-generator --help'.\n"));
     }
-    let output = Command::new(GENERATOR).env("DUALROOT_ROOT", setup.path("root")).arg("").output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    for args in [["--help"], ["-h"], ["--version"], ["-V"]] {
+        let output = run(&args);
+        assert!(output.status.success() && output.stderr.is_empty(), "{args:?}: {output:?}");
+        assert!(String::from_utf8(output.stdout).unwrap().contains("dualroot-generator "), "{args:?}");
+    }
     assert_eq!(fs::read_dir(setup.dir.path()).unwrap().count(), 1, "something was written");
+    assert!(!Path::new("/nowhere").exists());
 }
 
 #[test]
