@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
+use dualroot::base::exit::Exit;
 use dualroot::base::root::Root;
 
 use crate::facts::FactsOrReason;
@@ -47,25 +48,25 @@ fn main() -> ExitCode {
     let normal = match parse(&args) {
         Ok(Call::Help) => {
             print!("{HELP}");
-            return ExitCode::SUCCESS;
+            return Exit::Good.into();
         }
         Ok(Call::Version) => {
             println!("dualroot-generator {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
+            return Exit::Good.into();
         }
         Ok(Call::Units(normal)) => normal,
         Err(sentence) => {
             eprintln!("dualroot-generator: {sentence}; nothing was written. See 'dualroot-generator --help'.");
-            return ExitCode::from(2);
+            return Exit::Usage.into();
         }
     };
     let root = Root::from_env();
     let mut log = Log::open(&root);
     match run(&root, &normal, &mut log) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => Exit::Good.into(),
         Err(e) => {
             log.line(Level::Error, &format!("{e:#}"));
-            ExitCode::FAILURE
+            Exit::Failed.into()
         }
     }
 }

@@ -1,4 +1,5 @@
 pub mod clock;
+pub mod exit;
 pub mod log;
 pub mod program;
 pub mod progress;

@@ -9,6 +9,7 @@ use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
 use crate::base::clock::{date, now};
+use crate::base::exit::Exit;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
@@ -187,7 +188,8 @@ pub struct Report {
     /// Whether a sync or a verification is running.
     pub running: bool,
     /// The exit status.
-    pub exit_status: u8,
+    #[serde(rename = "exit_status")]
+    pub exit: Exit,
     /// Every disk.
     pub disks: Vec<DiskReport>,
 }
@@ -268,7 +270,7 @@ impl Fate {
 impl Report {
     /// Of a machine that isn't configured.
     pub fn unconfigured() -> Self {
-        Self { configured: false, time: now(), layout: None, root: None, running: false, exit_status: 0, disks: Vec::new() }
+        Self { configured: false, time: now(), layout: None, root: None, running: false, exit: Exit::Good, disks: Vec::new() }
     }
 
     /// Decides.
@@ -300,7 +302,7 @@ impl Report {
             layout: Some(layout),
             root: Some(root),
             running: facts.running,
-            exit_status: standing.exit_status(),
+            exit: standing.exit(),
             disks,
         }
     }

@@ -7,9 +7,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
+use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
 use dualroot::base::program;
-use dualroot::base::refusal::{exit_status, nothing_done, refused};
+use dualroot::base::refusal::{nothing_done, refused};
 use dualroot::base::root::Root;
 use dualroot::base::types::DiskName;
 use dualroot::clone::container::Secret;
@@ -57,20 +58,15 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let mut log = Log::new();
-    match run(&arguments, &mut log) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            log.error(&format!("{e:#}"));
-            ExitCode::from(exit_status(&e))
-        }
-    }
+    let done = run(&arguments, &mut log);
+    exit::end(&log, done)
 }
 
-fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
+fn run(arguments: &Arguments, log: &mut Log) -> Result<Exit> {
     let root = Root::new("/");
     let _lock = lock::take(false).map_err(nothing_done)?;
     if let Some(origin) = &arguments.template {
-        return install(arguments, origin, &root, log);
+        return install(arguments, origin, &root, log).map(|()| Exit::Good);
     }
     let request = Request {
         disk: arguments.disk.clone(),
@@ -81,7 +77,7 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     let plan = ClonePlan::new(&root, &request).map_err(nothing_done)?;
     print!("{}", plan.describe());
     if arguments.dry_run {
-        return Ok(());
+        return Ok(Exit::Good);
     }
     confirm(arguments, &plan.disk.target)?;
     let secret = read_secret(&plan, arguments.key_file.as_deref()).map_err(nothing_done)?;
@@ -95,7 +91,8 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<()> {
     let machine = plan.make_disk(&root, secret.as_ref(), log).map_err(erased)?;
     plan.activate(machine, log).map_err(|e| {
         anyhow!("{e:#}; {FILE} names the new disk already; fix that, and 'systemctl start dualroot-sync.service' does the rest")
-    })
+    })?;
+    Ok(Exit::Good)
 }
 
 /// The secret that opens the booted disk's LUKS containers, where it has any: from the file, or typed.

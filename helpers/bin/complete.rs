@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
 use dualroot::base::root::Root;
 use dualroot::conf::Config;
@@ -30,17 +31,10 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let log = Log::new();
-    match run(&arguments, &log) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            log.error(&format!("{e:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    exit::end(&log, run(&arguments, &log))
 }
 
-fn run(arguments: &Arguments, log: &Log) -> Result<bool> {
+fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
     if let Some(root) = &arguments.root {
         if mounts::at(&mounts::table()?, root).is_none() {
             bail!("nothing is mounted at {}", root.display());
@@ -62,8 +56,8 @@ fn run(arguments: &Arguments, log: &Log) -> Result<bool> {
     Ok(all(trees, log, |(dir, tree)| one(dir, tree, log)))
 }
 
-/// Whether `complete` went well for every tree. One tree's trouble is not another's.
-fn all<T>(trees: impl IntoIterator<Item = T>, log: &Log, complete: impl Fn(&T) -> Result<bool>) -> bool {
+/// Completes every tree. One tree's trouble is not another's.
+fn all<T>(trees: impl IntoIterator<Item = T>, log: &Log, complete: impl Fn(&T) -> Result<bool>) -> Exit {
     let mut good = true;
     for tree in trees {
         good &= complete(&tree).unwrap_or_else(|e| {
@@ -71,7 +65,7 @@ fn all<T>(trees: impl IntoIterator<Item = T>, log: &Log, complete: impl Fn(&T) -
             false
         });
     }
-    good
+    if good { Exit::Good } else { Exit::Failed }
 }
 
 /// The file system that will be seen at `shown`, and is mounted at `dir`. Where none is, there is nothing to do.

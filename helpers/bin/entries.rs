@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
-use dualroot::base::refusal::exit_status;
 use dualroot::pair::machine::Machine;
 use dualroot::sync::entries;
 
@@ -30,16 +30,10 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let log = Log::new();
-    match run(&arguments, &log) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            log.error(&format!("{e:#}"));
-            ExitCode::from(exit_status(&e))
-        }
-    }
+    exit::end(&log, run(&arguments, &log))
 }
 
-fn run(arguments: &Arguments, log: &Log) -> Result<()> {
+fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
     // First: whatever happens after the mark was made is seen by the sync, which looks at the state itself.
     if arguments.mark && !arguments.dry_run {
         fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made (this has to run as root)")?;
@@ -47,7 +41,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<()> {
     }
     let Some(machine) = Machine::look()? else {
         log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
-        return Ok(());
+        return Ok(Exit::Good);
     };
     let rewrites = entries::plan(&machine)?;
     for rewrite in &rewrites {
@@ -57,5 +51,8 @@ fn run(arguments: &Arguments, log: &Log) -> Result<()> {
             false => log.info(&line),
         }
     }
-    if arguments.dry_run { Ok(()) } else { entries::apply(&rewrites) }
+    if !arguments.dry_run {
+        entries::apply(&rewrites)?;
+    }
+    Ok(Exit::Good)
 }

@@ -5,14 +5,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
-use dualroot::base::refusal::exit_status;
 use dualroot::report::{Facts, Report};
 use dualroot::write::below::Below;
 
 /// Show how it stands with every disk, and what would happen if another one died now.
 ///
-/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused; 4 a spare isn't there.
+/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused, or nothing is known; 4 a spare isn't there.
 #[derive(Parser)]
 #[command(name = "dualroot-status", version)]
 struct Arguments {
@@ -35,16 +35,10 @@ fn metrics_file(text: &str) -> Result<PathBuf, String> {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(status) => ExitCode::from(status),
-        Err(e) => {
-            Log::new().error(&format!("{e:#}"));
-            ExitCode::from(exit_status(&e))
-        }
-    }
+    exit::end(&Log::new(), run(&arguments))
 }
 
-fn run(arguments: &Arguments) -> Result<u8> {
+fn run(arguments: &Arguments) -> Result<Exit> {
     let report = Facts::gather()?.map_or_else(Report::unconfigured, |facts| Report::new(&facts));
     if let Some(path) = &arguments.prometheus {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -55,5 +49,5 @@ fn run(arguments: &Arguments) -> Result<u8> {
     } else {
         print!("{}", report.text());
     }
-    Ok(report.exit_status)
+    Ok(report.exit)
 }

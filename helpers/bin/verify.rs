@@ -4,12 +4,12 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
-use dualroot::base::refusal::exit_status;
 use dualroot::devices::held;
 use dualroot::pair::lock;
 use dualroot::pair::machine::Machine;
-use dualroot::pair::status::{Standing, Status};
+use dualroot::pair::status::Status;
 use dualroot::trial::verify;
 
 /// Read every boot file of the spare disks from the medium, and compare it with what the last sync left there.
@@ -22,22 +22,16 @@ struct Arguments {}
 fn main() -> ExitCode {
     Arguments::parse();
     let log = Log::new();
-    match run(&log) {
-        Ok(standing) => ExitCode::from(standing.exit_status()),
-        Err(e) => {
-            log.error(&format!("{e:#}"));
-            ExitCode::from(exit_status(&e))
-        }
-    }
+    exit::end(&log, run(&log))
 }
 
-fn run(log: &Log) -> Result<Standing> {
+fn run(log: &Log) -> Result<Exit> {
     // What a sync is writing is neither what it was nor what it will be.
     log.status("waiting for a sync to end, if one is running");
     let _lock = lock::take(true)?;
     let Some(machine) = Machine::look()? else {
         log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
-        return Ok(Standing::Whole);
+        return Ok(Exit::Good);
     };
     held::enter_private_namespace()?;
     let mut status = Status::load(&machine.root, &machine.config, &machine.booted)?;
@@ -45,5 +39,5 @@ fn run(log: &Log) -> Result<Standing> {
     if let Err(e) = status.save() {
         log.warning(&format!("{e:#}; dualroot-status will not know of this"));
     }
-    Ok(standing)
+    Ok(standing.exit())
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::base::clock::now;
+use crate::base::exit::Exit;
 use crate::base::refusal::Refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
@@ -39,13 +40,13 @@ pub enum Standing {
 }
 
 impl Standing {
-    /// The exit status that says so.
-    pub fn exit_status(self) -> u8 {
+    /// How a program ends that says so.
+    pub fn exit(self) -> Exit {
         match self {
-            Self::Whole => 0,
-            Self::Broken => 1,
-            Self::Refused => 3,
-            Self::Absent => 4,
+            Self::Whole => Exit::Good,
+            Self::Broken => Exit::Failed,
+            Self::Refused => Exit::Refused,
+            Self::Absent => Exit::Absent,
         }
     }
 }

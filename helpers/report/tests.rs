@@ -49,7 +49,7 @@ fn proof(at: u64) -> Proof {
 fn spare(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> (String, Option<bool>, u8) {
     let report = Report::new(&pair(change));
     let told = &report.disks[1];
-    (told.if_others_died.clone(), told.boots, report.exit_status)
+    (told.if_others_died.clone(), told.boots, report.exit.status())
 }
 
 fn is(found: (String, Option<bool>, u8), told: &str, boots: Option<bool>, status: u8) {
@@ -163,7 +163,7 @@ fn what_a_verification_found_counts() {
         facts.disks[0].own = Some(read(&["esp (/boot): linux can't be read: EIO"]));
     });
     let report = Report::new(&facts);
-    assert_eq!((report.exit_status, report.disks[1].boots), (1, Some(true)));
+    assert_eq!((report.exit.status(), report.disks[1].boots), (1, Some(true)));
     assert_eq!(
         report.disks[0].if_others_died,
         "goes on running: its root is its own; but it may not boot again: esp (/boot): linux can't be read: EIO, \
@@ -181,9 +181,9 @@ fn the_worst_of_several_spares_counts() {
         facts.disks[1].present = false;
         Report::new(&facts)
     };
-    assert_eq!(report(|_| {}).exit_status, 4);
-    assert_eq!(report(|disk| disk.seen = Some(seen(Outcome::Refused(String::new())))).exit_status, 3);
-    assert_eq!(report(|disk| disk.seen = None).exit_status, 1);
+    assert_eq!(report(|_| {}).exit.status(), 4);
+    assert_eq!(report(|disk| disk.seen = Some(seen(Outcome::Refused(String::new())))).exit.status(), 3);
+    assert_eq!(report(|disk| disk.seen = None).exit.status(), 1);
     assert!(report(|_| {}).text().contains("if the others died: "));
 }
 
