@@ -42,8 +42,3 @@ pub fn nothing_done(error: anyhow::Error) -> anyhow::Error {
 pub fn refused_for_age(sentence: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Refused { sentence: sentence.into(), about_age: true })
 }
-
-/// What a program exits with that ends with this error: 3 where something was [`Refused`], else 1.
-pub fn exit_status(error: &anyhow::Error) -> u8 {
-    if error.is::<Refused>() { 3 } else { 1 }
-}

@@ -3,15 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
-use dualroot::base::refusal::exit_status;
 use dualroot::base::types::DiskName;
 use dualroot::sync::session::{self, Task};
 use dualroot::sync::{Options, Outcome};
 
 /// Make every spare disk a bootable copy of the booted disk.
 ///
-/// Exit status: 0 every spare boots; 1 failed; 2 usage; 3 refused, nothing was written; 4 a spare isn't there.
+/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused, nothing was written; 4 a spare isn't there.
 #[derive(Parser)]
 #[command(name = "dualroot-sync", version)]
 struct Arguments {
@@ -35,14 +35,15 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let mut log = Log::new();
-    match session::run(&task(&arguments), &mut log) {
-        Ok(Outcome::Whole) => ExitCode::SUCCESS,
-        Ok(Outcome::Broken) => ExitCode::from(1),
-        Ok(Outcome::Absent) => ExitCode::from(4),
-        Err(e) => {
-            log.error(&format!("{e:#}"));
-            ExitCode::from(exit_status(&e))
-        }
+    let done = session::run(&task(&arguments), &mut log).map(exit_of);
+    exit::end(&log, done)
+}
+
+fn exit_of(outcome: Outcome) -> Exit {
+    match outcome {
+        Outcome::Whole => Exit::Good,
+        Outcome::Broken => Exit::Failed,
+        Outcome::Absent => Exit::Absent,
     }
 }
 
