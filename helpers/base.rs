@@ -1,6 +1,7 @@
 pub mod clock;
 pub mod exit;
 pub mod log;
+pub mod privilege;
 pub mod program;
 pub mod progress;
 pub mod refusal;

@@ -9,10 +9,10 @@ use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
-use dualroot::base::program;
 use dualroot::base::refusal::{nothing_done, refused};
 use dualroot::base::root::Root;
 use dualroot::base::types::DiskName;
+use dualroot::base::{privilege, program};
 use dualroot::clone::container::Secret;
 use dualroot::clone::target::Target;
 use dualroot::clone::template::identity::HostName;
@@ -63,6 +63,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, log: &mut Log) -> Result<Exit> {
+    if arguments.dry_run && !privilege::is_root() {
+        return Err(privilege::not_seen("dualroot-clone", &["the partitions and file systems of the disks".to_owned()]));
+    }
+    privilege::require_root("dualroot-clone", None)?;
     let root = Root::new("/");
     let _lock = lock::take(false).map_err(nothing_done)?;
     if let Some(origin) = &arguments.template {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
+use dualroot::base::privilege;
 use dualroot::base::root::Root;
 use dualroot::conf::Config;
 use dualroot::copy::stage::{self, Found};
@@ -17,7 +18,7 @@ use dualroot::write::below::Below;
 
 /// Complete what was being copied to this disk when that was cut.
 ///
-/// Exit status: 0 all is whole; 1 failed; 2 usage.
+/// Exit status: 0 all is whole; 1 failed; 2 usage; 3 refused, nothing was written.
 #[derive(Parser)]
 #[command(name = "dualroot-complete", version)]
 struct Arguments {
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
+    privilege::require_root("dualroot-complete", Some("dualroot-complete.service"))?;
     if let Some(root) = &arguments.root {
         if mounts::at(&mounts::table()?, root).is_none() {
             bail!("nothing is mounted at {}", root.display());

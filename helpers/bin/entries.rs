@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
+use dualroot::base::privilege;
 use dualroot::pair::machine::Machine;
 use dualroot::sync::entries;
 
@@ -34,9 +35,12 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
+    if !arguments.dry_run {
+        privilege::require_root("dualroot-entries", Some("dualroot-entries.service"))?;
+    }
     // First: whatever happens after the mark was made is seen by the sync, which looks at the state itself.
     if arguments.mark && !arguments.dry_run {
-        fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made (this has to run as root)")?;
+        fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made")?;
         File::create(MARK).with_context(|| format!("{MARK} can't be made"))?;
     }
     let Some(machine) = Machine::look()? else {

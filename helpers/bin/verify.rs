@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Parser;
 use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
+use dualroot::base::privilege;
 use dualroot::devices::held;
 use dualroot::pair::lock;
 use dualroot::pair::machine::Machine;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
 }
 
 fn run(log: &Log) -> Result<Exit> {
+    privilege::require_root("dualroot-verify", Some("dualroot-verify.service"))?;
     // What a sync is writing is neither what it was nor what it will be.
     log.status("waiting for a sync to end, if one is running");
     let _lock = lock::take(true)?;

@@ -20,9 +20,9 @@ pub fn take(wait: bool) -> Result<File> {
 
 fn take_at(path: &Path, wait: bool) -> Result<File> {
     if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).with_context(|| format!("{} can't be made (this has to run as root)", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("{} can't be made", dir.display()))?;
     }
-    let file = File::create(path).with_context(|| format!("{} can't be made (this has to run as root)", path.display()))?;
+    let file = File::create(path).with_context(|| format!("{} can't be made", path.display()))?;
     if wait {
         file.lock().with_context(|| path.display().to_string())?;
         return Ok(file);
