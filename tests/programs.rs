@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -59,5 +60,50 @@ fn exit_statuses_are_one_table() {
         assert!(table.is_superset(&[0, 1, 2].into()), "{program}: {table:?}");
         assert_eq!(of_help(path), table, "{program}: --help");
         assert_eq!(of_page(program), table, "{program}: its page");
+    }
+}
+
+/// Runs a program as an ordinary user.
+fn as_nobody(path: &str, args: &[&str]) -> (Option<i32>, String) {
+    let is_root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
+    // A build's directory may be root's alone.
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = dir.path().join(Path::new(path).file_name().unwrap());
+    fs::copy(path, &program).unwrap();
+    let mut command = match is_root {
+        true => Command::new("setpriv"),
+        false => Command::new(&program),
+    };
+    if is_root {
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
+    }
+    let output = command.current_dir("/").args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    (output.status.code(), said)
+}
+
+#[test]
+fn whoever_is_not_root_is_told_in_one_way() {
+    for (program, args, unit) in [
+        ("dualroot-sync", &[][..], Some("dualroot-sync.service")),
+        ("dualroot-sync", &["--discard-spare", "disk1"], None),
+        ("dualroot-sync", &["--boot-next", "disk1"], None),
+        ("dualroot-sync", &["--note-boot"], Some("dualroot-booted.service")),
+        ("dualroot-sync", &["--healed"], Some("dualroot-heal.service")),
+        ("dualroot-entries", &[], Some("dualroot-entries.service")),
+        ("dualroot-entries", &["--mark"], Some("dualroot-entries.service")),
+        ("dualroot-verify", &[], Some("dualroot-verify.service")),
+        ("dualroot-complete", &[], Some("dualroot-complete.service")),
+        ("dualroot-clone", &["/dev/null"], None),
+    ] {
+        let path = PROGRAMS.iter().find(|(name, _)| *name == program).unwrap().1;
+        let (status, said) = as_nobody(path, args);
+        let other = unit.map(|unit| format!(", or 'systemctl start {unit}'")).unwrap_or_default();
+        let expected = format!("{program} has to run as root; nothing was done. Run it by sudo{other}.\n");
+        assert!(
+            status == Some(3) && said.ends_with(&expected) && said.lines().count() == 1,
+            "{program} {args:?}: {status:?}, {said}"
+        );
     }
 }

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use crate::base::log::Log;
+use crate::base::privilege;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::DiskName;
@@ -31,11 +32,30 @@ pub enum Task {
     Healed,
 }
 
+impl Task {
+    fn is_dry_run(&self) -> bool {
+        matches!(self, Self::Sync(Options { dry_run: true, .. }) | Self::BootNext { dry_run: true, .. })
+    }
+
+    /// The unit that does the same.
+    fn unit(&self) -> Option<&'static str> {
+        match self {
+            Self::Sync(options) if options.discard.is_empty() => Some("dualroot-sync.service"),
+            Self::Sync(_) | Self::BootNext { .. } => None,
+            Self::NoteBoot => Some("dualroot-booted.service"),
+            Self::Healed => Some("dualroot-heal.service"),
+        }
+    }
+}
+
 /// Does the task.
 ///
 /// # Errors
 /// [`crate::base::refusal::Refused`] where nothing was written; any other error is a failure.
 pub fn run(task: &Task, log: &mut Log) -> Result<Outcome> {
+    if !task.is_dry_run() {
+        privilege::require_root("dualroot-sync", task.unit())?;
+    }
     let root = Root::new("/");
     match task {
         Task::Healed => heal::healed(&root).map(|()| Outcome::Whole),
