@@ -1,9 +1,9 @@
-pub mod clock;
+pub(crate) mod clock;
 pub mod exit;
 pub mod log;
 pub mod privilege;
 pub mod program;
-pub mod progress;
+pub(crate) mod progress;
 pub mod refusal;
 pub mod root;
 pub mod types;

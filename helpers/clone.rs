@@ -6,11 +6,11 @@
 
 mod check;
 pub mod container;
-pub mod disk;
+pub(crate) mod disk;
 mod drivers;
 mod join;
-pub mod plan;
-pub mod source;
+pub(crate) mod plan;
+pub(crate) mod source;
 pub mod target;
 pub mod template;
 

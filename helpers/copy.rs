@@ -4,16 +4,16 @@
 //! leaves all of them as they were. A sync calls its steps in the order in which the trait lists them, and asks nothing about its kind.
 //! A new kind is a new file in this room, and a line in [`choose`].
 
-pub mod changes;
-pub mod generation;
-pub mod generations;
-pub mod modules;
-pub mod rsync;
-pub mod rules;
-pub mod source;
+pub(crate) mod changes;
+pub(crate) mod generation;
+pub(crate) mod generations;
+pub(crate) mod modules;
+pub(crate) mod rsync;
+pub(crate) mod rules;
+pub(crate) mod source;
 pub mod stage;
-pub mod staged;
-pub mod tree;
+pub(crate) mod staged;
+pub(crate) mod tree;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

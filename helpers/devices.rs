@@ -1,9 +1,9 @@
-pub mod btrfs;
-pub mod fsck;
-pub mod gpt;
+pub(crate) mod btrfs;
+pub(crate) mod fsck;
+pub(crate) mod gpt;
 pub mod held;
-pub mod inventory;
-pub mod luks;
+pub(crate) mod inventory;
+pub(crate) mod luks;
 pub mod mounts;
-pub mod stack;
-pub mod subvolume;
+pub(crate) mod stack;
+pub(crate) mod subvolume;

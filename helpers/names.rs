@@ -1,9 +1,9 @@
 pub mod cmdline;
-pub mod crypttab;
-pub mod files;
+pub(crate) mod crypttab;
+pub(crate) mod files;
 pub mod fstab;
 pub mod generation;
 pub mod ident;
 pub mod ids;
-pub mod idstore;
-pub mod unitfile;
+pub(crate) mod idstore;
+pub(crate) mod unitfile;

@@ -1,9 +1,9 @@
-pub mod booted;
-pub mod containers;
-pub mod heal;
+pub(crate) mod booted;
+pub(crate) mod containers;
+pub(crate) mod heal;
 pub mod lineage;
 pub mod lock;
 pub mod machine;
 mod mounted;
-pub mod settle;
+pub(crate) mod settle;
 pub mod status;

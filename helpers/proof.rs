@@ -1,4 +1,4 @@
-pub mod images;
+pub(crate) mod images;
 pub mod prove;
-pub mod searched;
-pub mod waits;
+pub(crate) mod searched;
+pub(crate) mod waits;

@@ -1,4 +1,4 @@
 pub mod below;
 pub mod change;
 pub mod sector;
-pub mod state;
+pub(crate) mod state;
