@@ -1,6 +1,7 @@
 pub(crate) mod clock;
 pub mod exit;
 pub mod log;
+pub(crate) mod octal;
 pub mod privilege;
 pub mod program;
 pub(crate) mod progress;

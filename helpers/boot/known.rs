@@ -25,9 +25,7 @@ impl Known {
     /// # Errors
     /// The file exists but can't be read.
     pub fn load(root: &Root) -> Result<Self> {
-        let path = format!("{}/{NAME}", state::DIRECTORY);
-        let bytes = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
-        Ok(Self(serde_json::from_slice(&bytes).unwrap_or_default()))
+        state::load(|path| root.read_opt(path), NAME).map(Self)
     }
 
     /// The folded paths for one role.

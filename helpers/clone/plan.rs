@@ -119,7 +119,9 @@ impl DiskPlan {
             part.kind.eq_ignore_ascii_case(&made.kind) && (part.content == Content::Shared) == is_shared(&made.partuuid)
         };
         if self.parts.len() != disk.partitions.len() || !self.parts.iter().zip(&disk.partitions).all(is_same) {
-            bail!("an interrupted clone made other partitions on it than this one would; run this again with that clone's options");
+            bail!(
+                "an interrupted clone made other partitions on it than this one would; run this again with that clone's options"
+            );
         }
         for (part, made) in self.parts.iter_mut().zip(&disk.partitions) {
             (part.partuuid, part.bytes) = (made.partuuid, made.bytes);

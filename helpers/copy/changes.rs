@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use crate::base::octal;
 use crate::copy::stage;
 use crate::write::below::Below;
 use crate::write::change::{Change, Content};
@@ -122,22 +123,9 @@ pub(crate) fn fields(line: &[u8]) -> Option<[&[u8]; 3]> {
     Some([item, path, link.get(2..)?])
 }
 
-/// The bytes of the names in rsync's output, which writes some as `\#ooo`.
-pub fn unescape(text: &[u8]) -> OsString {
-    let mut out = Vec::new();
-    let mut rest = text;
-    while let [first, tail @ ..] = rest {
-        let byte = match rest {
-            [b'\\', b'#', digits @ ..] => {
-                let digits = digits.get(..3).filter(|d| d.iter().all(u8::is_ascii_digit));
-                digits.and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok())
-            }
-            _ => None,
-        };
-        out.push(byte.unwrap_or(*first));
-        rest = if byte.is_some() { rest.get(5..).unwrap_or_default() } else { tail };
-    }
-    OsString::from_vec(out)
+/// A name as rsync printed it.
+fn unescape(text: &[u8]) -> OsString {
+    OsString::from_vec(octal::unescape(text, b"\\#").into_owned())
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::copy::BootedRoot;
-use crate::devices::subvolume::{TOP, btrfs, delete, is_subvolume, reclaim, subvolumes_in};
+use crate::devices::subvolume::{btrfs, delete, is_subvolume, reclaim, subvolumes_in};
 use crate::names::generation::{DIRECTORY, Generation};
 use crate::write::below::Below;
 use crate::write::change::Change;
@@ -63,8 +63,7 @@ pub enum Base {
 pub fn found(top: &Below) -> Result<Vec<Generation>> {
     let mut found = Vec::new();
     for (name, _) in top.list(DIRECTORY)? {
-        let is_subvolume = top.stat(format!("{DIRECTORY}/{name}").as_ref())?.is_some_and(|stat| stat.st_ino == TOP);
-        found.extend(Generation::parse(&name).ok().filter(|_| is_subvolume));
+        found.extend(Generation::parse(&name).ok().filter(|one| is_subvolume(top, &one.subvolume())));
     }
     found.sort();
     Ok(found)

@@ -192,9 +192,7 @@ pub fn load(file: &Path, name: DiskName) -> Result<DiskLayout> {
 /// # Errors
 /// sfdisk fails; the root can't be written.
 pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
-    let path = format!("{}/{NAME}", state::DIRECTORY);
-    let stored = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
-    let stored: Vec<DiskLayout> = serde_json::from_slice(&stored).unwrap_or_default();
+    let stored: Vec<DiskLayout> = state::load(|path| root.read_opt(path), NAME)?;
     let root_uuid = shared_root(config, inventory)?;
     let now = |disk: &Disk| -> Result<Option<DiskLayout>> {
         let known = || stored.iter().find(|old| old.name == disk.name && old.has(&disk.esp())).cloned();

@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use nix::sys::stat::makedev;
 
 use crate::base::log::Log;
-use crate::base::program;
 use crate::base::root::Root;
+use crate::base::{octal, program};
 use crate::devices::inventory::Partition;
 
 /// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
@@ -73,24 +73,9 @@ impl Mount {
     }
 }
 
-/// Decodes escapes such as `\040`, as the kernel writes them.
+/// A field of one of the kernel's lists of mounts.
 fn unescape(field: &str) -> String {
-    let mut out = Vec::new();
-    let mut rest = field.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let octal = tail.get(..3).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 8).ok());
-        match (first, octal) {
-            (b'\\', Some(byte)) => {
-                out.push(byte);
-                rest = tail.get(3..).unwrap_or_default();
-            }
-            _ => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
+    String::from_utf8_lossy(&octal::unescape(field.as_bytes(), b"\\")).into_owned()
 }
 
 /// All mounts of this namespace, in the order in which they were made.

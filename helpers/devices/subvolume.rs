@@ -10,11 +10,16 @@ use crate::base::program;
 use crate::write::below::Below;
 
 /// The inode number of the top directory of every subvolume.
-pub(crate) const TOP: u64 = 256;
+const TOP: u64 = 256;
+
+/// Whether an inode number is that of a subvolume's top directory.
+pub fn is_top(inode: u64) -> bool {
+    inode == TOP
+}
 
 /// Whether there is a subvolume at a path from the top of the file system.
 pub fn is_subvolume(top: &Below, path: &str) -> bool {
-    top.stat(path.as_ref()).is_ok_and(|stat| stat.is_some_and(|stat| stat.st_ino == TOP))
+    top.stat(path.as_ref()).is_ok_and(|stat| stat.is_some_and(|stat| is_top(stat.st_ino)))
 }
 
 /// Waits until the kernel has freed the space of removed subvolumes, which it does only while the file system is writable. Gives up after

@@ -6,9 +6,13 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use crate::base::octal::unescape;
 use crate::base::types::DirPath;
 use crate::names::cmdline::names_subvolume;
 use crate::names::ident::Rewriter;
+
+/// The byte before a byte in octal, as for libmount.
+const MARK: &[u8] = b"\\";
 
 /// A field of a line.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -22,7 +26,7 @@ pub struct Field<'a> {
 impl<'a> Field<'a> {
     /// The field's text, with escapes such as `\040` decoded.
     pub fn text(&self) -> Cow<'a, [u8]> {
-        unescape(self.raw)
+        unescape(self.raw, MARK)
     }
 
     /// As [`Field::text`]; bytes that aren't UTF-8 become replacement characters.
@@ -101,7 +105,7 @@ impl Line<'_> {
                 *b == b',' && !quoted
             })
             .filter(|o| !o.is_empty())
-            .map(unescape)
+            .map(|option| unescape(option, MARK))
             .collect()
     }
 
@@ -239,30 +243,6 @@ fn parse(fstab: &[u8], span: Range<usize>, number: usize) -> Option<Line<'_>> {
         span: span.clone(),
     };
     (!line.spec.raw.starts_with(b"#") && !line.file.is_empty()).then_some(line)
-}
-
-/// Decodes bytes written as a backslash and three octal digits (`\040`), as libmount does; any other backslash stands for itself.
-fn unescape(raw: &[u8]) -> Cow<'_, [u8]> {
-    if !raw.contains(&b'\\') {
-        return raw.into();
-    }
-    let mut out = Vec::with_capacity(raw.len());
-    let mut rest = raw;
-    while let Some((&first, tail)) = rest.split_first() {
-        if let Some((byte, tail)) = octal(rest) {
-            out.push(byte);
-            rest = tail;
-        } else {
-            out.push(first);
-            rest = tail;
-        }
-    }
-    out.into()
-}
-
-fn octal(text: &[u8]) -> Option<(u8, &[u8])> {
-    let [b'\\', a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', rest @ ..] = text else { return None };
-    Some(((a - b'0') * 64 + (b - b'0') * 8 + (c - b'0'), rest))
 }
 
 #[cfg(test)]

@@ -17,9 +17,7 @@ const NAME: &str = "identifiers.json";
 /// # Errors
 /// The file can't be read. One that doesn't parse counts as empty: present disks fill it again.
 pub fn complete(root: &Root, now: Vec<DiskIds>) -> Result<Vec<DiskIds>> {
-    let path = format!("{}/{NAME}", state::DIRECTORY);
-    let stored = root.read_opt(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
-    let stored: Vec<DiskIds> = serde_json::from_slice(&stored).unwrap_or_default();
+    let stored: Vec<DiskIds> = state::load(|path| root.read_opt(path), NAME)?;
     Ok(merge(now, &stored))
 }
 

@@ -67,7 +67,7 @@ pub(super) fn check(booted: &Disk, inventory: &Inventory, table: &[Mount]) -> Re
 
 /// Whether this is the top directory of a btrfs subvolume, and not a directory inside one that is bind-mounted.
 fn is_subvolume(dir: &Path) -> bool {
-    fs::metadata(dir).is_ok_and(|meta| meta.ino() == subvolume::TOP)
+    fs::metadata(dir).is_ok_and(|meta| subvolume::is_top(meta.ino()))
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! Files in which dualroot keeps its state on the running system from one run to the next.
 
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 
 use crate::write::below::Below;
 use crate::write::change::{Change, Content};
@@ -17,6 +18,17 @@ pub const DIRECTORY: &str = "/var/lib/dualroot";
 /// The directory can't be made or written.
 pub fn keep(name: &str, bytes: Vec<u8>) -> Result<()> {
     keep_in(Path::new(DIRECTORY), name, bytes)
+}
+
+/// Loads JSON that [`keep`] saved in the file `name`; `read` reads a file of the running system, if it exists. JSON that doesn't parse
+/// counts as absent: what is kept here can be found out again.
+///
+/// # Errors
+/// The file exists but can't be read.
+pub fn load<T: Default + DeserializeOwned>(read: impl FnOnce(&str) -> io::Result<Option<Vec<u8>>>, name: &str) -> Result<T> {
+    let path = format!("{DIRECTORY}/{name}");
+    let bytes = read(&path).with_context(|| format!("{path} can't be read"))?.unwrap_or_default();
+    Ok(serde_json::from_slice(&bytes).unwrap_or_default())
 }
 
 /// Opens a directory, and makes it if it doesn't exist. Opening the root instead would fail where `/var` is a file system of its own,
