@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vm"))
-from run import install  # noqa: E402
+from console import lost  # noqa: E402
+from product import install  # noqa: E402
 
 import generations  # noqa: E402
 import oracle  # noqa: E402
@@ -85,11 +86,11 @@ def interrupted(sync, rng, torn=None):
     return bytes(image[0:len(image)]), state.what
 
 
-def record_kind(kind, directory, staging, seed):
+def record_kind(kind, directory, staging, seed, older):
     """All syncs of one kind of spare."""
     states = scenes.ESP if kind == "esp" else scenes.XBOOTLDR
     held = [{"boot": s} if kind == "esp" else {"efi": s[0], "boot": s[1]} for s in states.values()]
-    recorder = record.Recorder(directory / kind, kind, staging, held)
+    recorder = record.Recorder(directory / kind, kind, staging, held, older=older)
     syncs, rng = {}, random.Random(seed)
 
     def sync(spare, name, first):
@@ -139,9 +140,9 @@ def cut_while(sync, staged, rng):
     raise RuntimeError(f"{sync.kind}, {sync.name}: after no cut what is staged is {staged}")
 
 
-def record_root(kind, directory, staging, seed):
+def record_root(kind, directory, staging, seed, older):
     """The syncs of a root tree: the first, one that changes all kinds of things, and one each after a cut of the one before."""
-    recorder, rng = roots.Recorder(directory / kind, kind, staging), random.Random(seed)
+    recorder, rng = roots.Recorder(directory / kind, kind, staging, older), random.Random(seed)
 
     def sync(spare, name, first, *numbers):
         recorder.turn_to(numbers[-1])
@@ -170,10 +171,10 @@ def record_root(kind, directory, staging, seed):
         recorder.machine.kill()
 
 
-def record_peers(directory, staging):
+def record_peers(directory, staging, older):
     """The syncs of other tools."""
     held = [{"boot": files} for pair in scenes.PEERS.values() for files in pair]
-    recorder = record.Recorder(directory / "peers", "esp", staging, held)
+    recorder = record.Recorder(directory / "peers", "esp", staging, held, older=older)
     try:
         for tool, command in record.PEERS.items():
             for number, name in enumerate(scenes.PEERS):
@@ -335,30 +336,42 @@ def main():
     kinds = arguments.kind + ["peers"] * arguments.peers
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as threads, \
             concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        def judged(kind, jobs, broken):
+        def judged(kind, directory, older, jobs, broken):
             program = staging / "usr/sbin/dualroot-complete"
             if kind.startswith("root"):
-                for sync, origin in record_root(kind, directory, staging, seed):
+                for sync, origin in record_root(kind, directory, staging, seed, older):
                     jobs.append(pool.submit(judge_root, (sync, origin), program, seed, arguments.subsets))
                     if sync.name in BROKEN:
                         broken.append(pool.submit(judge_root_mutants, sync, BROKEN[sync.name], program, seed))
                 return
-            made = record_peers(directory, staging) if kind == "peers" else record_kind(kind, directory, staging, seed)
+            if kind == "peers":
+                made = record_peers(directory, staging, older)
+            else:
+                made = record_kind(kind, directory, staging, seed, older)
             for sync, origin in made:
                 jobs.append(pool.submit(judge, (sync, origin), seed, arguments.subsets))
                 if kind == "esp" and sync.name in BROKEN:
                     broken.append(pool.submit(judge_mutants, sync, BROKEN[sync.name]))
 
-        def recorded(kind):
+        def recorded(kind, directory=directory, older=False):
             """The judgements of syncs, those of broken writers, and what went wrong before there were all."""
             jobs, broken = [], []
             try:
-                judged(kind, jobs, broken)
+                judged(kind, directory, older, jobs, broken)
             except Exception as error:
-                return jobs, broken, f"{type(error).__name__}: {error}"
+                why = lost(kind, directory / kind, error)
+                if not why:
+                    return jobs, broken, f"{type(error).__name__}: {error}"
+                dead.append(why)
+                for job in jobs + broken:
+                    job.cancel()
+                if older:
+                    return [], [], f"not judged: {why}"
+                say(f"NOT JUDGED: {why}; once more, with older kernels if there are any")
+                return recorded(kind, directory / "again", True)
             return jobs, broken, None
 
-        cells = {}
+        cells, dead = {}, []
         for kind, (jobs, broken, problem) in zip(kinds, threads.map(recorded, kinds)):
             if problem:
                 say(f"FAIL {kind}: {problem}")
@@ -385,6 +398,8 @@ def main():
                 passed, failed = passed + (not faults), failed + bool(faults)
     if arguments.peers:
         say(table(cells))
+    for why in dead:
+        say(f"1 {why}")
     say(f"{total} cuts, {random_ones} of them subsets of what was not flushed; seed {seed}")
     say(f"{passed} passed, {failed} failed")
     if not arguments.keep and not failed:

@@ -17,7 +17,9 @@ import oracle
 import record
 import scenes
 import writelog
+from cases import Report
 from machine import Failure
+from product import install
 
 # A sector of the booted disk that can be written, and not read, and how many sectors into its ESP that is.
 UNREADABLE = 200 << 11
@@ -42,14 +44,16 @@ def sectors(log):
 
 
 class Bench:
-    """A guest, and a spare that it has synced once; `log` is of the sync that comes next."""
+    """A guest, and, when it is prepared, a spare that it has synced once; `log` is of the sync that comes next."""
 
-    def __init__(self, directory):
-        self.passed = self.failed = 0
-        self.recorder = record.Recorder(directory, "esp", cut.install(directory), [{"boot": scenes.ESP[name]} for name in SCENES],
-                                        fails={"A": ("read", ESP_START + UNREADABLE)})
+    def __init__(self, report, directory, staging):
+        self.report, self.check = report, report.check
+        self.recorder = record.Recorder(directory, "esp", staging, [{"boot": scenes.ESP[name]} for name in SCENES],
+                                        {"A": ("read", ESP_START + UNREADABLE)}, report.older)
         self.machine = self.recorder.machine
         self.device = f"/dev/disk/by-partuuid/{self.recorder.b.partuuid['esp']}"
+
+    def prepare(self):
         spare = self.recorder.spare()
         self.recorder.turn_to(0)
         self.recorder.sync()
@@ -58,10 +62,6 @@ class Bench:
         self.recorder.sync()
         self.recorder.remove()
         self.log, self.new = cut.cut_out(writelog.read_log(spare.log), first, cut.length(spare)), self.boots(spare)
-
-    def check(self, what, good, found=""):
-        self.passed, self.failed = self.passed + bool(good), self.failed + (not good)
-        cut.say(f"ok   {what}" if good else f"FAIL {what}: {found}")
 
     def parts(self, spare):
         return cut.parts(spare.places, "esp")
@@ -167,7 +167,7 @@ def f18_killed(bench):
         bench.end()
         if code:
             # The last writes are small, and follow each other too fast.
-            cut.say(f"     after write {number}, the sync ended before it could be killed")
+            bench.report.step(f"after write {number}, the sync ended before it could be killed")
             bench.recorder.remove()
             latest = number
             continue
@@ -277,24 +277,26 @@ FAULTS = [f20_writes_that_fail, f20_reads_that_fail, f20_read_only, f21_pulled, 
           f10_a_source_that_never_rests, f10_a_hundred_thousand_events, f20_a_source_that_cannot_be_read, f18_shut_down]
 
 
+def run(report, directory, staging, wanted=()):
+    bench = Bench(report, directory, staging)
+    try:
+        bench.prepare()
+        for fault in FAULTS:
+            if not wanted or fault.__name__ in wanted:
+                report.step(fault.__name__)
+                fault(bench)
+    finally:
+        bench.machine.kill()
+
+
 def main():
     directory = Path(tempfile.mkdtemp(prefix="dualroot-faults-"))
-    wanted = sys.argv[1:]
-    bench = None
-    try:
-        bench = Bench(directory)
-        for fault in FAULTS:
-            if wanted and fault.__name__ not in wanted:
-                continue
-            cut.say(f"-- {fault.__name__}")
-            fault(bench)
-    finally:
-        if bench:
-            bench.machine.kill()
-    cut.say(f"{bench.passed} passed, {bench.failed} failed")
-    if not bench.failed:
+    report = Report("faults", cut.say)
+    run(report, directory, install(directory), sys.argv[1:])
+    cut.say(f"{report.passed} passed, {report.failed} failed")
+    if not report.failed:
         shutil.rmtree(directory)
-    return 1 if bench.failed else 0
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":

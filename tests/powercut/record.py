@@ -91,13 +91,13 @@ class Spare:
 class Recorder:
     """A guest that boots from disk A, and what is done in it. `kind` is a key of KINDS."""
 
-    def __init__(self, directory, kind, staging, states, fails=None):
+    def __init__(self, directory, kind, staging, states, fails=None, older=False):
         self.directory, self.kind = directory, kind
         directory.mkdir(parents=True, exist_ok=True)
         layout = "own-esp" if kind == "esp" else "own-xbootldr"
         self.a, self.b = images.pair(layout)
         self.roles = ["esp"] if kind == "esp" else ["esp", "xbootldr"]
-        system = images.system(12, "initramfs-tools", layout, staging)
+        system = images.system(12, "initramfs-tools", layout, staging, older)
         archive(directory / "scenes.tar", states)
         self.machine = Machine(directory, 1536)
         self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "scenes": directory / "scenes.tar"}, fails=fails)

@@ -221,7 +221,7 @@ def source_disk(path, fstype, text, uuid):
 class Recorder(record.Recorder):
     """A guest whose source is the small root. `looks` are its generations, as they are to be on the spare."""
 
-    def __init__(self, directory, kind, staging):
+    def __init__(self, directory, kind, staging, older=False):
         self.directory, self.kind, self.number = directory, kind, 0
         self.fstype = record.KINDS[kind][1]
         directory.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ class Recorder(record.Recorder):
         self.roles = ["esp", "root"]
         self.looks = source_disk(directory / "source.raw", self.fstype, configuration(self.a, self.b), self.b.uuid["root"])
         self.machine = Machine(directory, 1536)
-        system = images.system(12, "initramfs-tools", "own-esp", staging)
+        system = images.system(12, "initramfs-tools", "own-esp", staging, older)
         self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "S": directory / "source.raw"})
         self.machine.run(
             # Its mounts of the spare aren't seen in the small root, where a sync couldn't take them away.

@@ -119,14 +119,15 @@ def apt(release, *command, **options):
 
 
 @functools.cache
-def kernel_versions(release):
-    """The newest three kernels of the release's own series, the newest last."""
+def kernel_versions(release, older=False):
+    """The newest three kernels of the release's own series, the newest last; or the three before, if the archive has them still."""
     def numbers(name):
         return [int(number) for number in re.findall(r"\d+", name)]
     names = re.findall(r"^linux-image-(\d\S*-cloud-amd64)$", apt(release, "apt-cache", "pkgnames", "linux-image-"), re.MULTILINE)
     current = re.search(r"^Depends: linux-image-(\d\S*)", apt(release, "apt-cache", "show", "linux-image-cloud-amd64"), re.MULTILINE)
     series = numbers(current[1])[:2]
-    return sorted((name for name in names if numbers(name)[:2] == series), key=numbers)[-3:]
+    found = sorted((name for name in names if numbers(name)[:2] == series), key=numbers)
+    return found[-6:-3] if older and len(found) >= 6 else found[-3:]
 
 
 def slim(package):
@@ -145,9 +146,9 @@ def slim(package):
         sh("dpkg-deb", "--root-owner-group", "-Znone", "--build", top, package)
 
 
-def kernels(release):
+def kernels(release, older=False):
     """A tar archive of the packages of all kernels, slim, to be given to guests as a disk."""
-    names = [f"linux-image-{version}" for version in kernel_versions(release)]
+    names = [f"linux-image-{version}" for version in kernel_versions(release, older)]
 
     def build(path):
         with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
@@ -160,7 +161,7 @@ def kernels(release):
     return cached(f"kernels{release}", [names, MODULES], ".tar", build)
 
 
-def tree(release, initrd, layout):
+def tree(release, initrd, layout, older):
     """A tar archive of a Debian system with the oldest of its kernels."""
     more = MORE.get(layout, {}).get(initrd, [])
     packages = COMMON + [initrd, "linux-base"] + more
@@ -168,19 +169,19 @@ def tree(release, initrd, layout):
     without += [f"--dpkgopt=path-include=/usr/{path}" for path in WITH]
     # With that, Debian 12 gets usr-is-merged, and not usrmerge, which brings the whole of perl.
     without.append("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
-    kernel = f"linux-image-{kernel_versions(release)[0]}"
+    kernel = f"linux-image-{kernel_versions(release, older)[0]}"
 
     def build(path):
         with tempfile.NamedTemporaryFile("w", suffix=".list") as listing, tempfile.TemporaryDirectory() as tmp:
             listing.write(sources(release))
             listing.flush()
-            sh("tar", "-xf", kernels(release), "-C", tmp, "--wildcards", f"./{kernel}_*")
+            sh("tar", "-xf", kernels(release, older), "-C", tmp, "--wildcards", f"./{kernel}_*")
             [package] = os.listdir(tmp)
             sh("nice", "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
                *without, f"--customize-hook=copy-in {tmp}/{package} /",
                f'--customize-hook=chroot "$1" dpkg -i {package} && rm "$1/{package}"', SUITES[release], path, listing.name)
     name = f"debian{release}-{initrd}{layout.removeprefix('one') if more else ''}"
-    return cached(name, [packages, without, sources(release), str(kernels(release))], ".tar", build)
+    return cached(name, [packages, without, sources(release), str(kernels(release, older))], ".tar", build)
 
 
 def blank(path, mebibytes):
@@ -283,26 +284,27 @@ def configuration(layout, disks):
     return text
 
 
-def system(release, initrd, layout, staging):
-    """The disks of a machine: the first with a Debian system and the product on it, the second with empty file systems."""
+def system(release, initrd, layout, staging, older=False):
+    """The disks of a machine: the first with a Debian system and the product on it, the second with empty file systems. With `older`
+    kernels, those before the newest three."""
     a, b = pair(layout)
     product = sorted((str(p.relative_to(staging)), hashlib.sha256(p.read_bytes()).hexdigest())
                      for p in Path(staging).rglob("*") if p.is_file())
-    recipe = Path(__file__).read_bytes()
+    recipe, base = Path(__file__).read_bytes(), tree(release, initrd, layout, older)
+    version = kernel_versions(release, older)[0]
 
     def build(path):
         path.mkdir()
         with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
-            make(Path(tmp), release, initrd, layout, staging, a, b, path)
-    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(tree(release, initrd, layout))], "", build)
+            make(Path(tmp), base, version, initrd, layout, staging, a, b, path)
+    return cached(f"system{release}-{initrd}-{layout}", [product, recipe, str(base)], "", build)
 
 
-def make(tmp, release, initrd, layout, staging, a, b, out):
+def make(tmp, base, version, initrd, layout, staging, a, b, out):
     root, boot, esp = tmp / "root", tmp / "boot", tmp / "esp"
     for path in (root, boot, esp):
         path.mkdir()
-    version = kernel_versions(release)[0]
-    sh("tar", "-xf", tree(release, initrd, layout), "-C", root, "--xattrs")
+    sh("tar", "-xf", base, "-C", root, "--xattrs")
     sh("sh", "-c", f"tar -c -C '{staging}' . | tar -x -C '{root}' --keep-directory-symlink --no-same-owner")
     (root / "etc/machine-id").write_text(MACHINE_ID + "\n")
     (root / "etc/hostname").write_text("pair\n")

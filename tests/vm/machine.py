@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from console import Silent, death
+
 CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 SLOTS = 4
@@ -39,7 +41,7 @@ class Channel:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise Failure(f"QEMU did not start: {path}")
                 time.sleep(0.05)
-        self.buffer = b""
+        self.buffer, self.closed = b"", False
 
     def send(self, message):
         self.socket.sendall(json.dumps(message).encode() + b"\n")
@@ -54,6 +56,7 @@ class Channel:
             except TimeoutError:
                 return None
             if not part:
+                self.closed = True
                 return None
             self.buffer += part
         line, self.buffer = self.buffer.split(b"\n", 1)
@@ -81,13 +84,20 @@ class Machine:
         """Powers on as `power_on` does, and waits until the guest has booted. Returns the seconds that took."""
         begun = time.monotonic()
         self.power_on(disks, logs, fails)
+        try:
+            self._await_boot(limit)
+        except Exception:
+            self.kill()
+            raise
+        return time.monotonic() - begun
+
+    def _await_boot(self, limit):
         if self.passphrase:
             self.await_console("lock disk cryptroot", "phrase for disk")
             self.type(self.passphrase + "\n")
         self.await_event("VSERPORT_CHANGE", limit, lambda data: data["open"])
         self.agent = Channel(self.directory / "agent", self.process, 10)
         self.run("systemctl is-system-running --wait || true", limit)
-        return time.monotonic() - begun
 
     def power_on(self, disks, logs=None, fails=None):
         """Powers on with these disks ({serial: image}; `logs` of writes and what `fails` as for `plug`, by serial)."""
@@ -164,9 +174,11 @@ class Machine:
     def await_event(self, name, limit, matches=lambda data: True):
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
-            event = self.events.pop(0) if self.events else self.qmp.receive(max(0.1, deadline - time.monotonic()))
-            if event is None and self.process.poll() is not None:
-                break
+            event = self.events.pop(0) if self.events else self.qmp.receive(min(5, max(0.1, deadline - time.monotonic())))
+            if event is None:
+                if self.process.poll() is not None:
+                    break
+                self.check_kernel()
             if event and event.get("event") == name and matches(event.get("data", {})):
                 return
         raise Failure(f"no {name} within {limit} s{self.tail()}")
@@ -187,9 +199,10 @@ class Machine:
     def await_console(self, *texts, limit=400):
         """Waits until the console has said one of these."""
         deadline = time.monotonic() + limit
-        while not any(text in self.serial.read_text(errors="replace") for text in texts):
+        while not any(text in self.said() for text in texts):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise Failure(f"the console does not say {texts} within {limit} s{self.tail()}")
+            self.check_kernel()
             # Its file has no event for a line.
             time.sleep(0.2)
 
@@ -210,6 +223,8 @@ class Machine:
     def _ask(self, name, limit, **arguments):
         self.agent.send({"execute": name, "arguments": arguments})
         answer = self.agent.receive(limit)
+        if answer is None and not self.agent.closed:
+            raise Silent(f"no answer to {name} within {limit} s")
         if answer is None or "error" in answer:
             raise Failure(f"guest agent, {name}: {answer}{self.tail()}")
         return answer["return"]
@@ -227,6 +242,7 @@ class Machine:
             if done["exited"]:
                 text = b"".join(base64.b64decode(done.get(k, "")) for k in ("out-data", "err-data"))
                 return done.get("exitcode", -1), text.decode(errors="replace").strip()
+            self.check_kernel()
             # The agent has no event for the end of a command.
             time.sleep(0.2)
         raise Failure(f"'{command}' took longer than {limit} s in the guest{self.tail()}")
@@ -251,10 +267,22 @@ class Machine:
             self.process.kill()
             self.process.wait()
 
-    def tail(self, lines=25):
+    def said(self):
+        """Everything on the console since the machine was powered on."""
         try:
-            text = self.serial.read_bytes().decode(errors="replace").replace("\r", "")
+            return self.serial.read_text(errors="replace")
         except (OSError, AttributeError):
+            return ""
+
+    def check_kernel(self):
+        """Raises if the kernel has died: nothing more will come of what is waited for."""
+        fault = death(self.said())
+        if fault:
+            raise Failure(f"the guest's kernel died: {fault}")
+
+    def tail(self, lines=25):
+        text = self.said()
+        if not text:
             return ""
         return "\n--- the console's last lines:\n" + "\n".join(text.splitlines()[-lines:])
 
