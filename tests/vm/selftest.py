@@ -1,12 +1,14 @@
-"""Tests of what tests/vm/run makes of its cases: whether a guest that died is a verdict."""
+"""Tests of what tests/vm/run makes of its cases: which run, and whether a guest that died is a verdict."""
 
 import contextlib
 import io
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import run
+import turns
 from console import Silent, death
 
 # As consoles of guests had them, without what stands between these lines.
@@ -92,6 +94,53 @@ def test_a_case_whose_agent_is_silent_is_run_again():
 
 def test_a_root_that_cannot_be_mounted_is_a_verdict():
     equal(play(NO_ROOT, ""), ((1, 1, []), [False]))
+
+
+LENGTHS = {"core1": 8, "core2": 6, "long": 12, "middle": 7, "short": 3, "other": 5}
+
+
+def test_the_length_of_each_case_is_known():
+    equal((set(turns.MINUTES), set(turns.CORE) - set(run.CASES)), (set(run.CASES), set()))
+
+
+def test_the_draw_has_the_core_and_fits():
+    for seed in range(200):
+        names, left_out = turns.draw(LENGTHS, ["core2", "core1"], 14, 2, seed)
+        equal({"core1", "core2"} - set(names), set())
+        equal(sorted([*names, *left_out]), sorted(LENGTHS))
+        equal(turns.ends([LENGTHS[name] for name in names], 2) <= 14, True)
+
+
+def test_each_case_has_its_turn():
+    drawn = {name for seed in range(500) for name in turns.draw(turns.MINUTES, turns.CORE, 22, 3, seed)[0]}
+    equal(drawn, set(run.CASES))
+
+
+def test_the_draw_depends_on_the_seed_only():
+    first = turns.draw(LENGTHS, ["core1"], 14, 2, "7")
+    equal(turns.draw(dict(reversed(LENGTHS.items())), ["core1"], 14, 2, "7"), first)
+
+
+def test_a_case_that_is_drawn_does_not_begin_too_late():
+    begun = []
+
+    def case(_report, directory, _staging):
+        begun.append(directory.name)
+
+    def left_out(minutes):
+        begun.clear()
+        with tempfile.TemporaryDirectory() as top, contextlib.redirect_stdout(io.StringIO()):
+            suite = run.Suite(Path(top), None, LENGTHS, ["core1"], time.monotonic() + 60 * minutes)
+            suite.run(["core1", "middle", "short"], 1)
+        return suite.late
+
+    run.CASES.update(dict.fromkeys(LENGTHS, (case,)))
+    try:
+        equal([left_out(minutes) for minutes in (0, 4, 8)], [["middle", "short"], ["middle"], []])
+        equal(begun, ["core1", "middle", "short"])
+    finally:
+        for name in LENGTHS:
+            del run.CASES[name]
 
 
 def main():
