@@ -55,7 +55,6 @@ def rest(machine):
 
 def check_refusals(pair):
     report, machine = pair.report, pair.machine
-    rest(machine)
     plug(machine, "T", blank(machine.directory / "t.raw", 700))
     machine.run("echo '[]' >/run/layout.json; "
                 r"printf '[disk%s]\nesp=aaaaaaaa-0000-4000-8000-%012u\nroot=aaaaaaaa-0000-4000-8000-%012u\n' 0 1 2 1 3 4 >/run/others")
@@ -443,34 +442,49 @@ def go_on(pair, initrd, name, disk, old):
     check_nothing_left(pair, old, initrd)
 
 
-def one_disk(report, directory, staging, release, initrd, layout):
-    """A gets a spare, B, and goes; B gets another one, C, in the place of A, and goes; C makes a disk for another machine, T."""
+def one_disk(report, directory, staging, release, initrd, layout, parts=("refusals", "killed", "spare", "third")):
+    """Nothing that is refused, and no clone that is killed, harms A; it gets a spare, B, and goes; B gets a third disk in the place of A."""
     pair = Pair(report, directory, staging, release, initrd, layout)
     try:
         begin(pair, -200)
-        check_refusals(pair)
-        interrupt(pair)
-        pair.b = clone(pair, 1, "B", "" if pair.own else "--shared-root ")
-        if not pair.own:
-            check_mirrored(pair)
-            report.equal("fstab mounts the root only", pair.machine.run("grep -c ^[^#] /etc/fstab"), "1")
-        pair.machine.power_off()
-        go_on(pair, initrd, "B", pair.b, pair.a)
-        put_in(pair, "C", 500)
-        if not pair.own:
-            refused(pair, "a third disk, while one is missing", f"--yes-erase C {device('C')}", "--replace diskN")
-        pair.c = clone(pair, 0, "C", "--replace disk0 --layout /var/lib/dualroot/layout.json ")
-        if not pair.own:
-            check_mirrored(pair)
-        pair.machine.power_off()
-        check_mark(pair)
-        go_on(pair, initrd, "C", pair.c, pair.b)
-        if pair.own:
-            install(pair, pair.c, initrd)
-        else:
-            pair.machine.power_off()
+        rest(pair.machine)
+        if "refusals" in parts:
+            check_refusals(pair)
+        if "killed" in parts:
+            interrupt(pair)
+        if "spare" in parts:
+            get_spare(pair, initrd)
+        if "third" in parts:
+            get_third(pair, initrd)
     finally:
         pair.machine.kill()
+
+
+def get_spare(pair, initrd):
+    """A gets a spare, B, and goes."""
+    pair.b = clone(pair, 1, "B", "" if pair.own else "--shared-root ")
+    if not pair.own:
+        check_mirrored(pair)
+        pair.report.equal("fstab mounts the root only", pair.machine.run("grep -c ^[^#] /etc/fstab"), "1")
+    pair.machine.power_off()
+    go_on(pair, initrd, "B", pair.b, pair.a)
+
+
+def get_third(pair, initrd):
+    """B gets another spare, C, in the place of A, and goes; C makes a disk for another machine, T."""
+    put_in(pair, "C", 500)
+    if not pair.own:
+        refused(pair, "a third disk, while one is missing", f"--yes-erase C {device('C')}", "--replace diskN")
+    pair.c = clone(pair, 0, "C", "--replace disk0 --layout /var/lib/dualroot/layout.json ")
+    if not pair.own:
+        check_mirrored(pair)
+    pair.machine.power_off()
+    check_mark(pair)
+    go_on(pair, initrd, "C", pair.c, pair.b)
+    if pair.own:
+        install(pair, pair.c, initrd)
+    else:
+        pair.machine.power_off()
 
 
 def encrypted(report, directory, staging, release, initrd, layout):
@@ -524,7 +538,10 @@ def large_sectors(report, directory, staging, release, initrd, layout):
         machine.kill()
 
 
-CASES = {"one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs"), "one-luks-12": (encrypted, 12, "initramfs-tools", "one-luks"),
+CASES = {"one-btrfs-12": (one_disk, 12, "initramfs-tools", "one-btrfs", ("refusals", "spare")),
+         "one-btrfs-12-killed": (one_disk, 12, "initramfs-tools", "one-btrfs", ("killed",)),
+         "one-btrfs-12-third": (one_disk, 12, "initramfs-tools", "one-btrfs", ("spare", "third")),
+         "one-luks-12": (encrypted, 12, "initramfs-tools", "one-luks"),
          "one-luks-13": (encrypted, 13, "dracut", "one-luks"), "one-ext4-13": (one_disk, 13, "dracut", "one-ext4"),
          "one-xfs-13": (large_sectors, 13, "dracut", "one-xfs"),
          "one-shared-btrfs-12": (one_disk, 12, "initramfs-tools", "one-shared-btrfs"),
