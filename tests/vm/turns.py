@@ -7,10 +7,10 @@ import random
 CORE = ("own-esp-12", "shared-btrfs-12", "one-btrfs-12", "faults")
 # The minutes that each case takes beside two others, on two processors without KVM.
 MINUTES = {
-    "own-esp-12": 9, "own-esp-13": 15, "own-xbootldr-12": 9, "own-xbootldr-13": 15, "own-btrfs-12": 9, "own-btrfs-13": 15,
-    "shared-btrfs-12": 9, "shared-btrfs-13": 15, "one-btrfs-12": 6, "one-btrfs-12-killed": 6, "one-btrfs-12-third": 10,
-    "one-ext4-13": 18, "one-luks-12": 8, "one-luks-13": 10, "one-xfs-13": 12, "one-shared-btrfs-12": 12, "one-shared-btrfs-13": 16,
-    "faults": 7,
+    "own-esp-12": 12, "own-esp-13": 17, "own-xbootldr-12": 10, "own-xbootldr-13": 13, "own-btrfs-12": 11, "own-btrfs-13": 15,
+    "shared-btrfs-12": 12, "shared-btrfs-13": 17, "one-btrfs-12": 5, "one-btrfs-12-killed": 4, "one-btrfs-12-third": 8,
+    "one-ext4-13": 14, "one-luks-12": 8, "one-luks-13": 8, "one-xfs-13": 8, "one-shared-btrfs-12": 8, "one-shared-btrfs-13": 10,
+    "faults": 5,
 }
 
 
