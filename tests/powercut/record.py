@@ -8,8 +8,9 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vm"))
+import booted  # noqa: E402
 import images  # noqa: E402
-from machine import Machine, overlay  # noqa: E402
+from machine import Machine  # noqa: E402
 
 import scenes  # noqa: E402
 
@@ -97,10 +98,10 @@ class Recorder:
         layout = "own-esp" if kind == "esp" else "own-xbootldr"
         self.a, self.b = images.pair(layout)
         self.roles = ["esp"] if kind == "esp" else ["esp", "xbootldr"]
-        system = images.system(12, "initramfs-tools", layout, staging, older)
         archive(directory / "scenes.tar", states)
         self.machine = Machine(directory, 1536)
-        self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "scenes": directory / "scenes.tar"}, fails=fails)
+        booted.resume(self.machine, 12, "initramfs-tools", layout, staging, older, fails)
+        self.machine.plug("scenes", directory / "scenes.tar")
         # One root for both disks, of which no file names a disk: what is synced is the boot partitions.
         text = "[dualroot]\nsettle=0\nefi-entries=no\n"
         for disk in (self.a, self.b):
@@ -108,7 +109,7 @@ class Recorder:
         self.machine.run(
             "systemctl stop dualroot-sync.path dualroot-entries.path dualroot-sync.timer; swapoff -a; : >/etc/fstab; "
             f"echo root=LABEL=shared >/etc/kernel/cmdline; printf '{text}' >/etc/dualroot.conf; "
-            "mkdir /run/scenes; tar -xf /dev/disk/by-id/virtio-scenes -C /run/scenes; rm -rf /run/systemd/generator/mnt-root1*")
+            "udevadm wait -t 60 /dev/disk/by-id/virtio-scenes; mkdir /run/scenes; tar -xf /dev/disk/by-id/virtio-scenes -C /run/scenes; rm -rf /run/systemd/generator/mnt-root1*")
         self.number = 0
 
     def spare(self, content=None, fails=None, slow=False):

@@ -14,7 +14,7 @@ from uuid import uuid4
 import record
 import scenes
 import trees
-from record import MIB, Machine, images, overlay
+from record import MIB, Machine, booted, images
 
 KIB = 1 << 10
 SIZE = 128
@@ -231,13 +231,13 @@ class Recorder(record.Recorder):
         self.roles = ["esp", "root"]
         self.looks = source_disk(directory / "source.raw", self.fstype, configuration(self.a, self.b), self.b.uuid["root"])
         self.machine = Machine(directory, 1536)
-        system = images.system(12, "initramfs-tools", "own-esp", staging, older)
-        self.machine.start({"A": overlay(system / "disk0.raw", directory / "a.qcow2"), "S": directory / "source.raw"})
+        booted.resume(self.machine, 12, "initramfs-tools", "own-esp", staging, older)
+        self.machine.plug("S", directory / "source.raw")
         self.machine.run(
             # Its mounts of the spare aren't seen in the small root, where a sync couldn't take them away.
             "systemctl stop dualroot-sync.path dualroot-entries.path dualroot-sync.timer; "
             "systemctl mask --runtime --quiet mnt-root1.mount mnt-root1-boot.mount; "
-            "mkdir -p /srv/root /srv/scenes /srv/spare; mount -o ro /dev/disk/by-id/virtio-S-part2 /srv/scenes")
+            "udevadm wait -t 60 /dev/disk/by-id/virtio-S-part2; mkdir -p /srv/root /srv/scenes /srv/spare; mount -o ro /dev/disk/by-id/virtio-S-part2 /srv/scenes")
 
     def turn_to(self, number):
         """Makes the small root one generation of it, and mounts into it what the product needs of the machine."""

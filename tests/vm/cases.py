@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "powercut"))
+import booted  # noqa: E402
 import images  # noqa: E402
 import writelog  # noqa: E402
 from machine import Failure, Machine, overlay  # noqa: E402
@@ -66,6 +67,7 @@ class Pair:
 
     def __init__(self, report, directory, staging, release, initrd, layout, logged=False):
         self.report, self.layout = report, layout
+        self.origin = (release, initrd, layout, staging, report.older)
         system = images.system(release, initrd, layout, staging, report.older)
         directory.mkdir(parents=True, exist_ok=True)
         self.a, self.b = images.pair(layout)
@@ -93,6 +95,14 @@ class Pair:
         reached = self.machine.run("systemctl show -P ActiveEnterTimestampMonotonic multi-user.target")
         begun = self.machine.run("systemctl show -P UserspaceTimestampMonotonic")
         return (int(reached) - int(begun)) / 1e6
+
+    def boot_first(self):
+        """Goes on from where a machine was saved that had booted from A, as it was made, alone."""
+        self.report.step("power on with A")
+        self.disks["A"] = booted.resume(self.machine, *self.origin)
+        for name, image in self.extra.items():
+            self.machine.plug(name, image)
+            self.machine.run(f"udevadm wait -t 60 /dev/disk/by-id/virtio-{name}", 90)
 
     def partuuid_at(self, directory):
         # What is mapped to a partition has no PARTUUID itself.
@@ -443,7 +453,7 @@ def failover(report, directory, staging, release, initrd, layout, logged):
     machine = pair.machine
     try:
         if layout == "own-esp":
-            pair.boot("A")
+            pair.boot_first()
             report.step("B is put in, while the machine runs")
             machine.run("systemctl stop dualroot-sync.timer")
             machine.plug("B", pair.disks["B"], pair.logs.get("B"))

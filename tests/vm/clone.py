@@ -415,7 +415,7 @@ def install(pair, booted, initrd):
 def begin(pair, mebibytes=0):
     """A boots, something is written on it, and B is put in: blank, and by so much larger."""
     machine = pair.machine
-    pair.boot("A")
+    pair.boot_first()
     pair.check_booted(pair.a, pair.kernels[0])
     machine.run("echo 'written on A' >/root/note")
     if pair.own:

@@ -99,8 +99,23 @@ class Machine:
         self.agent = Channel(self.directory / "agent", self.process, 10)
         self.run("systemctl is-system-running --wait || true", limit)
 
-    def power_on(self, disks, logs=None, fails=None):
-        """Powers on with these disks ({serial: image}; `logs` of writes and what `fails` as for `plug`, by serial)."""
+    def save(self, path):
+        """Writes the machine as it is to a file, and ends it. Its disks and its firmware's variables belong to that."""
+        self.command("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        self.command("migrate", uri=f"exec:cat >'{path}'")
+        self.await_event("MIGRATION", 120, lambda data: data["status"] == "completed")
+        self.kill()
+
+    def resume(self, path, disks, fails=None):
+        """Goes on from where one with the same memory and the same disks was saved. The guest's clock stays behind until it is booted."""
+        self.power_on(disks, fails=fails, waits=True)
+        self.command("migrate-incoming", uri=f"exec:cat '{path}'")
+        self.await_event("RESUME", 120)
+        self.agent = Channel(self.directory / "agent", self.process, 10)
+
+    def power_on(self, disks, logs=None, fails=None, waits=False):
+        """Powers on with these disks ({serial: image}; `logs` of writes and what `fails` as for `plug`, by serial). One that `waits` does
+        nothing before it is told what it was."""
         self.boots += 1
         self.serial = self.directory / f"serial-{self.boots}.log"
         qmp, agent, console = self.directory / "qmp", self.directory / "agent", self.directory / "console"
@@ -124,6 +139,8 @@ class Machine:
             node = self._node(serial, image, (logs or {}).get(serial), (fails or {}).get(serial))
             command += ["-blockdev", json.dumps(node), "-device", json.dumps(self._device(serial, slot))]
             self.slots[serial] = slot
+        if waits:
+            command += ["-incoming", "defer"]
         log = open(self.directory / "qemu.log", "ab")
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.qmp = Channel(qmp, self.process, 30)
@@ -222,9 +239,13 @@ class Machine:
 
     def _ask(self, name, limit, **arguments):
         self.agent.send({"execute": name, "arguments": arguments})
-        answer = self.agent.receive(limit)
-        if answer is None and not self.agent.closed:
-            raise Silent(f"no answer to {name} within {limit} s")
+        deadline, answer = time.monotonic() + limit, None
+        while answer is None and not self.agent.closed:
+            if time.monotonic() > deadline:
+                raise Silent(f"no answer to {name} within {limit} s")
+            answer = self.agent.receive(5)
+            if answer is None:
+                self.check_kernel()
         if answer is None or "error" in answer:
             raise Failure(f"guest agent, {name}: {answer}{self.tail()}")
         return answer["return"]
