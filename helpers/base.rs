@@ -1,5 +1,6 @@
 pub(crate) mod clock;
 pub mod exit;
+pub mod fault;
 pub mod log;
 pub(crate) mod octal;
 pub mod privilege;

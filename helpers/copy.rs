@@ -20,6 +20,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::base::fault::Fault;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::Role;
@@ -49,8 +50,10 @@ pub struct Request {
 /// The root that a menu entry of the spare boots.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BootedRoot {
-    /// The entry, for messages: partition and path.
-    pub entry: String,
+    /// The boot partition that the entry is on.
+    pub role: Role,
+    /// Its path there.
+    pub path: String,
     /// The subvolume that it names, as a path from the top of the file system.
     pub subvolume: Option<String>,
     /// Whether it is there for an older generation only.
@@ -172,11 +175,11 @@ pub trait Copier {
     /// The root isn't mounted.
     fn root(&self, spare: &Mounted) -> Result<Option<PathBuf>>;
 
-    /// The reasons why entries in `booted` boot no root, or another one than was copied. Each has the entry in front.
+    /// The reasons why entries in `booted` boot no root, or another one than was copied.
     ///
     /// # Errors
     /// The spare can't be read.
-    fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<String>>;
+    fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Fault>>;
 
     /// Whether a mount of this subvolume of the spare's root, a path from the top of the file system, would find it.
     fn has_subvolume(&self, spare: &Mounted, path: &str) -> bool;

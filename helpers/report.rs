@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::base::clock::{date, now};
 use crate::base::exit::Exit;
+use crate::base::fault::{Code, Fault};
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
@@ -53,7 +54,7 @@ pub struct DiskFacts {
     /// Those that aren't.
     pub missing: BTreeSet<Role>,
     /// Why nobody can say which partitions are its own.
-    pub fault: Option<String>,
+    pub fault: Option<Fault>,
     /// Which generation of its root is mounted, where it has any.
     pub generation: Option<u32>,
     /// The record on its ESP.
@@ -127,7 +128,7 @@ impl Look {
     fn disk(&self, disk: &Disk, dir: &str, booted: bool) -> DiskFacts {
         let (parts, fault) = match self.inventory.disk(disk) {
             Ok(parts) => (parts, None),
-            Err(e) => (BTreeMap::new(), Some(format!("{e:#}"))),
+            Err(e) => (BTreeMap::new(), Some(self.fault(disk, &e))),
         };
         let boot = disk.boot_places().into_iter().map(|(role, _, at)| (role, format!("{dir}{}", at.as_str())));
         let trees = disk.parts.keys().filter_map(|role| Some((role.clone(), format!("{dir}{}", role.tree()?))));
@@ -143,6 +144,7 @@ impl Look {
             present: !parts.is_empty(),
             missing: disk.parts.keys().filter(|role| !parts.contains_key(*role)).cloned().collect(),
             fault,
+
             generation: at(Role::Root).and_then(|mount| Generation::at(&mount.root)).map(|generation| generation.number()),
             record: record(at(Role::Esp), disk.name),
             firmware: self.options.as_ref().map(|(options, order)| firmware(options, order, disk.esp())),
@@ -150,6 +152,12 @@ impl Look {
             seen: self.status.of(disk.name).cloned(),
             own: self.status.own.clone().filter(|_| booted),
         }
+    }
+
+    /// Why nobody can say which partitions are a disk's own.
+    fn fault(&self, disk: &Disk, error: &anyhow::Error) -> Fault {
+        let has_twin = disk.parts.values().any(|partuuid| self.inventory.find(partuuid).is_err());
+        Fault::new(if has_twin { Code::F03 } else { Code::F01 }, format!("{error:#}"))
     }
 }
 
@@ -174,9 +182,14 @@ fn space(role: &Role, mount: &Mount) -> Option<Space> {
     Some(Space { role: role.clone(), mounted_at: mount.at.clone(), free: s.blocks_available() * unit, size: s.blocks() * unit })
 }
 
+/// The version of the JSON. Fields may be added in one version; a field that changes its meaning, or goes, makes another version.
+const VERSION: u32 = 1;
+
 /// How it stands.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Report {
+    /// [`VERSION`].
+    pub version: u32,
     /// Whether there is a configuration.
     pub configured: bool,
     /// When it was looked at. All times are in seconds since 1970.
@@ -211,6 +224,8 @@ pub struct DiskReport {
     pub boots: Option<bool>,
     /// What happens to the machine with this disk if the others die now, in words.
     pub if_others_died: String,
+    /// Why it would not boot, or nobody knows whether it would; of the booted disk, why it may not boot again. Empty if all is well.
+    pub faults: Vec<Fault>,
     /// When a sync last left it as a copy that boots, and nothing has begun to write it since.
     pub last_good_sync: Option<u64>,
     /// How the last sync of it ended.
@@ -251,26 +266,38 @@ struct Fate {
     boots: Option<bool>,
     standing: Standing,
     told: String,
+    faults: Vec<Fault>,
 }
 
 impl Fate {
     fn new(boots: Option<bool>, standing: Standing, told: impl Into<String>) -> Self {
-        Self { boots, standing, told: told.into() }
+        Self { boots, standing, told: told.into(), faults: Vec::new() }
     }
 
-    fn unknown(told: &str) -> Self {
-        Self::new(None, Standing::Broken, format!("nobody knows: {told}"))
+    fn unknown(standing: Standing, fault: Fault) -> Self {
+        Self { faults: vec![fault.clone()], ..Self::new(None, standing, format!("nobody knows: {fault}")) }
     }
 
-    fn fails(told: &str) -> Self {
-        Self::new(Some(false), Standing::Broken, format!("would not boot: {told}"))
+    /// `when` that was found is told after the first of the faults.
+    fn fails(faults: Vec<Fault>, when: &str) -> Self {
+        let told = format!("would not boot: {}{when}", first(&faults));
+        Self { faults, ..Self::new(Some(false), Standing::Broken, told) }
     }
 }
 
 impl Report {
     /// Of a machine that isn't configured.
     pub fn unconfigured() -> Self {
-        Self { configured: false, time: now(), layout: None, root: None, running: false, exit: Exit::Good, disks: Vec::new() }
+        Self {
+            version: VERSION,
+            configured: false,
+            time: now(),
+            layout: None,
+            root: None,
+            running: false,
+            exit: Exit::Good,
+            disks: Vec::new(),
+        }
     }
 
     /// Decides.
@@ -297,6 +324,7 @@ impl Report {
             heal::Root::Behind => "behind",
         };
         Self {
+            version: VERSION,
             configured: true,
             time: facts.now,
             layout: Some(layout),
@@ -322,6 +350,7 @@ fn of_disk(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) ->
         absent_since: seen.and_then(|seen| seen.absent_since).filter(|_| !disk.present),
         boots: fate.boots,
         if_others_died: fate.told,
+        faults: fate.faults.into_iter().map(|fault| fault.of(disk.name)).collect(),
         last_good_sync: seen.and_then(|seen| seen.proof.as_ref()).map(|proof| proof.at),
         last_sync: seen.and_then(|seen| seen.last.clone()),
         sync_begun: seen.and_then(|seen| seen.begun),
@@ -361,39 +390,42 @@ fn goes_on(facts: &Facts, disk: &DiskFacts) -> Fate {
         return Fate::new(None, Standing::Whole, told);
     };
     told.push_str(&format!("; but it may not boot again: {}, read at {}", first(&read.faults), date(read.at)));
-    Fate::new(None, Standing::Broken, told)
+    Fate { faults: read.faults.clone(), ..Fate::new(None, Standing::Broken, told) }
 }
 
 /// What becomes of a spare, by what is known of it now, and else by what the last sync has found.
 fn fate(facts: &Facts, disk: &DiskFacts) -> Fate {
     if let Some(fault) = &disk.fault {
-        return Fate::new(None, Standing::Refused, format!("nobody knows: {fault}"));
+        return Fate::unknown(Standing::Refused, fault.clone());
     }
     let seen = disk.seen.as_ref();
     if !disk.present {
         let since = seen.and_then(|seen| seen.absent_since).map(|at| format!(" (no sync has found it since {})", date(at)));
-        return Fate::new(Some(false), Standing::Absent, format!("is not there{}", since.unwrap_or_default()));
+        let told = format!("is not there{}", since.unwrap_or_default());
+        let faults = vec![Fault::new(Code::F21, told.clone())];
+        return Fate { faults, ..Fate::new(Some(false), Standing::Absent, told) };
     }
     if let Some(role) = disk.missing.first() {
-        return Fate::new(
-            None,
-            Standing::Refused,
-            format!("nobody knows: its {role}= partition isn't there, but others of it are"),
-        );
+        let text = format!("its {role}= partition isn't there, but others of it are");
+        return Fate::unknown(Standing::Refused, Fault::new(Code::F21, text).on(role));
     }
     match facts.root {
         heal::Root::Whole => {}
-        heal::Root::Degraded => return Fate::fails("the shared root is without one of its disks"),
+        heal::Root::Degraded => {
+            return Fate::fails(vec![Fault::new(Code::F28, "the shared root is without one of its disks")], "");
+        }
         heal::Root::Behind => {
-            return Fate::fails("one half of the shared root is behind, until dualroot-heal.service has ended well");
+            let text = "one half of the shared root is behind, until dualroot-heal.service has ended well";
+            return Fate::fails(vec![Fault::new(Code::F29, text)], "");
         }
     }
     let booted = facts.disks.iter().find(|disk| disk.booted).map_or_else(String::new, |disk| disk.name.to_string());
-    let Some(seen) = seen else { return Fate::unknown(&format!("{booted} has not synced it yet")) };
+    let unknown = |code: Code, text: String| Fate::unknown(Standing::Broken, Fault::new(code, text));
+    let Some(seen) = seen else { return unknown(Code::Unknown, format!("{booted} has not synced it yet")) };
     match (seen.begun, &seen.last) {
-        (Some(at), _) if !facts.running => Fate::unknown(&format!("the sync that began at {} has not ended", date(at))),
-        (Some(at), None) => Fate::unknown(&format!("its first sync began at {}, and is running", date(at))),
-        (None, None) => Fate::unknown(&format!("{booted} has not synced it yet")),
+        (Some(at), _) if !facts.running => unknown(Code::F18, format!("the sync that began at {} has not ended", date(at))),
+        (Some(at), None) => unknown(Code::Unknown, format!("its first sync began at {}, and is running", date(at))),
+        (None, None) => unknown(Code::Unknown, format!("{booted} has not synced it yet")),
         (_, Some(last)) => by_last_sync(facts, seen, last),
     }
 }
@@ -404,17 +436,18 @@ fn by_last_sync(facts: &Facts, seen: &Seen, last: &End) -> Fate {
         Some(proof) => format!(" (it boots, as of {})", date(proof.at)),
         None => String::new(),
     };
+    let unknown = |standing: Standing, text: String| {
+        Fate::unknown(standing, Fault::new(last.code.unwrap_or(Code::Unknown), text + &earlier()))
+    };
     // What has been written since a verification is not what that read.
     let unwritten = seen.proof.is_some() || seen.begun.is_some();
     if let Some(read) = seen.read.as_ref().filter(|read| unwritten && !read.faults.is_empty()) {
-        return Fate::fails(&format!("{}, read at {}", first(&read.faults), date(read.at)));
+        return Fate::fails(read.faults.clone(), &format!(", read at {}", date(read.at)));
     }
     match &last.outcome {
-        Outcome::Failed(why) => Fate::unknown(&format!("the sync of {at} failed: {why}{}", earlier())),
-        Outcome::Refused(why) => {
-            Fate::new(None, Standing::Refused, format!("nobody knows: the sync of {at} was refused: {why}{}", earlier()))
-        }
-        Outcome::WouldNotBoot(faults) => Fate::fails(&format!("{}, as of {at}", first(faults))),
+        Outcome::Failed(why) => unknown(Standing::Broken, format!("the sync of {at} failed: {why}")),
+        Outcome::Refused(why) => unknown(Standing::Refused, format!("the sync of {at} was refused: {why}")),
+        Outcome::WouldNotBoot(faults) => Fate::fails(faults.clone(), &format!(", as of {at}")),
         Outcome::Boots => {
             let content = match facts.layout {
                 Layout::OwnRoots => format!(", with what was there {}", ago(facts.now, last.at)),
@@ -426,10 +459,10 @@ fn by_last_sync(facts: &Facts, seen: &Seen, last: &End) -> Fate {
 }
 
 /// The first of several faults, and how many more there are.
-fn first(faults: &[String]) -> String {
+fn first(faults: &[Fault]) -> String {
     match faults {
         [] => "for an unknown reason".to_owned(),
-        [only] => only.clone(),
+        [only] => only.to_string(),
         [first, more @ ..] => format!("{first} (and {} more)", more.len()),
     }
 }

@@ -16,6 +16,7 @@ mod written;
 
 use anyhow::{Result, bail};
 
+use crate::base::fault::Fault;
 use crate::base::log::Log;
 use crate::base::refusal::{Refused, refused};
 use crate::base::types::DiskName;
@@ -72,7 +73,7 @@ pub struct Done {
 /// The sync of one spare.
 enum Synced {
     /// It was written and read again: the reasons why it would not boot.
-    Proven(Vec<String>),
+    Proven(Vec<Fault>),
     /// The plan was printed.
     Planned,
     /// The booted disk changed while its trees were copied, so that no entry was written.

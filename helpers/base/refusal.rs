@@ -2,18 +2,26 @@
 
 use std::fmt;
 
+use crate::base::fault::{Code, Fault};
+use crate::base::types::DiskName;
+
 /// An error that means: nothing was written, because something is not as it has to be. It makes exit status 3.
 #[derive(Debug)]
 pub struct Refused {
     sentence: String,
-    /// Whether that is which disk is the newer one.
-    about_age: bool,
+    /// The fault that a program can tell it by.
+    fault: Option<Fault>,
 }
 
 impl Refused {
+    /// The fault that is behind it, where that is a failure mode with a number of its own.
+    pub fn fault(&self) -> Option<&Fault> {
+        self.fault.as_ref()
+    }
+
     /// Whether it was refused because another disk may be newer than the one that is booted.
     pub fn is_about_age(&self) -> bool {
-        self.about_age
+        self.fault.as_ref().is_some_and(|fault| fault.code == Code::F07)
     }
 }
 
@@ -27,7 +35,7 @@ impl std::error::Error for Refused {}
 
 /// A refusal with its one sentence.
 pub fn refused(sentence: impl Into<String>) -> anyhow::Error {
-    anyhow::Error::new(Refused { sentence: sentence.into(), about_age: false })
+    anyhow::Error::new(Refused { sentence: sentence.into(), fault: None })
 }
 
 /// Whatever goes wrong before anything is written: a refusal, too.
@@ -38,7 +46,9 @@ pub fn nothing_done(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-/// A refusal because another disk may be newer.
-pub fn refused_for_age(sentence: impl Into<String>) -> anyhow::Error {
-    anyhow::Error::new(Refused { sentence: sentence.into(), about_age: true })
+/// A refusal because a disk may be newer than the booted one. `disk` is the one whose record tells so, or can't be read.
+pub fn refused_for_age(disk: DiskName, sentence: impl Into<String>) -> anyhow::Error {
+    let sentence = sentence.into();
+    let fault = Fault::new(Code::F07, sentence.clone()).of(disk);
+    anyhow::Error::new(Refused { sentence, fault: Some(fault) })
 }

@@ -37,7 +37,8 @@ pub fn booted(files: &BootFiles) -> BTreeSet<Generation> {
 pub fn booted_roots(files: &BTreeMap<Role, BootFiles>) -> Vec<BootedRoot> {
     let entries = files.iter().flat_map(|(role, files)| files.of(Class::Entry).map(move |file| (role, file)));
     let root = |(role, file): (&Role, &BootFile)| BootedRoot {
-        entry: format!("{role}: {}", file.path),
+        role: role.clone(),
+        path: file.path.clone(),
         subvolume: file.text.as_deref().and_then(booted_by),
         is_older: is_offered(file),
     };

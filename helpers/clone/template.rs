@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::base::clock::kernel_id;
+use crate::base::fault::told;
 use crate::base::log::Log;
 use crate::base::progress::Progress;
 use crate::base::refusal::refused;
@@ -139,7 +140,7 @@ impl InstallPlan {
         log.status(&format!("{}: reading it again", self.disk.target.path()));
         let faults = new.prove(&wanted)?;
         if !faults.is_empty() {
-            bail!("{} would not boot: {}", self.disk.target.path(), faults.join("; "));
+            bail!("{} would not boot: {}", self.disk.target.path(), told(&faults));
         }
         for (_, place) in &places {
             new.empty_dir(place)?;
@@ -225,7 +226,7 @@ fn check_files(origin: &Origin, about: &About, plan: &DiskPlan, places: &[(Role,
     let faults = needed::missing_devices(&fstab, &read(system::CRYPTTAB)?, &needed::finder(&made)?);
     match faults.is_empty() {
         true => Ok(()),
-        false => Err(refused(format!("{}; nothing was done", faults.join("; ")))),
+        false => Err(refused(format!("{}; nothing was done", told(&faults)))),
     }
 }
 
@@ -310,6 +311,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::base::fault::{Code, Fault};
     use crate::base::refusal::Refused;
     use crate::boot::files::{BootFile, BootFiles, Class};
     use crate::clone::plan::MIB;
@@ -582,9 +584,10 @@ mod tests {
         let fstab = format!("PARTUUID={} / ext4\nUUID=gone /data ext4\nUUID=gone /more ext4 nofail\n", id(NEW, "root"));
         let (_tmp, new) = copied(&[("/etc/fstab", &fstab), ("/etc/crypttab", "x /dev/sdz1\n"), ("/usr/x", "")]);
         let faults = new.prove(&[].into()).unwrap();
-        let waits: Vec<&String> = faults.iter().filter(|fault| fault.contains("make the boot wait for")).collect();
+        let waits: Vec<&Fault> = faults.iter().filter(|fault| fault.code == Code::F14).collect();
         assert!(
-            matches!(&waits[..], [one, other] if one.contains("line 1 (x) needs /dev/sdz1") && other.contains("line 2 (/data) needs UUID=gone")),
+            matches!(&waits[..], [one, other] if one.text.contains("line 1 (x) needs /dev/sdz1")
+                && other.text.contains("line 2 (/data) needs UUID=gone")),
             "{faults:?}"
         );
     }

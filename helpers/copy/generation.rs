@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::fault::{Code, Fault};
 use crate::copy::BootedRoot;
 use crate::devices::subvolume::{btrfs, delete, is_subvolume, reclaim, subvolumes_in};
 use crate::names::generation::{DIRECTORY, Generation};
@@ -185,18 +186,18 @@ pub fn remove(top: &Below, gone: &[Generation]) -> Result<Vec<String>> {
 }
 
 /// The reasons why entries boot no root, or not `current`, with `top` the top of the file system of the spare's root.
-pub fn prove(top: &Below, booted: &[BootedRoot], current: Generation) -> Vec<String> {
+pub fn prove(top: &Below, booted: &[BootedRoot], current: Generation) -> Vec<Fault> {
     let lost = |entry: &BootedRoot| {
-        let path = entry.subvolume.as_deref().filter(|path| !is_subvolume(top, path))?;
-        Some(format!("{} boots the subvolume {path}, which doesn't exist", entry.entry))
+        let subvolume = entry.subvolume.as_deref().filter(|path| !is_subvolume(top, path))?;
+        let text = format!("{}: {} boots the subvolume {subvolume}, which doesn't exist", entry.role, entry.path);
+        Some(Fault::new(Code::F18, text).on(&entry.role).at(&entry.path))
     };
-    let mut faults: Vec<String> = booted.iter().filter_map(lost).collect();
+    let mut faults: Vec<Fault> = booted.iter().filter_map(lost).collect();
     let is_current = |entry: &BootedRoot| !entry.is_older && entry.subvolume.as_deref() == Some(&current.subvolume());
     if !booted.iter().any(is_current) {
-        faults.push(format!(
-            "no menu entry boots {}, the new copy of the root. Add root= (such as root=UUID=…) to the entries and to /etc/kernel/cmdline",
-            current.subvolume()
-        ));
+        let text = format!("no menu entry boots {}, the new copy of the root", current.subvolume());
+        let remedy = "add root= (such as root=UUID=…) to the entries and to /etc/kernel/cmdline";
+        faults.push(Fault::new(Code::F15, text).remedy(remedy));
     }
     faults
 }
@@ -205,7 +206,9 @@ pub fn prove(top: &Below, booted: &[BootedRoot], current: Generation) -> Vec<Str
 mod tests {
 
     use super::*;
+    use crate::base::fault::tests::codes;
     use crate::base::program;
+    use crate::base::types::Role;
     use crate::names::generation::tests::{nth, numbers};
 
     #[test]
@@ -278,7 +281,7 @@ mod tests {
         assert_eq!(base(&top, &[], none(), false).unwrap(), Base::Snapshot("@".to_owned()));
         let booted = |by: &str| {
             let subvolume = Some(by.to_owned());
-            vec![BootedRoot { entry: "esp: loader/entries/a.conf".to_owned(), subvolume, is_older: false }]
+            vec![BootedRoot { role: Role::Esp, path: "loader/entries/a.conf".to_owned(), subvolume, is_older: false }]
         };
         let named = |by: &str| std::iter::once(by.to_owned());
         assert_eq!(base(&top, &[], named("absent"), false).unwrap(), Base::Snapshot("@".to_owned()));
@@ -313,15 +316,11 @@ mod tests {
         assert_eq!(remove(&top, &numbers(&[2, 3])).unwrap(), ["dualroot/3/var/full"]);
         assert_eq!(found(&top).unwrap(), numbers(&[1, 3]), "what nobody has copied stays");
         assert!(Path::new(&path("dualroot/3/var/full/file")).exists());
-        assert_eq!(prove(&top, &booted("dualroot/1"), nth(1)), Vec::<String>::new());
-        assert!(
-            matches!(prove(&top, &booted("@rootfs"), nth(1)).as_slice(), [one] if one.contains("no menu entry boots dualroot/1"))
-        );
+        assert_eq!(prove(&top, &booted("dualroot/1"), nth(1)), []);
+        assert_eq!(codes(&prove(&top, &booted("@rootfs"), nth(1))), [Code::F15]);
         let faults = prove(&top, &booted("dualroot/2"), nth(2));
-        assert!(
-            matches!(faults.as_slice(), [one] if one.contains("a.conf boots the subvolume dualroot/2, which doesn't exist")),
-            "{faults:?}"
-        );
+        assert_eq!(codes(&faults), [Code::F18], "{faults:?}");
+        assert_eq!(faults[0].path.as_deref(), Some("loader/entries/a.conf"));
         drop((top, first));
         run("umount", &[place.to_str().unwrap()]);
     }

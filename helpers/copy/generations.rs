@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::base::fault::Fault;
 use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::copy::generation::{self, Plan};
@@ -224,7 +225,7 @@ impl Copier for Generations {
         Ok(Some(spare.get(&Role::Root)?.place().join(self.plan()?.current.subvolume())))
     }
 
-    fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<String>> {
+    fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Fault>> {
         Ok(generation::prove(spare.below(&Role::Root)?, booted, self.plan()?.current))
     }
 

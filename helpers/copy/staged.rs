@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::base::fault::Fault;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::Role;
@@ -173,7 +174,7 @@ impl Copier for Staged {
         }
     }
 
-    fn prove(&self, _spare: &Mounted, _booted: &[BootedRoot]) -> Result<Vec<String>> {
+    fn prove(&self, _spare: &Mounted, _booted: &[BootedRoot]) -> Result<Vec<Fault>> {
         Ok(Vec::new())
     }
 

@@ -320,10 +320,11 @@ impl Record {
                 theirs.told(own)
             ),
         };
-        Err(refused_for_age(format!(
+        let sentence = format!(
             "{finding}; to keep the changes on {spare}, boot it ('dualroot-sync --boot-next {spare}', then reboot) and run \
              'dualroot-sync --discard-spare {own}' there; to give them up, run 'dualroot-sync --discard-spare {spare}' here"
-        )))
+        );
+        Err(refused_for_age(spare, sentence))
     }
 
     /// Marks a spare's record before it is written for the first time, from the disk with the record `own`.
@@ -356,8 +357,12 @@ pub(crate) fn own_record(machine: &Machine) -> Result<(Below, Record)> {
     let places = machine.booted.boot_places();
     let (_, _, dir) = places.iter().find(|(role, _, _)| *role == Role::Esp).context("the booted disk has no ESP")?;
     let esp = Below::open(Path::new(dir.as_str()))?;
-    let record = Record::load(&esp, machine.booted.name)
-        .map_err(|e| refused_for_age(format!("{dir}: {e:#}; remove that file, and the next sync asks which disk is newer")))?;
+    let record = Record::load(&esp, machine.booted.name).map_err(|e| {
+        refused_for_age(
+            machine.booted.name,
+            format!("{dir}: {e:#}; remove that file, and the next sync asks which disk is newer"),
+        )
+    })?;
     Ok((esp, record))
 }
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::clock::now;
 use crate::base::exit::Exit;
+use crate::base::fault::{Code, Fault};
 use crate::base::refusal::Refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
@@ -58,7 +59,7 @@ pub enum Outcome {
     /// It boots.
     Boots,
     /// It would not boot, for these reasons.
-    WouldNotBoot(Vec<String>),
+    WouldNotBoot(Vec<Fault>),
     /// The sync failed.
     Failed(String),
     /// Nothing was written.
@@ -73,6 +74,9 @@ pub struct End {
     /// How.
     #[serde(flatten)]
     pub outcome: Outcome,
+    /// The failure mode that it was refused for, where that has a number.
+    #[serde(default)]
+    pub code: Option<Code>,
 }
 
 /// What a sync read in the end, when it found that the spare boots.
@@ -92,7 +96,7 @@ pub struct Reading {
     /// When, in seconds since 1970.
     pub at: u64,
     /// Which of them were not what they should be.
-    pub faults: Vec<String>,
+    pub faults: Vec<Fault>,
 }
 
 /// What is known about a spare.
@@ -196,7 +200,7 @@ impl Status {
     pub fn ended(
         &mut self,
         spare: &Disk,
-        faults: &[String],
+        faults: &[Fault],
         wanted: &BTreeMap<Role, Vec<Wanted>>,
         found: &BTreeMap<Role, BootFiles>,
         synced: Option<(DiskName, u64)>,
@@ -212,12 +216,12 @@ impl Status {
         let seen = self.seen(spare);
         (seen.begun, seen.absent_since) = (None, None);
         if faults.is_empty() {
-            seen.last = Some(End { at, outcome: Outcome::Boots });
+            seen.last = Some(End { at, outcome: Outcome::Boots, code: None });
             seen.proof = Some(Proof { at, synced, files });
             // All of it was just read, and what was damaged has been written again.
             seen.read.iter_mut().for_each(|read| read.faults.clear());
         } else {
-            seen.last = Some(End { at, outcome: Outcome::WouldNotBoot(faults.to_vec()) });
+            seen.last = Some(End { at, outcome: Outcome::WouldNotBoot(faults.to_vec()), code: None });
         }
     }
 
@@ -225,10 +229,12 @@ impl Status {
     pub fn stopped(&mut self, spare: &Disk, error: &anyhow::Error) {
         self.look_for_age(error);
         let text = format!("{error:#}");
-        let outcome = if error.is::<Refused>() { Outcome::Refused(text) } else { Outcome::Failed(text) };
+        let refused = error.downcast_ref::<Refused>();
+        let outcome = if refused.is_some() { Outcome::Refused(text) } else { Outcome::Failed(text) };
+        let code = refused.and_then(Refused::fault).map(|fault| fault.code);
         let seen = self.seen(spare);
         (seen.begun, seen.absent_since) = (None, None);
-        seen.last = Some(End { at: now(), outcome });
+        seen.last = Some(End { at: now(), outcome, code });
     }
 
     /// A run came to nothing before anything was learnt about these spares, or while they were written.
@@ -251,7 +257,7 @@ impl Status {
     }
 
     /// A verification has read it.
-    pub fn read(&mut self, spare: &Disk, faults: Vec<String>) {
+    pub fn read(&mut self, spare: &Disk, faults: Vec<Fault>) {
         self.seen(spare).read = Some(Reading { at: now(), faults });
     }
 }
@@ -325,6 +331,24 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_an_older_version_remembers_is_read() {
+        let config = config(PAIR);
+        let (booted, spare) = (&config.disks[0], &config.disks[1]);
+        let older = format!(
+            r#"{{"disk":"disk0","esp":"{}","own":{{"at":5,"faults":["esp (/boot): linux can't be read: EIO"]}},
+                "spares":{{"disk1":{{"esp":"{}","last":{{"at":7,"result":"would-not-boot","why":["esp: linux is missing"]}},
+                "begun":null,"absent_since":null,"proof":null,"read":null}}}}}}"#,
+            booted.esp(),
+            spare.esp()
+        );
+        let status = Status::parse(older.as_bytes(), &config, booted);
+        let faults = vec![Fault::new(Code::Unknown, "esp: linux is missing")];
+        let last = End { at: 7, outcome: Outcome::WouldNotBoot(faults), code: None };
+        assert_eq!(status.of(spare.name).unwrap().last, Some(last));
+        assert_eq!(status.own.unwrap().faults.len(), 1);
+    }
+
+    #[test]
     fn what_is_being_written_has_no_proof() {
         let config = config(PAIR);
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
@@ -346,9 +370,10 @@ pub(crate) mod tests {
         let since = of(&status).absent_since;
         status.absent(spare);
         assert!(of(&status).absent_since == since && since.is_some() && of(&status).proof.is_some());
-        status.ended(spare, &["no entry".to_owned()], &wanted(), &found(), None);
+        let faults = [Fault::new(Code::F09, "no entry")];
+        status.ended(spare, &faults, &wanted(), &found(), None);
         assert!(of(&status).absent_since.is_none());
-        assert!(matches!(of(&status).last.unwrap().outcome, Outcome::WouldNotBoot(why) if why == ["no entry"]));
+        assert!(matches!(of(&status).last.unwrap().outcome, Outcome::WouldNotBoot(why) if why == faults));
     }
 
     #[test]
@@ -371,7 +396,7 @@ pub(crate) mod tests {
     fn f07_that_a_disk_may_be_newer_is_not_hidden_by_another_error() {
         let config = config(&three());
         let [booted, first, second] = &config.disks[..] else { panic!() };
-        let newer = || refused_for_age("it is newer").context("disk1");
+        let newer = || refused_for_age(first.name, "it is newer").context("disk1");
         let others = || [anyhow::anyhow!("EIO"), refused("it is not mounted"), anyhow::anyhow!("EIO").context("disk2")];
         for other in others() {
             let mut status = Status::new(booted);
@@ -379,6 +404,8 @@ pub(crate) mod tests {
             assert!(!status.may_be_older());
             status.stopped(first, &newer());
             assert!(status.may_be_older());
+            assert_eq!(status.of(first.name).unwrap().last.as_ref().unwrap().code, Some(Code::F07));
+            assert_eq!(status.of(second.name).unwrap().last.as_ref().unwrap().code, None, "{other:#}");
             status.stopped(second, &other);
             assert!(status.may_be_older(), "{other:#}");
             assert!(!next(&status, &config, 0).may_be_older(), "that is for the next sync to find out");
@@ -396,9 +423,10 @@ pub(crate) mod tests {
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
         let mut status = Status::new(booted);
         status.ended(spare, &[], &wanted(), &found(), None);
-        status.read(spare, vec!["esp: Linux differs".into()]);
+        let faults = vec![Fault::new(Code::F37, "esp: Linux differs")];
+        status.read(spare, faults.clone());
         let kept = next(&status, &config, 0);
-        assert_eq!(kept.of(spare.name).unwrap().read.as_ref().unwrap().faults, ["esp: Linux differs"]);
+        assert_eq!(kept.of(spare.name).unwrap().read.as_ref().unwrap().faults, faults);
         status.stopped(spare, &anyhow::anyhow!("EIO"));
         assert!(!status.of(spare.name).unwrap().read.as_ref().unwrap().faults.is_empty());
         status.ended(spare, &[], &wanted(), &found(), None);

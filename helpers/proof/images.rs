@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::base::fault::{Code, Fault};
 use crate::boot::bootable::Bootable;
 use crate::boot::files::{BootFiles, fold};
 use crate::boot::initrd::initrd;
@@ -20,7 +21,7 @@ use crate::proof::searched::Searched;
 ///
 /// # Errors
 /// Those of reading it.
-pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, searched: &mut Searched) -> Result<Vec<String>> {
+pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, searched: &mut Searched) -> Result<Vec<Fault>> {
     let mut faults = Vec::new();
     let all: Vec<Bootable<'_>> = Bootable::all(&found.files).collect();
     let mut initrds: Vec<String> = all.iter().flat_map(Bootable::initrds).collect();
@@ -36,7 +37,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
         if names.is_empty() {
             searched.add(&bytes);
         }
-        faults.extend(names.into_iter().map(|fault| format!("{}: {fault}", image.path)));
+        faults.extend(names.into_iter().map(|name| Fault::new(Code::F16, format!("{}: {name}", image.path)).at(&image.path)));
     }
     initrds.sort();
     initrds.dedup();
@@ -51,7 +52,9 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
             searched.add(&bytes);
         }
         faults.extend(names.into_iter().map(|name| {
-            format!("{path} has {name} built in; configure the initrd's generator not to name disks (see dualroot(7)), and make it anew")
+            Fault::new(Code::F17, format!("{path} has {name} built in"))
+                .at(&path)
+                .remedy("configure the initrd's generator not to name disks (see dualroot(7)), and make it anew")
         }));
     }
     Ok(faults)
@@ -64,6 +67,7 @@ pub(crate) mod tests {
     use std::thread;
 
     use super::*;
+    use crate::base::fault::tests::codes;
     use crate::base::program;
     use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
 
@@ -176,7 +180,7 @@ pub(crate) mod tests {
         let found = BootFiles::scan(&crate::write::below::Below::open(tmp.path()).unwrap()).unwrap();
         let faults = boot_partition(tmp.path(), &found, &to_b(), &mut Searched::new(&to_b()).unwrap()).unwrap();
         for path in paths {
-            assert!(faults.iter().any(|f| f.starts_with(path)), "{path}: {faults:?}");
+            assert!(faults.iter().any(|f| f.code == Code::F16 && f.path.as_deref() == Some(path)), "{path}: {faults:?}");
         }
     }
 
@@ -194,19 +198,19 @@ pub(crate) mod tests {
         let (good, bad) = (archive(ROOT_B), archive(ROOT_A));
         fs::write(tmp.path().join("initrd"), &bad).unwrap();
         let (faults, kept) = look(&Searched::new(&to_b()).unwrap());
-        assert_eq!(faults.len(), 1, "{faults:?}");
-        assert_eq!(look(&kept).0.len(), 1, "a finding is not forgotten");
+        assert_eq!(codes(&faults), [Code::F17], "{faults:?}");
+        assert_eq!(look(&kept).0, faults, "a finding is not forgotten");
         fs::write(tmp.path().join("initrd"), &good).unwrap();
         let (faults, mut kept) = look(&kept);
-        assert_eq!(faults, [""; 0]);
+        assert_eq!(faults, []);
         let mut kept_before = kept.for_the_next_sync();
         assert!(kept_before.has(&blake3::hash(&good)) && kept_before.has(&blake3::hash(b"MZ")), "both are noted");
         assert_eq!(good.len(), bad.len());
         fs::write(tmp.path().join("initrd"), &bad).unwrap();
-        assert_eq!(look(&kept).0.len(), 1, "another content of the same size is searched");
+        assert_eq!(codes(&look(&kept).0), [Code::F17], "another content of the same size is searched");
         // Noted as having nothing, it is not even opened.
         kept.add(&bad);
-        assert_eq!(look(&kept).0, [""; 0]);
+        assert_eq!(look(&kept).0, []);
     }
 
     #[test]
@@ -218,7 +222,7 @@ pub(crate) mod tests {
         std::os::unix::fs::symlink("../outside", place.join("link")).unwrap();
         fs::write(place.join("loader/entries/a.conf"), "initrd /../outside\ninitrd /link\n").unwrap();
         let found = BootFiles::scan(&crate::write::below::Below::open(&place).unwrap()).unwrap();
-        assert_eq!(boot_partition(&place, &found, &to_b(), &mut Searched::new(&to_b()).unwrap()).unwrap(), [""; 0]);
+        assert_eq!(boot_partition(&place, &found, &to_b(), &mut Searched::new(&to_b()).unwrap()).unwrap(), []);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 
+use crate::base::fault::{Code, Fault};
 use crate::base::root::Root;
 use crate::base::types::{DirPath, Role};
 use crate::boot::bootable::Bootable;
@@ -26,14 +27,17 @@ pub struct Part<'a> {
 }
 
 /// Why the spare would not boot as the booted disk does, as far as its boot partitions tell; nothing if it would.
-pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<String> {
+pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<Fault> {
     let mut faults = Vec::new();
     for part in parts {
+        let fault = |code: Code, path: &str, text: String| {
+            Fault::new(code, format!("{}: {path} {text}", part.role)).on(&part.role).at(path)
+        };
         for wanted in part.wanted {
             match part.found.files.get(&fold(&wanted.path)) {
-                None => faults.push(format!("{}: {} is missing", part.role, wanted.path)),
+                None => faults.push(fault(Code::F10, &wanted.path, "is missing".into())),
                 Some(found) if !same(wanted, found) => {
-                    faults.push(format!("{}: {} is not what the booted disk has", part.role, wanted.path));
+                    faults.push(fault(Code::F37, &wanted.path, "is not what the booted disk has".into()));
                 }
                 Some(_) => {}
             }
@@ -41,17 +45,17 @@ pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<String> {
         for file in part.found.of(Class::Entry).chain(part.found.of(Class::LoaderConf)) {
             let text = file.text.as_deref().unwrap_or_default();
             for path in entry::files(text).iter().filter(|p| !part.found.files.contains_key(&fold(p))) {
-                faults.push(format!("{}: {} needs {path}, which is missing", part.role, file.path));
+                faults.push(fault(Code::F32, &file.path, format!("needs {path}, which is missing")));
             }
-            faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{}: {} names {id}", part.role, file.path)));
+            faults.extend(rewriter.foreign(text).into_iter().map(|id| fault(Code::F15, &file.path, format!("names {id}"))));
         }
     }
     if !parts.iter().any(|part| Bootable::all(&part.found.files).next().is_some()) {
-        faults.push("there is no boot loader entry".to_owned());
+        faults.push(Fault::new(Code::F09, "there is no boot loader entry"));
     }
     let fallback = |p: &Part<'_>| p.role == Role::Esp && p.found.files.keys().any(|k| k.starts_with("efi/boot/boot"));
     if !parts.iter().any(fallback) {
-        faults.push("esp: EFI/BOOT holds no boot loader".to_owned());
+        faults.push(Fault::new(Code::F35, "esp: EFI/BOOT holds no boot loader").on(&Role::Esp).at("EFI/BOOT"));
     }
     faults
 }
@@ -64,69 +68,69 @@ fn same(wanted: &Wanted, found: &crate::boot::files::BootFile) -> bool {
     }
 }
 
-/// The first unit of a root that can't be rewritten, and why, as a sentence.
+/// The first unit of a root that can't be rewritten, and why.
 ///
 /// # Errors
 /// A directory that can't be read.
-pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<String>> {
+pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<Fault>> {
     Ok(unitfile::files(root).context("units can't be read")?.iter().find_map(|path| unit_name(path, rewriter)))
 }
 
 /// A unit that can't be rewritten, because it is called after what it names.
-fn unit_name(path: &str, rewriter: &Rewriter) -> Option<String> {
+fn unit_name(path: &str, rewriter: &Rewriter) -> Option<Fault> {
     let names = unitfile::named_after(path, rewriter);
     let fault = || {
-        format!(
-            "{path} is called after {}, and so can't be another one on each disk; remove it, and have a line of /etc/fstab for that instead \
-             (or for swap space, swap= in dualroot.conf)",
-            names.join(", ")
-        )
+        let text = format!("{path} is called after {}, and so can't be another one on each disk", names.join(", "));
+        Fault::new(Code::F13, text)
+            .at(path)
+            .remedy("remove it, and have a line of /etc/fstab for that instead (or for swap space, swap= in dualroot.conf)")
     };
     (!names.is_empty()).then(fault)
 }
 
 /// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system; units that mount something
 /// at a place that `keep` names are about another disk on purpose.
-pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<String> {
-    let mut faults = Vec::new();
-    for (path, text) in files {
-        if path.starts_with("/etc/crypttab") {
-            // What boot doesn't wait for may be on another disk.
-            let lines = text.split(|b| *b == b'\n').filter(|line| !may_fail(line));
-            let names: BTreeSet<String> = lines.flat_map(|line| rewriter.foreign(line)).collect();
-            let hint =
-                "a line that boot can do without has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
-            faults.extend(names.into_iter().map(|id| format!("{path} names {id}; {hint}")));
-        } else if path == "/etc/fstab" {
-            let lines = fstab::boot_needs_foreign(text, rewriter);
-            let hint = "name the partition in dualroot.conf, or give the line nofail";
-            let fault = |line| format!("/etc/fstab would have the boot wait for another disk: {line}; {hint}");
-            faults.extend(lines.into_iter().map(fault));
-        } else if let Some(fault) = unit_name(path, rewriter) {
-            faults.push(fault);
-        } else if let Some(dir) = unitfile::dir(path) {
-            let names = rewriter.foreign(text);
-            // Here, too, what boot doesn't wait for may be on another disk.
-            if !names.is_empty() && !keep(&dir) && !unitfile::may_fail(text) {
-                faults.push(format!(
-                    "{path} would have the boot wait for another disk: it names {}; name the partition in dualroot.conf, remove the \
-                     unit, or give its Options= nofail",
-                    names.join(", ")
-                ));
-            }
-        } else {
-            faults.extend(rewriter.foreign(text).into_iter().map(|id| format!("{path} names {id}")));
+pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<Fault> {
+    let of_file = |(path, text): (&String, &Vec<u8>)| root_file(path, text, rewriter, &keep);
+    files.iter().flat_map(of_file).collect()
+}
+
+fn root_file(path: &str, text: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<Fault> {
+    let fault = |code: Code, text: String| Fault::new(code, format!("{path} {text}")).on(&Role::Root).at(path);
+    if path.starts_with("/etc/crypttab") {
+        // What boot doesn't wait for may be on another disk.
+        let lines = text.split(|b| *b == b'\n').filter(|line| !may_fail(line));
+        let names: BTreeSet<String> = lines.flat_map(|line| rewriter.foreign(line)).collect();
+        let hint =
+            "a line that boot can do without has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
+        names.into_iter().map(|id| fault(Code::F13, format!("names {id}")).remedy(hint)).collect()
+    } else if path == "/etc/fstab" {
+        let lines = fstab::boot_needs_foreign(text, rewriter);
+        let of_line = |line| fault(Code::F14, format!("would have the boot wait for another disk: {line}"));
+        let hint = "name the partition in dualroot.conf, or give the line nofail";
+        lines.into_iter().map(|line| of_line(line).remedy(hint)).collect()
+    } else if let Some(fault) = unit_name(path, rewriter) {
+        vec![fault.on(&Role::Root)]
+    } else if let Some(dir) = unitfile::dir(path) {
+        let names = rewriter.foreign(text);
+        // Here, too, what boot doesn't wait for may be on another disk.
+        if names.is_empty() || keep(&dir) || unitfile::may_fail(text) {
+            return Vec::new();
         }
+        let text = format!("would have the boot wait for another disk: it names {}", names.join(", "));
+        vec![fault(Code::F14, text).remedy("name the partition in dualroot.conf, remove the unit, or give its Options= nofail")]
+    } else {
+        rewriter.foreign(text).into_iter().map(|id| fault(Code::F13, format!("names {id}"))).collect()
     }
-    faults
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::fault::tests::codes;
     use crate::names::ident::tests::{ROOT_A, ROOT_B, to_b};
 
-    fn faults(name: &str, text: &str) -> Vec<String> {
+    fn faults(name: &str, text: &str) -> Vec<Fault> {
         let spares = DirPath::parse("/mnt/root1").unwrap();
         let files = BTreeMap::from([(format!("/etc/systemd/system/{name}"), text.as_bytes().to_vec())]);
         root_files(&files, &to_b(), |dir| dir.is_within(&spares))
@@ -136,17 +140,18 @@ mod tests {
     fn f14_a_mount_unit_that_needs_another_disk() {
         let what = |uuid: &str| format!("[Mount]\nWhat=/dev/disk/by-uuid/{uuid}\n");
         for (name, text, expected) in [
-            ("home.mount", what(ROOT_A), 1),
-            ("home.mount.d/a.conf", what(ROOT_A), 1),
-            ("-.mount", what(ROOT_A) + "Options=nofail\n", 1),
-            ("home.mount", what(ROOT_B), 0),
-            ("home.mount", what(ROOT_A) + "Options=noatime,nofail\n", 0),
-            ("mnt-root1-home.mount", what(ROOT_A), 0),
-            ("mnt-root1.mount.d/a.conf", what(ROOT_A), 0),
+            ("home.mount", what(ROOT_A), &[Code::F14][..]),
+            ("home.mount.d/a.conf", what(ROOT_A), &[Code::F14]),
+            ("-.mount", what(ROOT_A) + "Options=nofail\n", &[Code::F13]),
+            ("home.mount", what(ROOT_B), &[]),
+            ("home.mount", what(ROOT_A) + "Options=noatime,nofail\n", &[]),
+            ("mnt-root1-home.mount", what(ROOT_A), &[]),
+            ("mnt-root1.mount.d/a.conf", what(ROOT_A), &[]),
         ] {
             let faults = faults(name, &text);
-            assert_eq!(faults.len(), expected, "{name} {text} {faults:?}");
-            assert!(faults.iter().all(|fault| fault.contains(&format!("{name} ")) && fault.contains(ROOT_A)), "{faults:?}");
+            assert_eq!(codes(&faults), expected, "{name} {text} {faults:?}");
+            let path = format!("/etc/systemd/system/{name}");
+            assert!(faults.iter().all(|fault| fault.path.as_ref() == Some(&path) && fault.text.contains(ROOT_A)), "{faults:?}");
         }
     }
 
@@ -158,11 +163,11 @@ mod tests {
         for name in names {
             for text in ["", "[Swap]\nWhat=/dev/sda2\nOptions=nofail\n"] {
                 let faults = faults(&name, text);
-                assert!(faults.len() == 1 && faults[0].contains("and have a line of /etc/fstab"), "{name} {faults:?}");
+                assert_eq!(codes(&faults), [Code::F13], "{name} {faults:?}");
             }
         }
         for name in [&by_uuid(ROOT_B), "dev-sdb2.swap", "dev-zram0.swap", "swapfile.swap"] {
-            assert_eq!(faults(name, "[Swap]\nWhat=/dev/sdb2\n"), [""; 0], "{name}");
+            assert_eq!(faults(name, "[Swap]\nWhat=/dev/sdb2\n"), [], "{name}");
         }
         assert_eq!(faults("dev-zram0.swap", "[Unit]\nAfter=dev-sda2.device\n").len(), 1);
     }

@@ -5,30 +5,33 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 
+use crate::base::fault::{Code, Fault};
 use crate::base::root::Root;
+use crate::base::types::Role;
 use crate::conf::Disk;
 use crate::devices::inventory::Inventory;
 use crate::devices::stack::Stack;
 use crate::names::fstab::{self, Line};
 
-/// The lines of fstab that have the boot wait for what isn't there without the booted disk, one sentence each: what lies on nothing but
+/// The lines of fstab that have the boot wait for what isn't there without the booted disk, one fault each: what lies on nothing but
 /// partitions of that which no key names.
 ///
 /// # Errors
 /// Those of reading what the kernel tells.
-pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &Disk, fstab: &[u8]) -> Result<Vec<String>> {
+pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &Disk, fstab: &[u8]) -> Result<Vec<Fault>> {
     let unnamed = unnamed(inventory, booted)?;
     let mut faults = Vec::new();
     for line in fstab::lines(fstab).filter(Line::is_needed_at_boot) {
         let spec = line.spec.to_str_lossy();
         if Stack::of(root, &spec)?.is_some_and(|stack| stack.is_layered_within(&unnamed)) {
-            faults.push(format!(
-                "/etc/fstab would have the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone; give the line nofail",
+            let text = format!(
+                "/etc/fstab would have the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone",
                 line.number,
                 line.file.to_str_lossy().escape_debug(),
                 spec.escape_debug(),
                 booted.name
-            ));
+            );
+            faults.push(Fault::new(Code::F14, text).on(&Role::Root).at("/etc/fstab").remedy("give the line nofail"));
         }
     }
     Ok(faults)
@@ -49,6 +52,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::base::fault::tests::codes;
     use crate::conf::Config;
 
     #[test]
@@ -90,7 +94,8 @@ mod tests {
         let found = |line: &str| on_booted_disk_only(&root, &inventory, booted, format!("# one\n{line}\n").as_bytes()).unwrap();
         for line in ["/dev/mapper/vg-home /home ext4", "UUID=of-home /home ext4 defaults 0 2", "UUID=\"of-home\" /home ext4"] {
             let faults = found(line);
-            assert!(faults.len() == 1 && faults[0].contains("line 2 (/home) needs"), "{line}: {faults:?}");
+            assert_eq!(codes(&faults), [Code::F14], "{line}");
+            assert!(faults[0].text.contains("line 2 (/home) needs"), "{line}: {faults:?}");
         }
         for line in [
             "/dev/mapper/vg-home /home ext4 nofail",
@@ -101,7 +106,7 @@ mod tests {
             "tmpfs /tmp tmpfs",
             "host:/x /x nfs",
         ] {
-            assert_eq!(found(line), Vec::<String>::new(), "{line}");
+            assert_eq!(found(line), [], "{line}");
         }
     }
 }

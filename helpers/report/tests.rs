@@ -9,6 +9,10 @@ fn name(n: u32) -> DiskName {
     DiskName::parse(&format!("disk{n}")).unwrap()
 }
 
+fn esp(n: u32) -> PartUuid {
+    PartUuid::parse(&format!("{}-0000-4000-8000-000000000001", ["aaaaaaaa", "bbbbbbbb", "cccccccc"][n as usize])).unwrap()
+}
+
 fn disk(n: u32) -> DiskFacts {
     let space = Space { role: Role::Esp, mounted_at: "/boot".into(), free: 300 << 20, size: 511 << 20 };
     DiskFacts {
@@ -37,44 +41,56 @@ fn pair(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> Facts {
 
 fn seen(outcome: Outcome) -> Seen {
     let proof = matches!(outcome, Outcome::Boots).then(|| proof(T));
-    let esp = PartUuid::parse("bbbbbbbb-0000-4000-8000-000000000001").unwrap();
-    Seen { esp, last: Some(End { at: T, outcome }), begun: None, absent_since: None, proof, read: None }
+    Seen { esp: esp(1), last: Some(End { at: T, outcome, code: None }), begun: None, absent_since: None, proof, read: None }
 }
 
 fn proof(at: u64) -> Proof {
     Proof { at, synced: None, files: BTreeMap::new() }
 }
 
-/// What is told of the spare, whether it boots, and the exit status.
-fn spare(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> (String, Option<bool>, u8) {
-    let report = Report::new(&pair(change));
-    let told = &report.disks[1];
-    (told.if_others_died.clone(), told.boots, report.exit.status())
+/// The failure modes of a disk, as a report has them.
+fn codes(report: &Report, disk: usize) -> Vec<Code> {
+    let disk = &report.disks[disk];
+    assert!(disk.faults.iter().all(|fault| fault.disk == Some(disk.name)), "{:?}", disk.faults);
+    crate::base::fault::tests::codes(&disk.faults)
 }
 
-fn is(found: (String, Option<bool>, u8), told: &str, boots: Option<bool>, status: u8) {
-    assert_eq!(found, (told.to_owned(), boots, status));
+/// What is told of the spare, its faults, whether it boots, and the exit status.
+fn spare(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> (String, Vec<Code>, Option<bool>, u8) {
+    let report = Report::new(&pair(change));
+    let told = &report.disks[1];
+    (told.if_others_died.clone(), codes(&report, 1), told.boots, report.exit.status())
+}
+
+fn is(found: (String, Vec<Code>, Option<bool>, u8), told: &str, codes: &[Code], boots: Option<bool>, status: u8) {
+    assert_eq!(found, (told.to_owned(), codes.to_vec(), boots, status));
 }
 
 #[test]
 fn a_spare_by_its_last_sync() {
     let with = |outcome: Outcome| spare(|_, disk| disk.seen = Some(seen(outcome)));
-    is(with(Outcome::Boots), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", Some(true), 0);
-    let faults = vec!["esp: linux is missing".to_owned(), "another".to_owned()];
+    is(with(Outcome::Boots), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", &[], Some(true), 0);
+    let faults = vec![Fault::new(Code::F10, "esp: linux is missing"), Fault::new(Code::F16, "another")];
     let told = "would not boot: esp: linux is missing (and 1 more), as of 2026-11-21 10:00:00 UTC";
-    is(with(Outcome::WouldNotBoot(faults)), told, Some(false), 1);
+    is(with(Outcome::WouldNotBoot(faults)), told, &[Code::F10, Code::F16], Some(false), 1);
     let told = "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: EIO";
-    is(with(Outcome::Failed("EIO".into())), told, None, 1);
+    is(with(Outcome::Failed("EIO".into())), told, &[Code::Unknown], None, 1);
     let told = "nobody knows: the sync of 2026-11-21 10:00:00 UTC was refused: disk1 is newer";
-    is(with(Outcome::Refused("disk1 is newer".into())), told, None, 3);
-    is(spare(|_, _| {}), "nobody knows: disk0 has not synced it yet", None, 1);
+    is(with(Outcome::Refused("disk1 is newer".into())), told, &[Code::Unknown], None, 3);
+    let newer = spare(|_, disk| {
+        let mut seen = seen(Outcome::Refused("disk1 is newer".into()));
+        seen.last.as_mut().unwrap().code = Some(Code::F07);
+        disk.seen = Some(seen);
+    });
+    is(newer, told, &[Code::F07], None, 3);
+    is(spare(|_, _| {}), "nobody knows: disk0 has not synced it yet", &[Code::Unknown], None, 1);
     // What was proven before is told, if nothing was written since.
     let found = spare(|_, disk| {
         disk.seen = Some(Seen { proof: Some(proof(T - 60)), ..seen(Outcome::Failed("dpkg is at work".into())) });
     });
     let told =
         "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: dpkg is at work (it boots, as of 2026-11-21 09:59:00 UTC)";
-    is(found, told, None, 1);
+    is(found, told, &[Code::Unknown], None, 1);
 }
 
 #[test]
@@ -87,10 +103,22 @@ fn a_spare_that_is_being_synced_is_what_it_was() {
             disk.seen = Some(being);
         })
     };
-    is(being(true, true), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", Some(true), 0);
-    is(being(true, false), "nobody knows: its first sync began at 2026-11-21 10:01:00 UTC, and is running", None, 1);
+    is(being(true, true), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", &[], Some(true), 0);
+    is(
+        being(true, false),
+        "nobody knows: its first sync began at 2026-11-21 10:01:00 UTC, and is running",
+        &[Code::Unknown],
+        None,
+        1,
+    );
     for last in [true, false] {
-        is(being(false, last), "nobody knows: the sync that began at 2026-11-21 10:01:00 UTC has not ended", None, 1);
+        is(
+            being(false, last),
+            "nobody knows: the sync that began at 2026-11-21 10:01:00 UTC has not ended",
+            &[Code::F18],
+            None,
+            1,
+        );
     }
 }
 
@@ -103,31 +131,33 @@ fn a_spare_that_is_not_there() {
             disk.seen = Some(Seen { absent_since: since, ..seen(Outcome::Boots) });
         })
     };
-    is(absent(None), "is not there", Some(false), 4);
-    is(absent(Some(T)), "is not there (no sync has found it since 2026-11-21 10:00:00 UTC)", Some(false), 4);
+    is(absent(None), "is not there", &[Code::F21], Some(false), 4);
+    is(absent(Some(T)), "is not there (no sync has found it since 2026-11-21 10:00:00 UTC)", &[Code::F21], Some(false), 4);
     let found = spare(|_, disk| {
         disk.missing = BTreeSet::from([Role::Root]);
         disk.seen = Some(seen(Outcome::Boots));
     });
-    is(found, "nobody knows: its root= partition isn't there, but others of it are", None, 3);
+    is(found, "nobody knows: its root= partition isn't there, but others of it are", &[Code::F21], None, 3);
     let found = spare(|_, disk| {
-        disk.fault = Some("/dev/sda1 and /dev/sdb1 both have the PARTUUID".into());
+        disk.fault = Some(Fault::new(Code::F03, "/dev/sda1 and /dev/sdb1 both have the PARTUUID"));
         disk.present = false;
     });
-    is(found, "nobody knows: /dev/sda1 and /dev/sdb1 both have the PARTUUID", None, 3);
+    is(found, "nobody knows: /dev/sda1 and /dev/sdb1 both have the PARTUUID", &[Code::F03], None, 3);
 }
 
 #[test]
 fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
-    for (root, told, own) in [
-        (heal::Root::Whole, "boots, as of 2026-11-21 10:00:00 UTC", "goes on running, with one half of the shared root"),
+    for (root, codes, told, own) in [
+        (heal::Root::Whole, &[][..], "boots, as of 2026-11-21 10:00:00 UTC", "goes on running, with one half of the shared root"),
         (
             heal::Root::Degraded,
+            &[Code::F28],
             "would not boot: the shared root is without one of its disks",
             "goes on running: the shared root is without one of its disks already",
         ),
         (
             heal::Root::Behind,
+            &[Code::F29],
             "would not boot: one half of the shared root is behind, until dualroot-heal.service has ended well",
             "may stop: one half of the shared root is behind, until dualroot-heal.service has ended well",
         ),
@@ -137,33 +167,37 @@ fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
             disk.seen = Some(seen(Outcome::Boots));
         };
         let whole = root == heal::Root::Whole;
-        is(spare(shared), told, Some(whole), u8::from(!whole));
+        is(spare(shared), told, codes, Some(whole), u8::from(!whole));
         assert_eq!(Report::new(&pair(shared)).disks[0].if_others_died, own);
     }
 }
 
 #[test]
 fn what_a_verification_found_counts() {
-    let read = |faults: &[&str]| Reading { at: T + 60, faults: faults.iter().map(|f| (*f).to_owned()).collect() };
+    let read = |faults: &[(Code, &str)]| Reading { at: T + 60, faults: faults.iter().map(|(c, t)| Fault::new(*c, *t)).collect() };
     let found = spare(|_, disk| {
-        disk.seen = Some(Seen { read: Some(read(&["esp: linux is not what the last sync read there"])), ..seen(Outcome::Boots) });
+        disk.seen = Some(Seen {
+            read: Some(read(&[(Code::F37, "esp: linux is not what the last sync read there")])),
+            ..seen(Outcome::Boots)
+        });
     });
     let told = "would not boot: esp: linux is not what the last sync read there, read at 2026-11-21 10:01:00 UTC";
-    is(found, told, Some(false), 1);
+    is(found, told, &[Code::F37], Some(false), 1);
     // A sync that failed has written it.
     for (proof, told) in [(Some(proof(T)), told), (None, "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: EIO")] {
         let found = spare(|_, disk| {
-            let faults = &["esp: linux is not what the last sync read there"];
+            let faults = &[(Code::F37, "esp: linux is not what the last sync read there")];
             disk.seen = Some(Seen { read: Some(read(faults)), proof, ..seen(Outcome::Failed("EIO".into())) });
         });
         assert_eq!(found.0, told);
     }
     let facts = pair(|facts, disk| {
         disk.seen = Some(Seen { read: Some(read(&[])), ..seen(Outcome::Boots) });
-        facts.disks[0].own = Some(read(&["esp (/boot): linux can't be read: EIO"]));
+        facts.disks[0].own = Some(read(&[(Code::F20, "esp (/boot): linux can't be read: EIO")]));
     });
     let report = Report::new(&facts);
     assert_eq!((report.exit.status(), report.disks[1].boots), (1, Some(true)));
+    assert_eq!((codes(&report, 0), codes(&report, 1)), (vec![Code::F20], vec![]));
     assert_eq!(
         report.disks[0].if_others_died,
         "goes on running: its root is its own; but it may not boot again: esp (/boot): linux can't be read: EIO, \
@@ -196,7 +230,14 @@ fn full() -> Report {
         disk.firmware = Some((Vec::new(), None));
         disk.seen = Some(Seen {
             proof: Some(proof(T - 60)),
-            read: Some(Reading { at: T - 30, faults: vec!["esp: a\\b \"c\"\nis missing".into()] }),
+            read: Some(Reading {
+                at: T - 30,
+                faults: vec![
+                    Fault::new(Code::F10, "esp: a\\b \"c\"\nis missing").on(&Role::Esp).at("a\\b \"c\""),
+                    Fault::new(Code::F14, "/etc/fstab would have the boot wait").at("/etc/fstab").remedy("give the line nofail"),
+                    Fault::new(Code::F14, "again").of(name(1)),
+                ],
+            }),
             ..seen(Outcome::Refused("disk1 is newer than disk0".into()))
         });
     }))
@@ -217,7 +258,7 @@ fn for_programs() {
 fn as_metrics() {
     assert_eq!(full().prometheus(), include_str!("golden.prom"));
     let none = Report::unconfigured().prometheus();
-    assert!(none.lines().count() == 10 && none.lines().all(|line| line.starts_with("# ")), "{none}");
+    assert!(none.lines().count() == 12 && none.lines().all(|line| line.starts_with("# ")), "{none}");
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! A report for a terminal, and as metrics.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::{DiskReport, Report, Space, first};
 use crate::base::clock::date;
+use crate::base::fault::{Code, told};
 use crate::pair::status::Outcome;
 
 /// A metric: its name, what it says, and its value for a disk, if it has one.
@@ -26,6 +28,9 @@ const METRICS: [Metric; 5] = [
     }),
 ];
 
+/// The metric with a second label, `fault`.
+const FAULTS: (&str, &str) = ("dualroot_fault", "1 for each kind of fault that this disk has.");
+
 impl Report {
     /// In the text format of Prometheus.
     pub fn prometheus(&self) -> String {
@@ -36,6 +41,13 @@ impl Report {
                 if let Some(value) = value(disk) {
                     let _ = writeln!(text, "{name}{{disk=\"{}\"}} {value}", escape(&disk.name.to_string()));
                 }
+            }
+        }
+        let (name, help) = FAULTS;
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
+        for disk in &self.disks {
+            for code in disk.faults.iter().map(|fault| fault.code).collect::<BTreeSet<Code>>() {
+                let _ = writeln!(text, "{name}{{disk=\"{}\",fault=\"{code}\"}} 1", escape(&disk.name.to_string()));
             }
         }
         text
@@ -86,7 +98,7 @@ fn lines(disk: &DiskReport, others: &str) -> Vec<(String, String)> {
     if let Some(last) = disk.last_sync.as_ref() {
         let end = match &last.outcome {
             Outcome::Boots => "boots".to_owned(),
-            Outcome::WouldNotBoot(faults) => format!("would not boot: {}", faults.join("; ")),
+            Outcome::WouldNotBoot(faults) => format!("would not boot: {}", told(faults)),
             Outcome::Failed(why) => format!("failed: {why}"),
             Outcome::Refused(why) => format!("refused: {why}"),
         };

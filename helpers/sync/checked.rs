@@ -106,9 +106,10 @@ fn spare_record(booted: DiskName, spare: &Spare<'_>, own: &Record, discard: bool
         return Ok(record.ok());
     }
     let record = record.map_err(|e| {
-        refused_for_age(format!(
-            "{e:#}, so what is on {name} may be newer; to give it up, run 'dualroot-sync --discard-spare {name}'"
-        ))
+        refused_for_age(
+            name,
+            format!("{e:#}, so what is on {name} may be newer; to give it up, run 'dualroot-sync --discard-spare {name}'"),
+        )
     })?;
     own.check(booted, name, &record)?;
     Ok(Some(record))

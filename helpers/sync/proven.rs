@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::base::fault::{Code, Fault};
 use crate::base::log::Log;
 use crate::base::root::Root;
+use crate::base::types::Role;
 use crate::boot::roots;
 use crate::names::{files, fstab};
 use crate::pair::status::Status;
@@ -18,7 +20,7 @@ use crate::sync::written::Written;
 /// A spare that was written and read again.
 pub(crate) struct Proven {
     /// The reasons why it would not boot; none if it would.
-    pub(crate) faults: Vec<String>,
+    pub(crate) faults: Vec<Fault>,
 }
 
 impl Proven {
@@ -58,7 +60,7 @@ impl Checked<'_> {
     }
 
     /// The reasons why the spare would not boot, from what was read of its boot partitions since they were written.
-    fn faults(&self, wanted: &AllWanted) -> Result<Vec<String>> {
+    fn faults(&self, wanted: &AllWanted) -> Result<Vec<Fault>> {
         let (spare, machine) = (&self.spare, self.spare.machine);
         let parts: Vec<prove::Part<'_>> = self
             .there
@@ -69,7 +71,8 @@ impl Checked<'_> {
         let mut searched = Searched::load(&spare.rewriter, spare.disk.name)?;
         for part in &parts {
             let place = spare.mounted.get(&part.role)?.place();
-            faults.extend(images::boot_partition(place, part.found, &spare.rewriter, &mut searched)?);
+            let found = images::boot_partition(place, part.found, &spare.rewriter, &mut searched)?;
+            faults.extend(found.into_iter().map(|fault| fault.on(&part.role)));
         }
         searched.save(spare.disk.name)?;
         // A shared root has one fstab for every disk: what it says has to hold on each.
@@ -82,10 +85,11 @@ impl Checked<'_> {
         let has = |path: &str| self.copier.has_subvolume(&spare.mounted, path);
         let lost = fstab::beside_the_root(fstab, |text| spare.names_root(text), has);
         faults.extend(lost.into_iter().map(|line| {
-            format!(
-                "/etc/fstab makes the boot wait for a subvolume that is not there: {line}; make it there, or give the line nofail"
-            )
+            Fault::new(Code::F14, format!("/etc/fstab makes the boot wait for a subvolume that is not there: {line}"))
+                .on(&Role::Root)
+                .at("/etc/fstab")
+                .remedy("make it there, or give the line nofail")
         }));
-        Ok(faults)
+        Ok(faults.into_iter().map(|fault| fault.of(spare.disk.name)).collect())
     }
 }

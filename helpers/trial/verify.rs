@@ -4,12 +4,12 @@
 //! written to it.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::base::clock::{date, now};
+use crate::base::fault::{Code, Fault};
 use crate::base::log::Log;
 use crate::base::refusal::{Refused, refused};
 use crate::base::types::Role;
@@ -21,63 +21,29 @@ use crate::pair::status::{Proof, Reading, Standing, Status};
 use crate::sync::spare::Spare;
 use crate::write::below::{Below, Kind};
 
-/// A damaged file.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct BadFile {
-    /// Its path in the partition.
-    pub path: String,
-    /// Its damage.
-    pub damage: Damage,
-}
-
-/// The damage of a file.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Damage {
-    /// Its bytes differ.
-    Differs,
-    /// It isn't there.
-    Missing,
-    /// It can't be read, for this reason.
-    Unreadable(String),
-}
-
-impl fmt::Display for BadFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = &self.path;
-        match &self.damage {
-            Damage::Differs => write!(f, "{path} is not what the last sync read there"),
-            Damage::Missing => write!(f, "{path} is missing"),
-            Damage::Unreadable(why) => write!(f, "{path} can't be read: {why}"),
-        }
-    }
-}
-
 /// Reads the files of a list of hashes, in hexadecimal, and returns those that differ. The handle decides whether they come from the medium.
-pub fn compare(below: &Below, files: &BTreeMap<String, String>) -> Vec<BadFile> {
-    let check = |(path, hash): (&String, &String)| {
-        let damage = match below.hash(path) {
-            Ok(Some(found)) if found.to_hex().as_str() == hash => return None,
-            Ok(Some(_)) => Damage::Differs,
-            Ok(None) => Damage::Missing,
-            Err(e) => Damage::Unreadable(format!("{:#}", e.root_cause())),
-        };
-        Some(BadFile { path: path.clone(), damage })
+pub fn compare(below: &Below, files: &BTreeMap<String, String>) -> Vec<Fault> {
+    let check = |(path, hash): (&String, &String)| match below.hash(path) {
+        Ok(Some(found)) if found.to_hex().as_str() == hash => None,
+        Ok(Some(_)) => Some(Fault::new(Code::F37, format!("{path} is not what the last sync read there")).at(path)),
+        Ok(None) => Some(Fault::new(Code::F10, format!("{path} is missing")).at(path)),
+        Err(e) => Some(is_unreadable(path, &e)),
     };
     files.iter().filter_map(check).collect()
 }
 
+fn is_unreadable(path: &str, error: &anyhow::Error) -> Fault {
+    Fault::new(Code::F20, format!("{path} can't be read: {:#}", error.root_cause())).at(path)
+}
+
 /// Reads all files below the handle, and returns those that can't be read.
-pub fn unreadable(below: &Below) -> Vec<BadFile> {
+pub fn unreadable(below: &Below) -> Vec<Fault> {
     const DEEPEST: usize = 16;
     let mut faults = Vec::new();
     let mut dirs = vec![".".to_owned()];
     while let Some(dir) = dirs.pop() {
-        let fault = |path: &str, e: &anyhow::Error| BadFile {
-            path: path.to_owned(),
-            damage: Damage::Unreadable(format!("{:#}", e.root_cause())),
-        };
         let names = below.list(&dir).unwrap_or_else(|e| {
-            faults.push(fault(&dir, &e));
+            faults.push(is_unreadable(&dir, &e));
             Vec::new()
         });
         for (name, kind) in names {
@@ -85,13 +51,18 @@ pub fn unreadable(below: &Below) -> Vec<BadFile> {
             match kind {
                 Kind::Dir if path.split('/').count() < DEEPEST => dirs.push(path),
                 // A file that was deleted meanwhile is no fault.
-                Kind::File(_) => faults.extend(below.hash(&path).err().map(|e| fault(&path, &e))),
+                Kind::File(_) => faults.extend(below.hash(&path).err().map(|e| is_unreadable(&path, &e))),
                 Kind::Dir | Kind::Other => {}
             }
         }
     }
     faults.sort_by(|a, b| a.path.cmp(&b.path));
     faults
+}
+
+/// The faults of a partition, each with the partition in front.
+fn placed(faults: Vec<Fault>, role: &Role, place: &str) -> impl Iterator<Item = Fault> {
+    faults.into_iter().map(move |fault| Fault { text: format!("{role} ({place}): {}", fault.text), ..fault.on(role) })
 }
 
 /// Reads every spare that is there, and the booted disk's own boot partitions, and records the result in the status. The caller holds the lock
@@ -116,14 +87,15 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
                 standing = standing.max(Standing::Refused);
                 continue;
             }
-            Err(e) => vec![format!("{e:#}")],
+            Err(e) => vec![Fault::new(Code::F20, format!("{e:#}")).of(disk.name)],
         };
         for fault in &faults {
-            log.error(&format!(
+            let text = format!(
                 "{}: {fault}; 'systemctl start dualroot-sync.service' writes it again, if the disk can still be written; watch the \
                  disk's SMART values (smartctl -a), and replace the disk if this happens again",
                 disk.name
-            ));
+            );
+            log.error(&text);
         }
         if faults.is_empty() {
             log.info(&format!("{}: its boot files are as the last sync wrote them", disk.name));
@@ -134,11 +106,12 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
     }
     let faults = verify_booted(machine);
     for fault in &faults {
-        log.error(&format!(
+        let text = format!(
             "{}, which is booted: {fault}; watch the disk's SMART values (smartctl -a), and replace the disk; 'dualroot-sync --boot-next' \
              makes the firmware boot another one",
             machine.booted.name
-        ));
+        );
+        log.error(&text);
     }
     if !faults.is_empty() {
         standing = Standing::Broken;
@@ -154,7 +127,7 @@ fn verify_spare(
     parts: &BTreeMap<Role, &Partition>,
     status: &Status,
     log: &Log,
-) -> Result<Vec<String>> {
+) -> Result<Vec<Fault>> {
     let proof = status.of(disk.name).and_then(|seen| seen.proof.as_ref()).ok_or_else(|| {
         refused("no sync of it has ended well yet, so there are no hashes to compare its boot files with; start dualroot-sync.service")
     })?;
@@ -170,7 +143,7 @@ fn verify_spare(
         let part = parts.get(role).map_or("", |part| part.path.as_str());
         log.status(&format!("{}: reading {} files of its {role}=", disk.name, files.len()));
         let found = compare(spare.mounted.below(role)?, files);
-        faults.extend(found.into_iter().map(|fault| format!("{role} ({part}): {fault}")));
+        faults.extend(placed(found, role, part).map(|fault| fault.of(disk.name)));
     }
     spare.mounted.release()?;
     Ok(faults)
@@ -191,17 +164,15 @@ fn check_proof(record: &Record, proof: &Proof) -> Result<()> {
 }
 
 /// The booted disk's boot files that can't be read. Their contents may change at any time, when a kernel is installed.
-fn verify_booted(machine: &Machine) -> Vec<String> {
+fn verify_booted(machine: &Machine) -> Vec<Fault> {
     let mut faults = Vec::new();
     for (role, _, dir) in machine.booted.boot_places() {
         match Below::open(Path::new(dir.as_str())).context("it can't be read") {
-            Ok(below) => {
-                faults.extend(unreadable(&below.from_medium()).into_iter().map(|fault| format!("{role} ({dir}): {fault}")))
-            }
-            Err(e) => faults.push(format!("{role} ({dir}): {e:#}")),
+            Ok(below) => faults.extend(placed(unreadable(&below.from_medium()), &role, dir.as_str())),
+            Err(e) => faults.push(Fault::new(Code::F20, format!("{role} ({dir}): {e:#}")).on(&role)),
         }
     }
-    faults
+    faults.into_iter().map(|fault| fault.of(machine.booted.name)).collect()
 }
 
 #[cfg(test)]
@@ -255,14 +226,15 @@ mod tests {
         image.as_file().write_all_at(b"K", at as u64).unwrap();
         assert_eq!(fs::read(first.join("linux")).unwrap(), linux, "it is cached");
         assert_eq!(compare(&everybody, &files), [], "and the damage is not seen");
-        assert_eq!(compare(&medium, &files), [BadFile { path: "linux".into(), damage: Damage::Differs }]);
+        let is = |faults: &[Fault], code: Code| faults.iter().any(|f| f.code == code && f.path.as_deref() == Some("linux"));
+        let differs = compare(&medium, &files);
+        assert!(differs.len() == 1 && is(&differs, Code::F37), "{differs:?}");
         assert_eq!(unreadable(&medium), []);
         // The medium ends before that file: a loop device gives EIO.
         image.as_file().set_len((at as u64 - 30_000) & !4095).unwrap();
         let found = unreadable(&medium);
-        let why = Damage::Unreadable("Input/output error (os error 5)".into());
-        assert!(found.contains(&BadFile { path: "linux".into(), damage: why.clone() }), "{found:?}");
-        assert!(compare(&medium, &files).contains(&BadFile { path: "linux".into(), damage: why }));
+        assert!(is(&found, Code::F20), "{found:?}");
+        assert!(is(&compare(&medium, &files), Code::F20));
         drop((everybody, medium));
         run("umount", &[second.as_ref()]);
         run("umount", &[first.as_ref()]);
@@ -283,10 +255,9 @@ mod tests {
         fs::remove_file(tmp.path().join("gone")).unwrap();
         fs::remove_file(tmp.path().join("strange")).unwrap();
         fs::create_dir(tmp.path().join("strange")).unwrap();
-        let told: Vec<String> = compare(&below, &files).iter().map(ToString::to_string).collect();
-        assert_eq!(told.len(), 3, "{told:?}");
-        assert_eq!(&told[..2], ["gone is missing", "initrd is not what the last sync read there"]);
-        assert!(told[2].starts_with("strange can't be read: "), "{told:?}");
+        let found: Vec<_> = compare(&below, &files).into_iter().map(|fault| (fault.code, fault.path.unwrap())).collect();
+        let expected = [(Code::F10, "gone"), (Code::F37, "initrd"), (Code::F20, "strange")];
+        assert_eq!(found, expected.map(|(code, path)| (code, path.to_owned())));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Component, Path};
 
+use dualroot::base::fault::Code;
 use dualroot::base::types::{DirPath, DiskName, PartUuid, Role};
 use dualroot::boot::efi::{self, EfiVars};
 use dualroot::boot::entry::{self, EntryName, Titles};
@@ -212,8 +213,8 @@ pub fn crypttab(data: &[u8]) {
         let new = rewriter.rewrite(data);
         rewritten_well(rewriter, data, &new, &rewriter.rewrite(&new));
         let faults = |text: &[u8]| prove::root_files(&[("/etc/crypttab".to_owned(), text.to_vec())].into(), rewriter, |_| false);
-        assert_eq!(faults(&new), [""; 0]);
-        faults(data).iter().for_each(|fault| one_line(fault));
+        assert_eq!(faults(&new), []);
+        faults(data).iter().for_each(|fault| one_line(&fault.to_string()));
     });
 }
 
@@ -550,7 +551,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         assert!(again.is_empty() || !source_is_whole, "something is left to do: {again:#?}");
         let proof = prove::Part { role: Role::Esp, wanted: &wanted_files, found: &now };
         for fault in prove::boot_partitions(&[proof], rewriter) {
-            assert!(fault.contains(" needs ") || !fault.ends_with(" is missing") && !fault.contains("is not what"), "{fault}");
+            assert!(!matches!(fault.code, Code::F10 | Code::F37), "{fault}");
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use anyhow::Result;
 
+use crate::base::fault::{Code, Fault};
 use crate::base::refusal::refused;
-use crate::base::types::DiskName;
+use crate::base::types::{DiskName, Role};
 use crate::names::crypttab;
 use crate::names::fstab::{self, Line};
 use crate::names::ident::Rewriter;
@@ -50,8 +51,8 @@ fn is_a_spares(line: &Line<'_>) -> bool {
     place.strip_prefix(b"/mnt/root").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
-/// One sentence for each line that the boot waits for and whose device is none of the disk whose names `own` finds.
-pub(super) fn missing_devices(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<String> {
+/// One fault for each line that the boot waits for and whose device is none of the disk whose names `own` finds.
+pub(super) fn missing_devices(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> Vec<Fault> {
     let is_absent = |spec: &[u8]| {
         let is_device = TAGS.iter().any(|tag| spec.starts_with(tag)) || spec.starts_with(DEVICES);
         is_device && !spec.starts_with(MEMORY) && own.foreign(spec).is_empty()
@@ -62,12 +63,17 @@ pub(super) fn missing_devices(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> 
     let mut faults = Vec::new();
     let mut opened = Vec::new();
     let mut fault = |path: &str, number: usize, what: &[u8], spec: &[u8]| {
-        faults.push(format!(
-            "{path} would make the boot wait for a device that the new disk does not have: line {number} ({}) needs {}; in the template's \
-             file, remove the line or add nofail to it",
+        let text = format!(
+            "{path} would make the boot wait for a device that the new disk does not have: line {number} ({}) needs {}",
             what.escape_ascii(),
             spec.escape_ascii()
-        ));
+        );
+        faults.push(
+            Fault::new(Code::F14, text)
+                .on(&Role::Root)
+                .at(path)
+                .remedy("in the template's file, remove the line or add nofail to it"),
+        );
     };
     for (index, line) in crypttab.split(|b| *b == b'\n').enumerate() {
         let fields = fields(line);
@@ -94,7 +100,7 @@ pub(super) fn missing_devices(fstab: &[u8], crypttab: &[u8], own: &Rewriter) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::types::{PartUuid, Role};
+    use crate::base::types::PartUuid;
     use crate::names::ids::PartIds;
 
     fn disk(name: &str, start: char, roles: &[Role]) -> DiskIds {
@@ -133,7 +139,7 @@ mod tests {
             /dev/disk/by-uuid/AAAA-0000 /b vfat\ntmpfs /tmp tmpfs\n/srv/a /srv/b none bind\nproc /proc proc\nhost:/dev/x /nfs nfs\n\
             /dev/zram0 none swap\n/dev/mapper/s none swap\nUUID=gone /c ext4 nofail\n/dev/sr0 /media/cd iso9660 ro,noauto\n\
             /dev/sdq /d ext4 x-systemd.automount\n";
-        assert_eq!(missing_devices(fine.as_bytes(), crypttab.as_bytes(), &own), [""; 0]);
+        assert_eq!(missing_devices(fine.as_bytes(), crypttab.as_bytes(), &own), []);
         for line in [
             "UUID=BBBB-0000 /boot vfat umask=0077 0 2",
             "UUID=bbbbbbbb-0000-4000-8000-000000000001 /data ext4",
@@ -146,7 +152,7 @@ mod tests {
         ] {
             let faults = missing_devices(format!("{fine}{line}\n").as_bytes(), crypttab.as_bytes(), &own);
             assert!(
-                matches!(&faults[..], [fault] if fault.contains("line 14 (") && fault.contains("/etc/fstab")),
+                matches!(&faults[..], [fault] if fault.text.contains("line 14 (") && fault.path.as_deref() == Some("/etc/fstab")),
                 "{line}: {faults:?}"
             );
         }

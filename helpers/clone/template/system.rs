@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::base::fault::{Code, Fault};
 use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::boot::entry::Titles;
@@ -251,7 +252,7 @@ impl NewSystem {
     }
 
     /// Reads the new disk again, and says why it would not boot as the new machine.
-    pub(super) fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<String>> {
+    pub(super) fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<Fault>> {
         let found = self.boot_files()?;
         let rewriter = &self.names.rewriter;
         let part = |(role, found)| Some(prove::Part { role: Role::clone(role), wanted: wanted.get(role)?, found });
@@ -260,14 +261,16 @@ impl NewSystem {
         let mut searched = Searched::new(rewriter)?;
         for part in &parts {
             let place = self.held.get(&part.role).context("a boot partition is gone")?.place();
-            faults.extend(images::boot_partition(place, part.found, rewriter, &mut searched)?);
-            faults.extend(misnamed(part.found, rewriter).map(|path| format!("{}: {path} has the template's name", part.role)));
+            let fault = |path: &String| Fault::new(Code::F15, format!("{}: {path} has the template's name", part.role)).at(path);
+            let found = images::boot_partition(place, part.found, rewriter, &mut searched)?.into_iter();
+            faults.extend(found.chain(misnamed(part.found, rewriter).map(fault)).map(|fault| fault.on(&part.role)));
         }
         let texts: Vec<&[u8]> = parts.iter().flat_map(|p| p.found.of(Class::Entry)).filter_map(|f| f.text.as_deref()).collect();
         if self.boots_another(&texts) {
-            faults.push(
-                "no entry boots the new root: root= names a device that the template's identifiers.json does not have".to_owned(),
-            );
+            faults.push(Fault::new(
+                Code::F15,
+                "no entry boots the new root: root= names a device that the template's identifiers.json does not have",
+            ));
         }
         let mut files = BTreeMap::new();
         let paths = files::identifying_files(&self.files())?;
@@ -284,11 +287,11 @@ impl NewSystem {
             faults.extend(generation::prove(top, &roots::booted_roots(&found), current));
             let is_there = |path: &str| subvolume::is_subvolume(top, path);
             let beside = fstab::beside_the_root(text(FSTAB), |text| !self.names.root.foreign(text).is_empty(), is_there);
-            faults.extend(
-                beside
-                    .into_iter()
-                    .map(|line| format!("{FSTAB} would make the boot wait for a subvolume that does not exist: {line}")),
-            );
+            faults.extend(beside.into_iter().map(|line| {
+                Fault::new(Code::F14, format!("{FSTAB} would make the boot wait for a subvolume that does not exist: {line}"))
+                    .on(&Role::Root)
+                    .at(FSTAB)
+            }));
         }
         Ok(faults)
     }
