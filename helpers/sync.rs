@@ -16,8 +16,8 @@ mod written;
 
 use anyhow::{Result, bail};
 
-use crate::base::fault::Fault;
-use crate::base::log::Log;
+use crate::base::fault::{Code, Fault};
+use crate::base::log::{Event, Log, Subject};
 use crate::base::refusal::{Refused, refused};
 use crate::base::types::DiskName;
 use crate::conf::Disk;
@@ -169,7 +169,8 @@ fn round(machine: &Machine, options: &Options, status: &mut Status, log: &mut Lo
             Ok(Synced::Planned) => {}
             Ok(Synced::Proven(faults)) => {
                 for fault in &faults {
-                    log.error(&format!("{} would not boot: {fault}", disk.name));
+                    let text = format!("{} would not boot: {fault}", disk.name);
+                    log.error_about(&Subject::event(Event::WouldNotBoot, fault), &text);
                 }
                 if !faults.is_empty() {
                     outcome = outcome.map(|_| Outcome::Broken);
@@ -209,12 +210,13 @@ fn prepare(machine: &Machine, log: &Log) -> Result<()> {
 fn keep_failure(earlier: Option<anyhow::Error>, error: anyhow::Error, log: &Log) -> anyhow::Error {
     let Some(earlier) = earlier else { return error };
     let (reported, kept) = if error.is::<Refused>() { (error, earlier) } else { (earlier, error) };
-    log.error(&format!("{reported:#}"));
+    log.failure(&reported);
     kept
 }
 
 fn absent(machine: &Machine, disk: &Disk, options: &Options, status: &mut Status, log: &Log) -> Result<()> {
-    log.warning(&format!("{} is not there; it was left out", disk.name));
+    let fault = Fault::new(Code::F21, format!("{} is not there; it was left out", disk.name)).of(disk.name);
+    log.warning_about(&Subject::event(Event::SpareMissing, &fault), &fault.text);
     if !options.dry_run {
         // It may have gone since the boot was noted.
         left_behind(machine, disk)?;

@@ -54,7 +54,7 @@ impl From<Exit> for ExitCode {
 /// The end of a program: an error is told, and makes the exit status.
 pub fn end(log: &Log, done: Result<Exit>) -> ExitCode {
     let exit = done.unwrap_or_else(|e| {
-        log.error(&format!("{e:#}"));
+        log.failure(&e);
         Exit::of(&e)
     });
     exit.into()

@@ -1,32 +1,156 @@
-//! What the oneshots say: to people on a terminal, to the journal with priorities in front, and to systemd as the unit's status.
+//! Messages of the programs: to people on a terminal, to the journal with levels and fields, and to systemd as the unit's status.
 
-use std::io::IsTerminal;
+use std::ffi::OsStr;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
 
 use libsystemd::daemon::{NotifyState, notify};
+use nix::sys::stat::fstat;
 
-/// Where messages go.
+use crate::base::fault::{Code, Fault};
+use crate::base::refusal::Refused;
+use crate::base::types::DiskName;
+
+/// Where journald takes entries with fields (systemd.io, Native Journal Protocol).
+const SOCKET: &str = "/run/systemd/journal/socket";
+
+/// A finding that programs may want to be woken for. units/dualroot.catalog explains each of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A spare would not boot.
+    WouldNotBoot,
+    /// Nothing was written, because another disk may be newer than the booted one.
+    MayBeNewer,
+    /// A spare is missing.
+    SpareMissing,
+    /// The shared root is without one of its disks, or a disk of it is behind.
+    DegradedRoot,
+}
+
+impl Event {
+    /// Its MESSAGE_ID.
+    pub const fn id(self) -> &'static str {
+        match self {
+            Self::WouldNotBoot => "47cd41aa0c3b46dea9a59e7ba1f41a82",
+            Self::MayBeNewer => "e792af997e164fa8a5fa902a67ffc808",
+            Self::SpareMissing => "12aee2e9df9d4807b1aa869ef6de1e78",
+            Self::DegradedRoot => "bd30d64f0a5a4491b27307e952a67be4",
+        }
+    }
+}
+
+/// The subject of a message, in the fields of its journal entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Subject {
+    event: Option<Event>,
+    code: Code,
+    disk: Option<DiskName>,
+}
+
+impl Subject {
+    /// A fault that is an event.
+    pub fn event(event: Event, fault: &Fault) -> Self {
+        Self { event: Some(event), ..Self::fault(fault) }
+    }
+
+    /// A fault that is none.
+    pub fn fault(fault: &Fault) -> Self {
+        Self { event: None, code: fault.code, disk: fault.disk }
+    }
+
+    /// MESSAGE_ID, DUALROOT_FAULT and DUALROOT_DISK, a line each.
+    fn fields(&self) -> String {
+        let code = Some(self.code).filter(|code| *code != Code::Unknown);
+        let fields = [
+            self.event.map(|event| format!("MESSAGE_ID={}\n", event.id())),
+            code.map(|code| format!("DUALROOT_FAULT={code}\n")),
+            self.disk.map(|disk| format!("DUALROOT_DISK={disk}\n")),
+        ];
+        fields.into_iter().flatten().collect()
+    }
+}
+
+/// The reader of standard error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Reader {
+    /// Somebody at a terminal.
+    Terminal,
+    /// journald.
+    Journal,
+    /// A script that writes to the kernel's log.
+    Levels,
+    /// Anything else: a pipe, a file, cron's mail.
+    Other,
+}
+
+/// The place that messages go to.
 pub struct Log {
-    journal: bool,
+    reader: Reader,
+    /// journald's socket.
+    socket: PathBuf,
 }
 
 impl Log {
-    /// Messages bear the priorities of sd-daemon(3) unless standard error is a terminal.
+    /// Messages have the levels of sd-daemon(3) in front where standard error is the journal, and only there.
     pub fn new() -> Self {
-        Self { journal: !std::io::stderr().is_terminal() }
+        let stderr = io::stderr();
+        let reader = match stderr.is_terminal() {
+            true => Reader::Terminal,
+            false if is_stream(std::env::var_os("JOURNAL_STREAM").as_deref(), &stderr) => Reader::Journal,
+            false => Reader::Other,
+        };
+        Self { reader, socket: SOCKET.into() }
     }
 
-    fn line(&self, priority: u8, text: &str) {
+    /// Messages have levels in front whoever reads them.
+    pub fn with_levels() -> Self {
+        Self { reader: Reader::Levels, ..Self::new() }
+    }
+
+    fn line(&self, level: u8, text: &str) {
         let text = one_line(text);
-        if self.journal {
-            eprintln!("<{priority}>{text}");
-        } else {
-            eprintln!("{text}");
+        // Nobody who reads is no error.
+        let _ = match self.reader {
+            Reader::Journal | Reader::Levels => writeln!(io::stderr(), "<{level}>{text}"),
+            Reader::Terminal | Reader::Other => writeln!(io::stderr(), "{text}"),
+        };
+    }
+
+    /// An entry with fields for the journal, and a line for everybody else, also where journald takes no entries.
+    fn entry(&self, level: u8, subject: &Subject, text: &str) {
+        let fields = subject.fields();
+        let sent = self.reader == Reader::Journal && {
+            let name = std::env::args_os().next().unwrap_or_default();
+            let name = Path::new(&name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let (name, text) = (one_line(&name), one_line(text));
+            let entry = format!("MESSAGE={text}\nPRIORITY={level}\nSYSLOG_IDENTIFIER={name}\n{fields}");
+            send(&self.socket, &entry).is_ok()
+        };
+        if !sent {
+            self.line(level, text);
         }
     }
 
-    /// Something that makes the run a failure.
+    /// A message that makes the run a failure.
     pub fn error(&self, text: &str) {
         self.line(3, text);
+    }
+
+    /// As [`Log::error`], about a fault.
+    pub fn error_about(&self, subject: &Subject, text: &str) {
+        self.entry(3, subject, text);
+    }
+
+    /// The error that a run, or a spare's part of it, ended with.
+    pub fn failure(&self, error: &anyhow::Error) {
+        let text = format!("{error:#}");
+        match error.downcast_ref::<Refused>().and_then(Refused::fault) {
+            Some(fault) if fault.code == Code::F07 => self.error_about(&Subject::event(Event::MayBeNewer, fault), &text),
+            Some(fault) => self.error_about(&Subject::fault(fault), &text),
+            None => self.error(&text),
+        }
     }
 
     /// Something to look at.
@@ -34,20 +158,38 @@ impl Log {
         self.line(4, text);
     }
 
-    /// What was done.
+    /// As [`Log::warning`], about a fault.
+    pub fn warning_about(&self, subject: &Subject, text: &str) {
+        self.entry(4, subject, text);
+    }
+
+    /// A change that was made.
     pub fn info(&self, text: &str) {
         self.line(6, text);
     }
 
-    /// What is being done: the unit's status line, and a line on a terminal.
+    /// The step that has begun: the unit's status line, and a line on a terminal.
     pub fn status(&self, text: &str) {
         let text = one_line(text);
-        if !self.journal {
-            eprintln!("{text}");
+        if self.reader == Reader::Terminal {
+            let _ = writeln!(io::stderr(), "{text}");
         }
         // Nobody who listens is no error.
         let _ = notify(false, &[NotifyState::Status(text)]);
     }
+}
+
+/// Whether `stream`, which is DEVICE:INODE in $JOURNAL_STREAM, is about this file (systemd.exec(5)).
+fn is_stream(stream: Option<&OsStr>, file: impl AsFd) -> bool {
+    let found = fstat(file).map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
+    stream.is_some_and(|stream| found.is_ok_and(|found| stream == found.as_str()))
+}
+
+/// Sends an entry to journald, and never waits for it, as sd_journal_send(3) does while nobody reads.
+fn send(socket: &Path, entry: &str) -> io::Result<()> {
+    let sender = UnixDatagram::unbound()?;
+    sender.set_nonblocking(true)?;
+    sender.send_to(entry.as_bytes(), socket).map(drop)
 }
 
 /// One message is one line, whatever it quotes: an entry's path may hold what a terminal takes for a command.
@@ -63,7 +205,36 @@ impl Default for Log {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::fs::File;
+    use std::os::linux::fs::MetadataExt;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
     use super::*;
+    use crate::base::refusal::refused_for_age;
+
+    const EVENTS: [Event; 4] = [Event::WouldNotBoot, Event::MayBeNewer, Event::SpareMissing, Event::DegradedRoot];
+
+    fn disk() -> DiskName {
+        DiskName::parse("disk1").unwrap()
+    }
+
+    /// journald, and a log for it.
+    fn journald() -> (tempfile::TempDir, UnixDatagram, Log) {
+        let tmp = tempfile::tempdir().unwrap();
+        let socket = tmp.path().join("socket");
+        let journald = UnixDatagram::bind(&socket).unwrap();
+        journald.set_nonblocking(true).unwrap();
+        (tmp, journald, Log { reader: Reader::Journal, socket })
+    }
+
+    fn received(journald: &UnixDatagram) -> String {
+        let mut entry = [0; 4096];
+        let length = journald.recv(&mut entry).unwrap();
+        String::from_utf8(entry[..length].to_vec()).unwrap()
+    }
 
     #[test]
     fn f26_a_message_commands_no_terminal() {
@@ -71,5 +242,86 @@ mod tests {
             one_line("esp: a.conf needs x\u{1b}]0;y\u{7}\r\u{9b}2J, and\nmore é"),
             "esp: a.conf needs x ]0;y   2J, and; more é"
         );
+    }
+
+    #[test]
+    fn f65_only_the_journal_gets_levels() {
+        let file = File::open("/dev/null").unwrap();
+        let stat = file.metadata().unwrap();
+        let stream = format!("{}:{}", stat.st_dev(), stat.st_ino());
+        assert!(is_stream(Some(stream.as_ref()), &file));
+        for other in [None, Some(""), Some("1"), Some(&*format!("{stream}0")), Some(&*format!("0{stream}"))] {
+            assert!(!is_stream(other.map(OsStr::new), &file), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn an_entry_has_fields() {
+        let (_tmp, journald, log) = journald();
+        let fault = Fault::new(Code::F14, "it waits").of(disk());
+        log.error_about(&Subject::event(Event::WouldNotBoot, &fault), "disk1 would\nnot boot\u{7}");
+        let entry = received(&journald);
+        let lines: BTreeSet<&str> = entry.lines().collect();
+        let id = format!("MESSAGE_ID={}", Event::WouldNotBoot.id());
+        for line in ["MESSAGE=disk1 would; not boot ", "PRIORITY=3", "DUALROOT_FAULT=f14", "DUALROOT_DISK=disk1", &id] {
+            assert!(lines.contains(line), "{line}: {entry}");
+        }
+        assert!(lines.len() == 6 && entry.contains("\nSYSLOG_IDENTIFIER=") && entry.ends_with('\n'), "{entry}");
+        log.warning_about(&Subject::fault(&Fault::new(Code::Unknown, "x")), "x");
+        let entry = received(&journald);
+        assert!(entry.contains("PRIORITY=4\n") && !entry.contains("DUALROOT") && !entry.contains("MESSAGE_ID"), "{entry}");
+        // A line has no fields, and goes to standard error.
+        log.error("x");
+        assert!(journald.recv(&mut [0]).is_err());
+    }
+
+    #[test]
+    fn f07_a_refusal_for_age_is_an_event() {
+        let (_tmp, journald, log) = journald();
+        log.failure(&refused_for_age(disk(), "disk1 is newer").context("disk1"));
+        let entry = received(&journald);
+        for line in ["MESSAGE=disk1: disk1 is newer", "DUALROOT_FAULT=f07", &format!("MESSAGE_ID={}", Event::MayBeNewer.id())] {
+            assert!(entry.lines().any(|found| found == line), "{line}: {entry}");
+        }
+        log.failure(&anyhow::anyhow!("EIO"));
+        assert!(journald.recv(&mut [0]).is_err());
+    }
+
+    #[test]
+    fn only_the_journal_gets_entries() {
+        for reader in [Reader::Terminal, Reader::Levels, Reader::Other] {
+            let (_tmp, journald, log) = journald();
+            let log = Log { reader, ..log };
+            log.error_about(&Subject::fault(&Fault::new(Code::F20, "EIO")), "EIO");
+            assert!(journald.recv(&mut [0]).is_err(), "{reader:?}");
+        }
+    }
+
+    #[test]
+    fn a_journald_that_does_not_read_is_not_waited_for() {
+        let (_tmp, journald, log) = journald();
+        let (socket, (tell, told)) = (log.socket.clone(), mpsc::channel());
+        let fill = move || {
+            let error = |sent: u32| send(&socket, "MESSAGE=x\n").err().map(|error| (sent, error));
+            tell.send((0..).find_map(error).unwrap()).unwrap();
+        };
+        thread::spawn(fill);
+        let (sent, error) = told.recv_timeout(Duration::from_secs(20)).expect("it waits");
+        assert!(sent > 0 && error.kind() == io::ErrorKind::WouldBlock, "{sent} {error}");
+        log.error_about(&Subject::fault(&Fault::new(Code::F20, "EIO")), "this line is on standard error");
+        for _ in 0..sent {
+            assert_eq!(received(&journald), "MESSAGE=x\n");
+        }
+        assert!(journald.recv(&mut [0]).is_err(), "nothing else has come");
+        drop(journald);
+        assert!(send(&log.socket, "MESSAGE=x\n").is_err());
+        assert!(send(Path::new("/nowhere/socket"), "MESSAGE=x\n").is_err());
+    }
+
+    #[test]
+    fn the_catalog_explains_every_event() {
+        let catalog = include_str!("../../units/dualroot.catalog");
+        let explained: BTreeSet<&str> = catalog.lines().filter_map(|line| line.strip_prefix("-- ")).collect();
+        assert_eq!(explained, EVENTS.map(Event::id).into());
     }
 }

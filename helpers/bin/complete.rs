@@ -31,7 +31,8 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let log = Log::new();
+    // In an initrd, units/initrd/complete.sh brings messages to the kernel's log.
+    let log = if arguments.root.is_some() { Log::with_levels() } else { Log::new() };
     exit::end(&log, run(&arguments, &log))
 }
 

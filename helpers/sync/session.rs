@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use crate::base::log::Log;
+use crate::base::fault::{Code, Fault};
+use crate::base::log::{Event, Log, Subject};
 use crate::base::privilege;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
@@ -124,11 +125,17 @@ fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
     }
 }
 
+/// The subject of messages about a shared root that is not whole.
+fn degraded(code: Code) -> Subject {
+    Subject::event(Event::DegradedRoot, &Fault::new(code, "the shared root is not whole"))
+}
+
 /// Tells the firmware which disks a degraded shared root goes on with. This comes before anything that may refuse: the disk that has
 /// dropped out may be the booted one.
 fn note_degraded(root: &Root, log: &Log) {
     match heal::note(root) {
-        Ok(true) => log.warning(
+        Ok(true) => log.warning_about(
+            &degraded(Code::F28),
             "the shared root is mounted without one of its disks; the firmware remembers that, so that the disk is not booted alone \
              before it has got what is written from now on",
         ),
@@ -158,14 +165,16 @@ fn report_shared_root(state: heal::Root, options: &Options, log: &Log) -> Result
     match state {
         heal::Root::Whole => Ok(()),
         heal::Root::Degraded => {
-            log.warning(
+            log.warning_about(
+                &degraded(Code::F28),
                 "the shared root is mounted without one of its disks; what is written now is on one disk only until the machine is \
                  rebooted with both, even if the disk has been put back",
             );
             Ok(())
         }
         heal::Root::Behind => {
-            log.error(
+            log.error_about(
+                &degraded(Code::F29),
                 "a disk was away while the shared root was written, and would not boot alone before dualroot-heal.service (scrub and \
                  balance, started now) has ended well",
             );

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::base::clock::{date, now};
 use crate::base::fault::{Code, Fault};
-use crate::base::log::Log;
+use crate::base::log::{Event, Log, Subject};
 use crate::base::refusal::{Refused, refused};
 use crate::base::types::Role;
 use crate::conf::Disk;
@@ -72,7 +72,8 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
     for (_, disk) in machine.config.spares(&machine.booted) {
         let read = match machine.inventory.disk(disk).map_err(|e| refused(format!("{e:#}"))) {
             Ok(parts) if parts.is_empty() => {
-                log.warning(&format!("{} is missing, and was not read", disk.name));
+                let fault = Fault::new(Code::F21, format!("{} is missing, and was not read", disk.name)).of(disk.name);
+                log.warning_about(&Subject::event(Event::SpareMissing, &fault), &fault.text);
                 status.absent(disk);
                 standing = standing.max(Standing::Absent);
                 continue;
@@ -83,7 +84,7 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
         let faults = match read {
             Ok(faults) => faults,
             Err(e) if e.is::<Refused>() => {
-                log.error(&format!("{} was not read: {e:#}", disk.name));
+                log.failure(&e.context(format!("{} was not read", disk.name)));
                 standing = standing.max(Standing::Refused);
                 continue;
             }
@@ -95,7 +96,7 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
                  disk's SMART values (smartctl -a), and replace the disk if this happens again",
                 disk.name
             );
-            log.error(&text);
+            log.error_about(&Subject::event(Event::WouldNotBoot, fault), &text);
         }
         if faults.is_empty() {
             log.info(&format!("{}: its boot files are as the last sync wrote them", disk.name));
@@ -111,7 +112,7 @@ pub fn run(machine: &Machine, status: &mut Status, log: &Log) -> Standing {
              makes the firmware boot another one",
             machine.booted.name
         );
-        log.error(&text);
+        log.error_about(&Subject::fault(fault), &text);
     }
     if !faults.is_empty() {
         standing = Standing::Broken;
