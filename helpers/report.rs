@@ -55,6 +55,8 @@ pub struct DiskFacts {
     pub missing: BTreeSet<Role>,
     /// Why nobody can say which partitions are its own.
     pub fault: Option<Fault>,
+    /// Its partitions.
+    pub partitions: Vec<PartReport>,
     /// Which generation of its root is mounted, where it has any.
     pub generation: Option<u32>,
     /// The record on its ESP.
@@ -144,7 +146,7 @@ impl Look {
             present: !parts.is_empty(),
             missing: disk.parts.keys().filter(|role| !parts.contains_key(*role)).cloned().collect(),
             fault,
-
+            partitions: disk.parts.iter().map(|(role, id)| PartReport::new(role, *id, parts.get(role).copied())).collect(),
             generation: at(Role::Root).and_then(|mount| Generation::at(&mount.root)).map(|generation| generation.number()),
             record: record(at(Role::Esp), disk.name),
             firmware: self.options.as_ref().map(|(options, order)| firmware(options, order, disk.esp())),
@@ -218,6 +220,8 @@ pub struct DiskReport {
     pub present: bool,
     /// Partitions of it that aren't there, while others are.
     pub missing: Vec<Role>,
+    /// All partitions that the configuration names.
+    pub partitions: Vec<PartReport>,
     /// Since when syncs have not found it.
     pub absent_since: Option<u64>,
     /// Whether it boots without the others, as far as is known; null where nobody knows, and for the booted disk.
@@ -246,6 +250,39 @@ pub struct DiskReport {
     pub boot_order: Option<usize>,
     /// Its file systems that are mounted.
     pub space: Vec<Space>,
+}
+
+/// A partition of a disk; all but its role and PARTUUID is null if it is absent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct PartReport {
+    /// Its key in the configuration.
+    pub role: Role,
+    /// Its number in the partition table.
+    pub number: Option<u32>,
+    /// Its PARTUUID.
+    pub partuuid: PartUuid,
+    /// The UUID of its file system: in a LUKS container, once that is open.
+    pub uuid: Option<String>,
+    /// The type of that file system.
+    pub filesystem: Option<String>,
+    /// Its size.
+    pub bytes: Option<u64>,
+    /// Its device node.
+    pub node: Option<String>,
+}
+
+impl PartReport {
+    fn new(role: &Role, partuuid: PartUuid, part: Option<&Partition>) -> Self {
+        Self {
+            role: role.clone(),
+            number: part.and_then(|part| part.index),
+            partuuid,
+            uuid: part.and_then(|part| part.uuid.clone()),
+            filesystem: part.and_then(|part| part.fstype.clone()),
+            bytes: part.map(|part| part.bytes),
+            node: part.map(|part| part.path.clone()),
+        }
+    }
 }
 
 /// What a disk's own record says.
@@ -347,6 +384,7 @@ fn of_disk(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) ->
         booted: disk.booted,
         present: disk.present,
         missing: disk.missing.iter().filter(|_| disk.present).cloned().collect(),
+        partitions: disk.partitions.clone(),
         absent_since: seen.and_then(|seen| seen.absent_since).filter(|_| !disk.present),
         boots: fate.boots,
         if_others_died: fate.told,

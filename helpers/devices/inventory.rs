@@ -54,6 +54,12 @@ pub struct Partition {
     /// The name of the partition in the GPT.
     pub partlabel: Option<String>,
     parttype: Option<String>,
+    /// Its number in the partition table.
+    #[serde(skip)]
+    pub index: Option<u32>,
+    /// Its size in bytes.
+    #[serde(rename = "size", default)]
+    pub bytes: u64,
     /// The size of a logical sector in bytes.
     #[serde(rename = "log-sec")]
     pub sector: u64,
@@ -146,10 +152,11 @@ impl Inventory {
     /// # Errors
     /// lsblk fails, or its output can't be understood.
     pub fn read() -> Result<Self> {
-        let columns = "KNAME,PKNAME,PATH,MAJ:MIN,TYPE,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,LOG-SEC";
+        let columns = "KNAME,PKNAME,PATH,MAJ:MIN,TYPE,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,SIZE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
         let mut read = Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))?;
         read.parts.iter_mut().for_each(Partition::detect_torn_ext);
+        read.parts.iter_mut().for_each(|part| part.index = index(Path::new("/sys/class/block"), &part.kname));
         Ok(read)
     }
 
@@ -332,6 +339,11 @@ impl Inventory {
     }
 }
 
+/// The number of a partition in the partition table, as the kernel has it: lsblk prints it from version 2.39 on only.
+fn index(sys: &Path, kname: &str) -> Option<u32> {
+    fs::read_to_string(sys.join(kname).join("partition")).ok()?.trim().parse().ok()
+}
+
 /// UUID and label from an ext2, ext3 or ext4 superblock, whatever its checksum (Linux, fs/ext4/ext4.h).
 fn ext(block: &[u8; 1024]) -> Option<(String, Option<String>)> {
     if block.get(0x38..0x3a)? != [0x53, 0xef] {
@@ -446,6 +458,16 @@ mod tests {
         let config = Config::parse(&[("dualroot.conf".into(), CONF.into())]).unwrap().unwrap();
         let error = inventory.check_unique(&config).unwrap_err().to_string();
         assert!(error.starts_with("/dev/sda2 and /dev/sdb2 both hold"), "{error}");
+    }
+
+    #[test]
+    fn a_partition_has_its_number_from_the_kernel() {
+        let sys = tempfile::tempdir().unwrap();
+        fs::create_dir_all(sys.path().join("nvme0n1p12")).unwrap();
+        fs::create_dir_all(sys.path().join("dm-0")).unwrap();
+        fs::write(sys.path().join("nvme0n1p12/partition"), "12\n").unwrap();
+        let of = |kname: &str| index(sys.path(), kname);
+        assert_eq!((of("nvme0n1p12"), of("dm-0"), of("sda")), (Some(12), None, None));
     }
 
     #[test]

@@ -21,6 +21,15 @@ fn disk(n: u32) -> DiskFacts {
         present: true,
         missing: BTreeSet::new(),
         fault: None,
+        partitions: vec![PartReport {
+            role: Role::Esp,
+            number: Some(1),
+            partuuid: esp(n),
+            uuid: Some(format!("AAAA-000{n}")),
+            filesystem: Some("vfat".into()),
+            bytes: Some(512 << 20),
+            node: Some(format!("/dev/sd{}1", ["a", "b", "c"][n as usize])),
+        }],
         generation: None,
         record: Lineage::Unknown("needs root".into()),
         firmware: Some((vec![10], Some(1))),
@@ -227,6 +236,7 @@ fn full() -> Report {
         facts.disks[0].record = Lineage::Read(Record::default());
         facts.disks[0].own = Some(Reading { at: T - 60, faults: Vec::new() });
         disk.generation = Some(3);
+        disk.partitions.push(PartReport::new(&Role::Root, esp(2), None));
         disk.firmware = Some((Vec::new(), None));
         disk.seen = Some(Seen {
             proof: Some(proof(T - 60)),
@@ -304,4 +314,28 @@ fn where_the_firmware_has_a_disk() {
     assert_eq!(firmware(&options, &[9, 5, 1], own), (vec![4, 5], Some(2)));
     assert_eq!(firmware(&options, &[9], other), (vec![1], None));
     assert_eq!(firmware(&options[1..], &[9, 5], other), (Vec::new(), None));
+}
+
+#[test]
+fn a_partition_by_its_role() {
+    let line = |kname: &str, parent: &str, kind: &str, fstype: &str, uuid: &str, id: Option<PartUuid>| {
+        serde_json::json!({"kname": kname, "pkname": parent, "path": format!("/dev/{kname}"), "maj:min": "8:1", "type": kind,
+            "fstype": fstype, "uuid": uuid, "label": null, "partuuid": id.map(|id| id.to_string()), "partlabel": null,
+            "parttype": null, "size": 4096, "log-sec": 512})
+    };
+    let (id, found) = (esp(1), |devices: Vec<serde_json::Value>| {
+        let json = serde_json::json!({"blockdevices": devices}).to_string();
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap();
+        let part = PartReport::new(&Role::Root, esp(1), inventory.find(&esp(1)).unwrap());
+        (part.filesystem, part.uuid, part.node, part.bytes)
+    });
+    let text = |text: &str| Some(text.to_owned());
+    let (node, bytes) = (text("/dev/sdb2"), Some(4096));
+    let plain = line("sdb2", "sdb", "part", "ext4", "a-root", Some(id));
+    assert_eq!(found(vec![plain]), (text("ext4"), text("a-root"), node.clone(), bytes));
+    let container = line("sdb2", "sdb", "part", "crypto_LUKS", "a-container", Some(id));
+    assert_eq!(found(vec![container.clone()]), (text("crypto_LUKS"), None, node.clone(), bytes));
+    let inside = line("dm-0", "sdb2", "crypt", "ext4", "a-root", None);
+    assert_eq!(found(vec![container, inside]), (text("ext4"), text("a-root"), node, bytes), "the node is the partition's");
+    assert_eq!(found(vec![]), (None, None, None, None));
 }
