@@ -235,7 +235,7 @@ impl ClonePlan {
     /// The machine with the new disk in its configuration. The configuration, and fstab where it changes, are its drafts.
     fn draft(&self, root: &Root) -> Result<Machine> {
         let Draft { text, config } = edit::draft(root, self.first.as_ref(), self.name, &self.section, &self.luks_roles())?;
-        let mut machine = Machine::with(root.clone(), config)?;
+        let mut machine = Machine::with_config(root.clone(), config)?;
         let fstab = if self.shared.is_some() { join::fstab(&machine)? } else { None };
         machine.drafts = std::iter::once(Rewritten { path: edit::FILE.to_owned(), bytes: text }).chain(fstab).collect();
         Ok(machine)

@@ -5,5 +5,5 @@ pub mod lineage;
 pub mod lock;
 pub mod machine;
 mod mounted;
-pub(crate) mod settle;
+pub(crate) mod quiet;
 pub mod status;

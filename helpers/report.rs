@@ -35,7 +35,7 @@ pub struct Facts {
     /// Whether each disk has its own root.
     pub layout: Layout,
     /// How a shared root stands.
-    pub root: heal::Root,
+    pub root: heal::RootState,
     /// Whether a sync, or a verification, is running.
     pub running: bool,
     /// All disks, as they are configured; the booted one is among them.
@@ -112,7 +112,7 @@ impl Facts {
         let mut disks = vec![look.disk(booted, "", true)];
         disks.extend(config.spares(booted).into_iter().map(|(dir, spare)| look.disk(spare, dir.as_str(), false)));
         disks.sort_by_key(|disk| disk.name);
-        let (layout, root_is) = (config.layout(), heal::look(&root, &config)?);
+        let (layout, root_is) = (config.layout(), heal::probe(&root, &config)?);
         Ok(Some(Self { now: now(), layout, root: root_is, running: lock::is_held(&root), disks }))
     }
 }
@@ -356,9 +356,9 @@ impl Report {
             Layout::SharedRoot => "shared-root",
         };
         let root = match facts.root {
-            heal::Root::Whole => "whole",
-            heal::Root::Degraded => "degraded",
-            heal::Root::Behind => "behind",
+            heal::RootState::Whole => "whole",
+            heal::RootState::Degraded => "degraded",
+            heal::RootState::Behind => "behind",
         };
         Self {
             version: VERSION,
@@ -405,22 +405,22 @@ fn of_disk(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) ->
 fn lineage(record: &Record, disk: DiskName, booted: Option<(DiskName, &Record)>) -> LineageReport {
     let relation = booted.filter(|(name, _)| *name != disk).map(|(name, own)| (name, own.relation(name, record)));
     let newer = match relation {
-        Some((name, Relation::Newer(lead) | Relation::Split(_, lead))) => Some(lead.told(name)),
+        Some((name, Relation::Newer(lead) | Relation::Split(_, lead))) => Some(lead.describe(name)),
         _ => None,
     };
     let (synced_from, synced) = record.last_synced().unzip();
-    LineageReport { lives: record.lives().collect(), synced_from, synced, newer }
+    LineageReport { lives: record.boots().collect(), synced_from, synced, newer }
 }
 
 /// What becomes of the booted disk.
 fn goes_on(facts: &Facts, disk: &DiskFacts) -> Fate {
     let mut told = match (facts.layout, facts.root) {
         (Layout::OwnRoots, _) => "goes on running: its root is its own".to_owned(),
-        (Layout::SharedRoot, heal::Root::Whole) => "goes on running, with one half of the shared root".to_owned(),
-        (Layout::SharedRoot, heal::Root::Degraded) => {
+        (Layout::SharedRoot, heal::RootState::Whole) => "goes on running, with one half of the shared root".to_owned(),
+        (Layout::SharedRoot, heal::RootState::Degraded) => {
             "goes on running: the shared root is without one of its disks already".to_owned()
         }
-        (Layout::SharedRoot, heal::Root::Behind) => {
+        (Layout::SharedRoot, heal::RootState::Behind) => {
             "may stop: one half of the shared root is behind, until dualroot-heal.service has ended well".to_owned()
         }
     };
@@ -448,11 +448,11 @@ fn fate(facts: &Facts, disk: &DiskFacts) -> Fate {
         return Fate::unknown(Standing::Refused, Fault::new(Code::F21, text).on(role));
     }
     match facts.root {
-        heal::Root::Whole => {}
-        heal::Root::Degraded => {
+        heal::RootState::Whole => {}
+        heal::RootState::Degraded => {
             return Fate::fails(vec![Fault::new(Code::F28, "the shared root is without one of its disks")], "");
         }
-        heal::Root::Behind => {
+        heal::RootState::Behind => {
             let text = "one half of the shared root is behind, until dualroot-heal.service has ended well";
             return Fate::fails(vec![Fault::new(Code::F29, text)], "");
         }

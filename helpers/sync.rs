@@ -27,7 +27,7 @@ use crate::names::idstore;
 use crate::pair::lineage::own_record;
 use crate::pair::machine::Machine;
 use crate::pair::status::Status;
-use crate::pair::{containers, settle};
+use crate::pair::{containers, quiet};
 use crate::sync::checked::Checked;
 use crate::sync::planned::Planned;
 use crate::sync::proven::Proven;
@@ -90,7 +90,7 @@ pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mu
     });
     // They stay open, as spares stay mounted.
     let noted = match containers::open_spares(machine, log) {
-        true => noted.and_then(|()| machine.look_again()),
+        true => noted.and_then(|()| machine.refresh()),
         false => noted,
     };
     // Before anything is copied, as spares get it, too. A disk that isn't configured yet is not kept.
@@ -123,14 +123,14 @@ fn rounds(machine: &mut Machine, options: &Options, status: &mut Status, log: &m
     let settle_time = machine.config.settings.settle;
     for _ in 0..ROUNDS {
         let before = match options.dry_run {
-            true => settle::print(&boot_dirs)?,
-            false => settle::wait(&boot_dirs, settle_time, |what| log.status(what))?,
+            true => quiet::fingerprint(&boot_dirs)?,
+            false => quiet::wait(&boot_dirs, settle_time, |what| log.status(what))?,
         };
         // Disks may have come, gone, and changed places while we waited.
-        machine.look_again()?;
+        machine.refresh()?;
         let outcome = round(machine, options, status, log)?;
         if let Some(outcome) = outcome
-            && (options.dry_run || settle::is_as(&boot_dirs, &before)?)
+            && (options.dry_run || quiet::unchanged_since(&boot_dirs, &before)?)
         {
             return Ok(outcome);
         }

@@ -43,7 +43,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
         fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made")?;
         File::create(MARK).with_context(|| format!("{MARK} can't be made"))?;
     }
-    let Some(machine) = Machine::look()? else {
+    let Some(machine) = Machine::probe()? else {
         log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
         return Ok(Exit::Good);
     };

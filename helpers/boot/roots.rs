@@ -16,7 +16,7 @@ pub(crate) fn generation_of(entry: &[u8]) -> Option<Generation> {
 
 /// The reason why the booted disk can't be synced from: its entries boot a generation, and the running root (the subvolume's path) isn't one
 /// of those, but for example an older generation that was booted from the menu. None if it can.
-pub fn no_source(root: &str, booted: &BTreeMap<Role, BootFiles>) -> Option<String> {
+pub fn refuse_older_generation(root: &str, booted: &BTreeMap<Role, BootFiles>) -> Option<String> {
     let named: BTreeSet<Generation> = booted.values().flat_map(self::booted).collect();
     let runs = Generation::at(root);
     let newest = named.last().filter(|_| runs.is_none_or(|runs| !named.contains(&runs)))?;
@@ -59,7 +59,8 @@ mod tests {
             ("loader/entries/-dualroot-5-a.conf", "options root=UUID=1 rootflags=subvol=dualroot/5\n"),
         ]);
         let plain = spare(&[("loader/entries/a.conf", "options root=UUID=1\n")]);
-        let why = |root: &str, files: &BootFiles| no_source(root, &BTreeMap::from([(Role::Xbootldr, files.clone())]));
+        let why =
+            |root: &str, files: &BootFiles| refuse_older_generation(root, &BTreeMap::from([(Role::Xbootldr, files.clone())]));
         assert_eq!(why("/dualroot/7", &files), None);
         assert_eq!(why("/dualroot/6", &files), None);
         for root in ["/dualroot/5", "/dualroot/8", "/@rootfs", "/"] {

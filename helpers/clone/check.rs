@@ -92,7 +92,7 @@ fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role
         bail!("{fault}; that is not cloned");
     }
     let Some(running) = machine.subvolume()? else { return Ok(()) };
-    if let Some(why) = roots::no_source(&running, files) {
+    if let Some(why) = roots::refuse_older_generation(&running, files) {
         bail!("on {}, {why}", machine.booted.name);
     }
     files.values_mut().for_each(|files| offers::keep_own(files, &running));
@@ -116,7 +116,7 @@ fn needed_but_not_cloned(machine: &Machine) -> Result<Option<Fault>> {
             .remedy("add nofail to the line, or let the disks share the root")
     });
     let on_disk = waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?;
-    let found = prove::root_files(&files, &names, |dir| machine.is_apart(dir));
+    let found = prove::root_files(&files, &names, |dir| machine.belongs_to_other_disk(dir));
     Ok(found.into_iter().chain(subvolumes).chain(on_disk).next())
 }
 

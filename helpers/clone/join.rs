@@ -232,7 +232,7 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
         }
     }
     let texts = files::identifying_texts(&machine.root, &machine.drafts)?;
-    match prove::root_files(&texts, names, |dir| machine.is_apart(dir)).first() {
+    match prove::root_files(&texts, names, |dir| machine.belongs_to_other_disk(dir)).first() {
         Some(fault) => bail!("{fault}; the file is on a root that every disk shares"),
         None => Ok(()),
     }
@@ -271,7 +271,7 @@ pub fn fstab(machine: &Machine) -> Result<Option<Rewritten>> {
     });
     let names = Rewriter::finder(&own.collect::<Vec<_>>())?;
     let is_own = |line: &fstab::Line<'_>| {
-        !names.foreign(line.spec.raw).is_empty() && !line.dir().is_some_and(|dir| machine.is_apart(&dir))
+        !names.foreign(line.spec.raw).is_empty() && !line.dir().is_some_and(|dir| machine.belongs_to_other_disk(&dir))
     };
     let bytes = fstab::without(&old, is_own);
     Ok((bytes != old).then(|| Rewritten { path: FSTAB.to_owned(), bytes }))

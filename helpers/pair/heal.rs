@@ -13,7 +13,7 @@ use uuid::{Uuid, uuid};
 
 use crate::base::program;
 use crate::base::refusal::refused;
-use crate::base::root::Root as Directory;
+use crate::base::root::Root;
 use crate::boot::efi::EfiVars;
 use crate::conf::{Config, Layout};
 use crate::devices::btrfs::Mounted;
@@ -29,7 +29,7 @@ pub(crate) const VENDOR: Uuid = uuid!("5e3df885-f0ed-4d14-bd72-a97d06c0619f");
 
 /// The state of a shared root.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Root {
+pub enum RootState {
     /// Every disk holds all of it, or each disk has a root of its own.
     Whole,
     /// It is mounted without one of its disks, or one has dropped out since.
@@ -42,26 +42,26 @@ pub enum Root {
 ///
 /// # Errors
 /// Mounts, or the kernel's view of the file system, that can't be read.
-pub fn look(root: &Directory, config: &Config) -> Result<Root> {
+pub fn probe(root: &Root, config: &Config) -> Result<RootState> {
     if config.layout() == Layout::OwnRoots {
-        return Ok(Root::Whole);
+        return Ok(RootState::Whole);
     }
     let mounted = Mounted::look(root)?;
     Ok(match () {
-        () if root.exists(NOW) || mounted.as_ref().is_some_and(Mounted::lacks_a_device) => Root::Degraded,
+        () if root.exists(NOW) || mounted.as_ref().is_some_and(Mounted::lacks_a_device) => RootState::Degraded,
         // A system that was powered off early, or lost a disk while it ran, has the record in the firmware only.
-        () if root.exists(KEPT) || mounted.is_some_and(|mounted| is_in_firmware(root, &mounted)) => Root::Behind,
-        () => Root::Whole,
+        () if root.exists(KEPT) || mounted.is_some_and(|mounted| is_in_firmware(root, &mounted)) => RootState::Behind,
+        () => RootState::Whole,
     })
 }
 
 /// Whether the variable exists and is about this file system.
-fn is_in_firmware(root: &Directory, mounted: &Mounted) -> bool {
+fn is_in_firmware(root: &Root, mounted: &Mounted) -> bool {
     variable(root).is_some_and(|value| recorded_devices(&value, &mounted.uuid).is_some())
 }
 
 /// The variable's text. The initrd can't use a variable that can't be read, either.
-fn variable(root: &Directory) -> Option<String> {
+fn variable(root: &Root) -> Option<String> {
     let value = EfiVars::open(root)?.get(&alone()).ok()?;
     value.map(|(_, value)| String::from_utf8_lossy(&value).into_owned())
 }
@@ -90,7 +90,7 @@ fn record(was: &str, uuid: &Uuid, here: &[String]) -> Option<String> {
 ///
 /// # Errors
 /// A device, or the mounts, that can't be read; a variable that can't be written.
-pub fn note(root: &Directory) -> Result<bool> {
+pub fn note(root: &Root) -> Result<bool> {
     // The sync reports a wrong configuration.
     if Config::load(root).is_ok_and(|config| config.is_none_or(|config| config.layout() == Layout::OwnRoots)) {
         return Ok(false);
@@ -112,7 +112,7 @@ pub fn note(root: &Directory) -> Result<bool> {
 /// # Errors
 /// [`crate::base::refusal::Refused`] while a disk is missing, or holds something that no other disk holds; a variable, or a record, that can't
 /// be removed.
-pub fn healed(root: &Directory) -> Result<()> {
+pub fn healed(root: &Root) -> Result<()> {
     let mounted = Mounted::look(root)?;
     if mounted.as_ref().is_some_and(Mounted::lacks_a_device) {
         return Err(refused(
@@ -166,13 +166,13 @@ mod tests {
     /// A machine whose root is a btrfs, and what a test does to it.
     struct Machine {
         _dir: tempfile::TempDir,
-        root: Directory,
+        root: Root,
     }
 
     impl Machine {
         fn new(source: &str, devices: &[&str]) -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let root = Directory::new(dir.path());
+            let root = Root::new(dir.path());
             let new = Self { _dir: dir, root };
             new.write("/etc/dualroot.conf", SHARED);
             new.mount(source);
@@ -234,8 +234,8 @@ mod tests {
             symlink(Path::new("../../../../devices").join(name), link).unwrap();
         }
 
-        fn look(&self) -> Root {
-            look(&self.root, &Config::load(&self.root).unwrap().unwrap()).unwrap()
+        fn probe(&self) -> RootState {
+            probe(&self.root, &Config::load(&self.root).unwrap().unwrap()).unwrap()
         }
 
         /// The up-to-date devices that the initrd finds in the firmware, by their first letters.
@@ -254,15 +254,15 @@ mod tests {
         // The mount is called by the first device.
         for (gone, left) in [("a2", "b2"), ("b2", "a2")] {
             let machine = Machine::new("/dev/a2", &["a2", "b2"]);
-            assert_eq!((note(&machine.root).unwrap(), machine.recorded(), machine.look()), (false, None, Root::Whole));
+            assert_eq!((note(&machine.root).unwrap(), machine.recorded(), machine.probe()), (false, None, RootState::Whole));
             machine.pull(gone);
-            assert_eq!(machine.look(), Root::Degraded);
+            assert_eq!(machine.probe(), RootState::Degraded);
             assert_eq!(Mounted::look(&machine.root).unwrap().unwrap().lost(&machine.root).unwrap(), [id(gone)]);
             assert!(note(&machine.root).unwrap() && !note(&machine.root).unwrap(), "it is noted once");
             assert_eq!(machine.recorded().unwrap(), left[..1]);
             // It is put back, which btrfs ignores: nothing is healed.
             machine.put(gone, "c2");
-            assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Degraded));
+            assert_eq!((note(&machine.root).unwrap(), machine.probe()), (false, RootState::Degraded));
             machine.write(KEPT, "");
             assert!(healed(&machine.root).unwrap_err().is::<Refused>());
             assert!(machine.recorded().is_some() && machine.root.exists(KEPT));
@@ -271,13 +271,13 @@ mod tests {
             machine.opens("c2");
             machine.mount("/dev/c2");
             fs::remove_file(machine.root.path(KEPT)).unwrap();
-            assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Behind));
+            assert_eq!((note(&machine.root).unwrap(), machine.probe()), (false, RootState::Behind));
             machine.pull(left);
             assert!(!note(&machine.root).unwrap());
             assert_eq!(machine.recorded().unwrap(), left[..1]);
             machine.put(left, left);
             healed(&machine.root).unwrap();
-            assert_eq!((machine.recorded(), machine.look()), (None, Root::Whole));
+            assert_eq!((machine.recorded(), machine.probe()), (None, RootState::Whole));
         }
     }
 
@@ -326,7 +326,7 @@ mod tests {
             format!("\x07\0\0\0b{} {}", &UUID.to_string()[1..], "longer than the new one is".repeat(3)),
         );
         assert!(note(&machine.root).unwrap());
-        assert_eq!((machine.recorded().unwrap().as_str(), machine.look()), ("a", Root::Degraded));
+        assert_eq!((machine.recorded().unwrap().as_str(), machine.probe()), ("a", RootState::Degraded));
     }
 
     #[test]
@@ -346,9 +346,9 @@ mod tests {
         assert!(note(&machine.root).is_err() && machine.recorded().is_none());
         // Another root than btrfs, and one that the kernel doesn't show.
         machine.mount("/dev/d2");
-        assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Whole));
+        assert_eq!((note(&machine.root).unwrap(), machine.probe()), (false, RootState::Whole));
         machine.write("/proc/thread-self/mountinfo", "8 1 0:8 / / rw - ext4 /dev/a2 rw\n");
-        assert_eq!((note(&machine.root).unwrap(), machine.look()), (false, Root::Whole));
+        assert_eq!((note(&machine.root).unwrap(), machine.probe()), (false, RootState::Whole));
         fs::remove_file(machine.root.path("/proc/thread-self/mountinfo")).unwrap();
         assert!(note(&machine.root).is_err());
     }
@@ -363,17 +363,17 @@ mod tests {
         let name = script.lines().find_map(|line| line.strip_prefix("dualroot_variable=")).unwrap();
         let file = machine.vars().join(name);
         fs::write(&file, format!("\x07\0\0\0{UUID} 11111111-2222")).unwrap();
-        assert_eq!(machine.look(), Root::Behind);
+        assert_eq!(machine.probe(), RootState::Behind);
         // A record of another root stays, and that of this one is removed. The same with records that are cut off, or no text.
         let other = format!("\x07\0\0\0b{} 11111111-2222", &UUID.to_string()[1..]);
         let cut = format!("\x07\0\0\0{UUID}");
         for bytes in [other.as_bytes(), cut.as_bytes(), b"", b"\x07\0", b"\x07\0\0\0", b"\x07\0\0\0\xff\n "] {
             fs::write(&file, bytes).unwrap();
             machine.write(KEPT, "");
-            assert_eq!(machine.look(), Root::Behind);
+            assert_eq!(machine.probe(), RootState::Behind);
             healed(root).unwrap();
             assert!(file.exists() && !root.exists(KEPT));
-            assert_eq!(machine.look(), Root::Whole);
+            assert_eq!(machine.probe(), RootState::Whole);
             healed(root).unwrap();
         }
     }

@@ -79,7 +79,7 @@ pub struct Lead {
 
 impl Lead {
     /// Describes them for messages; `without` is the disk that lacks them.
-    pub fn told(&self, without: DiskName) -> String {
+    pub fn describe(&self, without: DiskName) -> String {
         let boots = if self.boots == 1 { "one boot".to_owned() } else { format!("{} boots", self.boots) };
         let last = if self.since == 0 { String::new() } else { format!(", the last of {}", date(self.since)) };
         format!("{boots} of {} without {without}{last}", self.of)
@@ -220,7 +220,7 @@ impl Record {
     }
 
     /// The number of boots of each disk whose changes this disk holds.
-    pub fn lives(&self) -> impl Iterator<Item = (DiskName, u64)> {
+    pub fn boots(&self) -> impl Iterator<Item = (DiskName, u64)> {
         self.boots.iter().map(|(disk, boots)| (*disk, boots.count))
     }
 
@@ -308,7 +308,7 @@ impl Record {
             Relation::Ancestor => return Ok(()),
             Relation::Newer(theirs) => format!(
                 "{spare} is newer than {own}: it has {}; {own} has only the present boot without {spare}{}",
-                theirs.told(own),
+                theirs.describe(own),
                 self.boots
                     .get(&own)
                     .filter(|boots| boots.since != 0)
@@ -316,8 +316,8 @@ impl Record {
             ),
             Relation::Split(ours, theirs) => format!(
                 "{own} and {spare} were each used without the other: {own} has {}, {spare} has {}",
-                ours.told(spare),
-                theirs.told(own)
+                ours.describe(spare),
+                theirs.describe(own)
             ),
         };
         let sentence = format!(

@@ -66,31 +66,31 @@ impl Machine {
     ///
     /// # Errors
     /// [`crate::base::refusal::Refused`] if it isn't certain which disk is which.
-    pub fn look() -> Result<Option<Self>> {
+    pub fn probe() -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
-        Self::with(root, config).map(Some)
+        Self::with_config(root, config).map(Some)
     }
 
     /// Probes the machine, with a configuration that may not be in force yet.
     ///
     /// # Errors
-    /// As [`Machine::look`].
-    pub fn with(root: Root, config: Config) -> Result<Self> {
+    /// As [`Machine::probe`].
+    pub fn with_config(root: Root, config: Config) -> Result<Self> {
         let (vars, esp) = booted_esp(&root)?;
         let booted = booted_disk(&config, &esp)?.clone();
         let loader = efi::loader_says(&vars, "LoaderInfo");
         let mut machine =
             Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new(), loader, drafts: Vec::new() };
-        machine.look_again()?;
+        machine.refresh()?;
         Ok(machine)
     }
 
     /// Probes the partitions and mounts again.
     ///
     /// # Errors
-    /// As [`Machine::look`].
-    pub fn look_again(&mut self) -> Result<()> {
+    /// As [`Machine::probe`].
+    pub fn refresh(&mut self) -> Result<()> {
         self.inventory = Inventory::read()?;
         self.inventory.check_unique(&self.config).map_err(|e| refused(format!("{e:#}")))?;
         let now = self.config.disks.iter().map(|disk| self.inventory.ids(&self.config, disk)).collect::<Result<Vec<_>>>();
@@ -145,7 +145,7 @@ impl Machine {
     }
 
     /// Whether an fstab line that mounts something at `dir` belongs to another disk: `dir` is a spare's mount point, or an ESP's.
-    pub fn is_apart(&self, dir: &DirPath) -> bool {
+    pub fn belongs_to_other_disk(&self, dir: &DirPath) -> bool {
         let spares = self.config.spares(&self.booted);
         spares.iter().any(|(at, _)| dir.is_within(at)) || self.config.disks.iter().any(|d| d.esp_mountpoint.as_ref() == Some(dir))
     }

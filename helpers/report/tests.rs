@@ -41,7 +41,7 @@ fn disk(n: u32) -> DiskFacts {
 
 fn pair(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> Facts {
     let mut facts =
-        Facts { now: T + 7300, layout: Layout::OwnRoots, root: heal::Root::Whole, running: false, disks: vec![disk(0)] };
+        Facts { now: T + 7300, layout: Layout::OwnRoots, root: heal::RootState::Whole, running: false, disks: vec![disk(0)] };
     let mut spare = disk(1);
     change(&mut facts, &mut spare);
     facts.disks.push(spare);
@@ -157,15 +157,15 @@ fn a_spare_that_is_not_there() {
 #[test]
 fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
     for (root, codes, told, own) in [
-        (heal::Root::Whole, &[][..], "boots, as of 2026-11-21 10:00:00 UTC", "goes on running, with one half of the shared root"),
+        (heal::RootState::Whole, &[][..], "boots, as of 2026-11-21 10:00:00 UTC", "goes on running, with one half of the shared root"),
         (
-            heal::Root::Degraded,
+            heal::RootState::Degraded,
             &[Code::F28],
             "would not boot: the shared root is without one of its disks",
             "goes on running: the shared root is without one of its disks already",
         ),
         (
-            heal::Root::Behind,
+            heal::RootState::Behind,
             &[Code::F29],
             "would not boot: one half of the shared root is behind, until dualroot-heal.service has ended well",
             "may stop: one half of the shared root is behind, until dualroot-heal.service has ended well",
@@ -175,7 +175,7 @@ fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
             (facts.layout, facts.root) = (Layout::SharedRoot, root);
             disk.seen = Some(seen(Outcome::Boots));
         };
-        let whole = root == heal::Root::Whole;
+        let whole = root == heal::RootState::Whole;
         is(spare(shared), told, codes, Some(whole), u8::from(!whole));
         assert_eq!(Report::new(&pair(shared)).disks[0].if_others_died, own);
     }

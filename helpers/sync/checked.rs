@@ -16,7 +16,7 @@ use crate::devices::fsck;
 use crate::names::fstab;
 use crate::pair::lineage::{Record, own_record};
 use crate::pair::machine::Machine;
-use crate::pair::settle::{self, Print};
+use crate::pair::quiet::{self, Fingerprint};
 use crate::sync::Options;
 use crate::sync::spare::{BootContents, Parts, Spare};
 use crate::write::below::{Below, Kind};
@@ -37,7 +37,7 @@ pub(crate) struct Checked<'a> {
     discard: bool,
     pub(crate) known: Known,
     /// How the booted disk looked before it was read.
-    pub(crate) before: Print,
+    pub(crate) before: Fingerprint,
     /// What the booted disk's boot partitions hold.
     pub(crate) source: BootContents,
     /// What the spare's hold.
@@ -67,12 +67,12 @@ impl<'a> Checked<'a> {
         let is_new = of_spare.as_ref().is_some_and(Record::is_new);
         let known = Known::load(&machine.root)?;
         // Whatever doesn't fit is refused before the first byte is written.
-        let before = settle::print(&machine.boot_dirs())?;
+        let before = quiet::fingerprint(&machine.boot_dirs())?;
         let mut source = spare.source()?;
         let there = spare.boot_files(source.keys())?;
         let mut copier = copy::choose(request(machine, disk)?, parts)?;
         if let Some(running) = copier.roots().running.clone() {
-            if let Some(why) = roots::no_source(&running, &source) {
+            if let Some(why) = roots::refuse_older_generation(&running, &source) {
                 return Err(refused(format!("on {}, {why}", machine.booted.name)));
             }
             source.values_mut().for_each(|files| offers::keep_own(files, &running));

@@ -35,7 +35,7 @@ pub fn plan(machine: &Machine) -> Result<Vec<Rewrite>> {
     let titles = machine.titles(&machine.booted);
     let mut changes = Vec::new();
     if machine.own_roots() {
-        for file in files::rewritten(&machine.root, &rewriter, None, |dir| machine.is_apart(dir))? {
+        for file in files::rewritten(&machine.root, &rewriter, None, |dir| machine.belongs_to_other_disk(dir))? {
             changes.push(Rewrite { dir: ETC.into(), change: file.change(ETC, &machine.root) });
         }
     }

@@ -78,7 +78,7 @@ impl Checked<'_> {
         // A shared root has one fstab for every disk: what it says has to hold on each.
         let root = Root::new(self.copier.root(&spare.mounted)?.unwrap_or_else(|| "/".into()));
         let texts = files::identifying_texts(&root, &machine.drafts)?;
-        faults.extend(prove::root_files(&texts, &spare.rewriter, |dir| machine.is_apart(dir)));
+        faults.extend(prove::root_files(&texts, &spare.rewriter, |dir| machine.belongs_to_other_disk(dir)));
         let fstab = texts.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
         faults.extend(waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?);
         faults.extend(self.copier.prove(&spare.mounted, &roots::booted_roots(&self.there))?);

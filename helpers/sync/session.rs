@@ -75,7 +75,7 @@ pub fn run(task: &Task, log: &mut Log) -> Result<Outcome> {
 
 /// The machine; None, which is said, where dualroot isn't configured.
 fn machine(log: &Log) -> Result<Option<Machine>> {
-    let machine = Machine::look()?;
+    let machine = Machine::probe()?;
     match &machine {
         None => log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do"),
         Some(machine) => machine.config.warnings.iter().for_each(|warning| log.warning(warning)),
@@ -112,7 +112,7 @@ fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
     check_discard(&machine, options)?;
     held::enter_private_namespace()?;
     // The root's two halves are one matter, the boot partitions another.
-    let state = heal::look(&machine.root, &machine.config)?;
+    let state = heal::probe(&machine.root, &machine.config)?;
     report_shared_root(state, options, log)?;
     let done = sync::run(&mut machine, options, noted, log);
     if !options.dry_run {
@@ -120,7 +120,7 @@ fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
     }
     update_firmware(&machine, &done, options, log)?;
     match (state, done.outcome) {
-        (heal::Root::Behind, Ok(_)) | (heal::Root::Degraded, Ok(Outcome::Whole)) => Ok(Outcome::Broken),
+        (heal::RootState::Behind, Ok(_)) | (heal::RootState::Degraded, Ok(Outcome::Whole)) => Ok(Outcome::Broken),
         (_, outcome) => outcome,
     }
 }
@@ -161,10 +161,10 @@ fn check_discard(machine: &Machine, options: &Options) -> Result<()> {
 }
 
 /// Reports a shared root that lacks a disk, and starts the healing where the disk is back.
-fn report_shared_root(state: heal::Root, options: &Options, log: &Log) -> Result<()> {
+fn report_shared_root(state: heal::RootState, options: &Options, log: &Log) -> Result<()> {
     match state {
-        heal::Root::Whole => Ok(()),
-        heal::Root::Degraded => {
+        heal::RootState::Whole => Ok(()),
+        heal::RootState::Degraded => {
             log.warning_about(
                 &degraded(Code::F28),
                 "the shared root is mounted without one of its disks; what is written now is on one disk only until the machine is \
@@ -172,7 +172,7 @@ fn report_shared_root(state: heal::Root, options: &Options, log: &Log) -> Result
             );
             Ok(())
         }
-        heal::Root::Behind => {
+        heal::RootState::Behind => {
             log.error_about(
                 &degraded(Code::F29),
                 "a disk was away while the shared root was written, and would not boot alone before dualroot-heal.service (scrub and \

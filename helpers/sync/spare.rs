@@ -113,7 +113,7 @@ impl<'a> Spare<'a> {
         if !self.machine.own_roots() {
             return Ok(Vec::new());
         }
-        let keep = |dir: &_| self.machine.is_apart(dir);
+        let keep = |dir: &_| self.machine.belongs_to_other_disk(dir);
         let mut found = files::rewritten(&self.machine.root, &self.rewriter, generation, keep)?;
         found.extend(self.machine.drafts.iter().cloned());
         Ok(found)

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use crate::base::log::Log;
 use crate::base::types::Role;
 use crate::boot::{offers, roots};
-use crate::pair::settle;
+use crate::pair::quiet;
 use crate::pair::status::Status;
 use crate::sync;
 use crate::sync::boot_partitions::AllWanted;
@@ -33,7 +33,7 @@ impl<'a> Written<'a> {
         checked.drop_expired(log)?;
         checked.copy_trees(log)?;
         // That took its time. What a package manager has begun meanwhile may be half there, although no file tells of it yet.
-        if !settle::is_as(&checked.spare.machine.boot_dirs(), &checked.before)? {
+        if !quiet::unchanged_since(&checked.spare.machine.boot_dirs(), &checked.before)? {
             return Ok(None);
         }
         let boot = checked.boot_plan()?;

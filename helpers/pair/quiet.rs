@@ -26,13 +26,13 @@ const PATIENCE: Duration = Duration::from_secs(20 * 60);
 
 /// A hash of files' names, sizes and times. If two fingerprints are equal, nothing has changed in between, as far as those show.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Print(blake3::Hash);
+pub struct Fingerprint(blake3::Hash);
 
 /// The fingerprint of all files below the boot partitions' directories, and of [`STATE`].
 ///
 /// # Errors
 /// A directory that can't be read.
-pub fn print(boot: &[PathBuf]) -> Result<Print> {
+pub fn fingerprint(boot: &[PathBuf]) -> Result<Fingerprint> {
     let mut hasher = blake3::Hasher::new();
     for dir in boot {
         add_tree(&mut hasher, dir, dir, 0).with_context(|| format!("{} can't be read", dir.display()))?;
@@ -40,15 +40,15 @@ pub fn print(boot: &[PathBuf]) -> Result<Print> {
     for path in STATE {
         add(&mut hasher, Path::new(path))?;
     }
-    Ok(Print(hasher.finalize()))
+    Ok(Fingerprint(hasher.finalize()))
 }
 
 /// Whether nothing has changed and no package manager runs, which may have written half of its files while the fingerprint is still the same.
 ///
 /// # Errors
-/// As [`print`].
-pub fn is_as(boot: &[PathBuf], before: &Print) -> Result<bool> {
-    Ok(print(boot)? == *before && package_manager().is_none())
+/// As [`fingerprint`].
+pub fn unchanged_since(boot: &[PathBuf], before: &Fingerprint) -> Result<bool> {
+    Ok(fingerprint(boot)? == *before && package_manager_lock().is_none())
 }
 
 fn add(hasher: &mut blake3::Hasher, path: &Path) -> std::io::Result<()> {
@@ -88,7 +88,7 @@ fn is_local(top: &Path, path: &Path) -> bool {
 }
 
 /// The lock of a package manager that runs now, if any.
-pub fn package_manager() -> Option<&'static str> {
+pub fn package_manager_lock() -> Option<&'static str> {
     LOCKED.into_iter().find(|path| is_locked(Path::new(path))).or(PRESENT.into_iter().find(|path| Path::new(path).exists()))
 }
 
@@ -108,14 +108,14 @@ fn short(value: libc::c_int) -> libc::c_short {
 ///
 /// # Errors
 /// A source that isn't quiet after 20 minutes.
-pub fn wait(boot: &[PathBuf], settle: Duration, mut tell: impl FnMut(&str)) -> Result<Print> {
+pub fn wait(boot: &[PathBuf], settle: Duration, mut tell: impl FnMut(&str)) -> Result<Fingerprint> {
     let begun = Instant::now();
     let mut told = false;
-    let mut before = print(boot)?;
+    let mut before = fingerprint(boot)?;
     loop {
         thread::sleep(settle);
-        let now = print(boot)?;
-        let busy = package_manager();
+        let now = fingerprint(boot)?;
+        let busy = package_manager_lock();
         if now == before && busy.is_none() {
             return Ok(now);
         }
@@ -142,11 +142,11 @@ mod tests {
         let dirs = [tmp.path().to_owned()];
         fs::create_dir(tmp.path().join("sub")).unwrap();
         fs::write(tmp.path().join("sub/initrd"), "one").unwrap();
-        let first = print(&dirs).unwrap();
-        assert_eq!(print(&dirs).unwrap(), first);
+        let first = fingerprint(&dirs).unwrap();
+        assert_eq!(fingerprint(&dirs).unwrap(), first);
         fs::write(tmp.path().join("sub/new"), "").unwrap();
-        assert_ne!(print(&dirs).unwrap(), first);
-        assert!(print(&[tmp.path().join("absent")]).is_err());
+        assert_ne!(fingerprint(&dirs).unwrap(), first);
+        assert!(fingerprint(&[tmp.path().join("absent")]).is_err());
     }
 
     #[test]
@@ -156,16 +156,16 @@ mod tests {
         let path = |name: &str| tmp.path().join(name);
         fs::create_dir(path("loader")).unwrap();
         fs::write(path("loader/linux"), "one").unwrap();
-        let first = print(&dirs).unwrap();
+        let first = fingerprint(&dirs).unwrap();
         fs::create_dir_all(path("EFI/dualroot")).unwrap();
         fs::write(path(crate::boot::files::LINEAGE), "boot=none").unwrap();
-        assert_eq!(print(&dirs).unwrap(), first, "the sync itself writes the lineage");
+        assert_eq!(fingerprint(&dirs).unwrap(), first, "the sync itself writes the lineage");
         // The same file under another inode number, as FAT's are after a while.
         let time = fs::metadata(path("loader/linux")).unwrap().modified().unwrap();
         fs::copy(path("loader/linux"), path("loader/again")).unwrap();
         fs::rename(path("loader/again"), path("loader/linux")).unwrap();
         File::open(path("loader/linux")).unwrap().set_modified(time).unwrap();
-        assert_eq!(print(&dirs).unwrap(), first);
+        assert_eq!(fingerprint(&dirs).unwrap(), first);
     }
 
     #[test]
