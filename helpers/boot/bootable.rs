@@ -1,5 +1,5 @@
-//! The systems that the boot loader's menu boots from a boot partition: the files that each needs, where its command line is, and how it
-//! is turned to another disk.
+//! The items of the boot loader's menu on a boot partition: the files that each needs, those with its command line, and its rewriting for
+//! another disk.
 
 use std::collections::BTreeMap;
 
@@ -9,19 +9,19 @@ use crate::boot::initrd;
 use crate::names::generation::Generation;
 use crate::names::ident::Rewriter;
 
-/// One item of the menu.
+/// An item of the boot loader's menu.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Bootable<'a> {
-    /// An entry of type 1: a text that names its files and holds its command line.
+    /// An entry of type 1: a text that names its files and contains its command line.
     Entry(&'a BootFile),
-    /// A unified kernel image, which has all that it needs in itself.
+    /// A unified kernel image, which contains everything that it needs.
     Uki(&'a BootFile),
-    /// A unified kernel image, and the add-ons of its own whose command lines come after the embedded one (systemd-stub(7)).
+    /// A unified kernel image with add-ons, whose command lines are appended to the embedded one (systemd-stub(7)).
     UkiWithAddons(&'a BootFile, Vec<&'a BootFile>),
 }
 
 impl<'a> Bootable<'a> {
-    /// All of a boot partition, whose files are given by folded path.
+    /// All items on a boot partition; `files` are its files by folded path.
     pub fn all(files: &'a BTreeMap<String, BootFile>) -> impl Iterator<Item = Self> {
         files.values().filter_map(move |file| match classify(&file.path) {
             Class::Entry => Some(Self::Entry(file)),
@@ -41,7 +41,7 @@ impl<'a> Bootable<'a> {
         if addons.is_empty() { Self::Uki(file) } else { Self::UkiWithAddons(file, addons) }
     }
 
-    /// The file that makes it an item of the menu.
+    /// The entry's file or the image.
     pub fn file(&self) -> &'a BootFile {
         match self {
             Self::Entry(file) | Self::Uki(file) | Self::UkiWithAddons(file, _) => file,
@@ -82,7 +82,7 @@ impl<'a> Bootable<'a> {
     }
 }
 
-/// Turns an entry to the rewriter's target. Where `boots_root` says that it boots the root of that disk, it boots this generation of it.
+/// An entry rewritten for the rewriter's target. If `boots_root` tells that the result boots that disk's root, it boots this generation.
 pub fn retarget(
     text: &[u8],
     rewriter: &Rewriter,
