@@ -11,7 +11,7 @@ use crate::log::Level;
 
 /// The units to be made.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Plan {
+pub struct MountPlan {
     /// The configuration file, for `SourcePath=`.
     pub source: String,
     /// The mount units.
@@ -40,7 +40,7 @@ pub struct Mount {
     /// The mount point.
     pub place: DirPath,
     /// The kind of partition.
-    pub kind: Kind,
+    pub kind: PartitionKind,
     /// Whether it is a partition of the booted disk, which is checked, and mounted writable.
     pub booted: bool,
     /// Whether its file system is in a LUKS container, which must be opened first.
@@ -51,7 +51,7 @@ pub struct Mount {
 
 /// Kinds of partitions by how they are mounted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub enum PartitionKind {
     /// An ESP: always FAT.
     Esp,
     /// An XBOOTLDR: any file system that the firmware or the boot loader can read.
@@ -64,11 +64,14 @@ pub enum Kind {
 ///
 /// # Errors
 /// The booted disk isn't in the configuration, which [`facts::read`](crate::facts::read) rules out; a path or name is invalid.
-pub fn make(facts: &Facts) -> Result<Plan> {
+pub fn make(facts: &Facts) -> Result<MountPlan> {
     let config = &facts.config;
     let booted = config.disks.iter().find(|disk| disk.name == facts.booted).context("the booted disk is not configured")?;
-    let mut plan =
-        Plan { source: config.source.clone(), device_timeout: config.settings.device_timeout.as_micros(), ..Plan::default() };
+    let mut plan = MountPlan {
+        source: config.source.clone(),
+        device_timeout: config.settings.device_timeout.as_micros(),
+        ..MountPlan::default()
+    };
     plan.booted(facts, booted)?;
     if config.settings.spare_mount == SpareMount::Boot {
         for (dir, spare) in config.spares(booted) {
@@ -79,7 +82,7 @@ pub fn make(facts: &Facts) -> Result<Plan> {
     Ok(plan)
 }
 
-impl Plan {
+impl MountPlan {
     /// Adds the booted disk's partitions, on the directories where the running system expects them.
     fn booted(&mut self, facts: &Facts, disk: &Disk) -> Result<()> {
         let whose = format!("{} (booted)", disk.name);
@@ -185,7 +188,7 @@ fn below(dir: &DirPath, path: &str) -> Result<DirPath> {
 /// The mount of a boot partition, bound from esp-mountpoint= if that is configured. A directory that neither fstab nor a unit mounts isn't
 /// bound: files written there would be on the root file system.
 fn boot_partition(
-    plan: &mut Plan,
+    plan: &mut MountPlan,
     facts: &Facts,
     disk: &Disk,
     role: &Role,
@@ -194,10 +197,10 @@ fn boot_partition(
     whose: &str,
 ) -> Mount {
     let (kind, name) = match role {
-        Role::Esp => (Kind::Esp, "EFI system partition"),
-        _ => (Kind::Xbootldr, "boot partition"),
+        Role::Esp => (PartitionKind::Esp, "EFI system partition"),
+        _ => (PartitionKind::Xbootldr, "boot partition"),
     };
-    let mut bound_from = disk.esp_mountpoint.clone().filter(|_| kind == Kind::Esp);
+    let mut bound_from = disk.esp_mountpoint.clone().filter(|_| kind == PartitionKind::Esp);
     if let Some(dir) = bound_from.take_if(|dir| !facts.fstab.contains(dir) && !has_unit(facts, dir)) {
         let text = format!("esp-mountpoint={dir} of {}: expected a line for {dir} in /etc/fstab; ignoring", disk.name);
         plan.notes.push((Level::Warning, text));
@@ -230,7 +233,7 @@ fn tree_mount(role: &Role, part: PartUuid, place: DirPath, whose: &str) -> Mount
         part,
         bound_from: None,
         place,
-        kind: Kind::Tree,
+        kind: PartitionKind::Tree,
         booted: false,
         luks: false,
         needs_mount_point: false,

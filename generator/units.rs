@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use dualroot::base::types::{DirPath, PartUuid, UnitName};
 
-use crate::plan::{Kind, Mount, Plan};
+use crate::plan::{Mount, MountPlan, PartitionKind};
 
 /// The first line of every file.
 const HEAD: &str = "# Made by dualroot-generator(8) at every boot and daemon-reload.\n\n";
@@ -20,7 +20,7 @@ const FAT: &str = "umask=0077,utf8,tz=UTC,errors=remount-ro";
 
 /// The content of a file below the generator's directory.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Content {
+pub enum UnitContent {
     /// The text of a regular file.
     Text(String),
     /// The target of a symbolic link.
@@ -31,20 +31,20 @@ pub enum Content {
 ///
 /// # Errors
 /// systemd doesn't allow the name of a unit.
-pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
+pub fn files(plan: &MountPlan) -> Result<BTreeMap<String, UnitContent>> {
     let mut files = BTreeMap::new();
     let mut devices = BTreeSet::new();
     for mount in &plan.mounts {
         let unit = UnitName::from_path(&mount.place, "mount")?;
         let device = UnitName::device(&mount.part)?;
-        files.insert(unit.to_string(), Content::Text(mount_unit(mount, &plan.source)?));
+        files.insert(unit.to_string(), UnitContent::Text(mount_unit(mount, &plan.source)?));
         let mut wants = vec!["local-fs.target".to_owned()];
         if !mount.booted {
             // Starts the mount when the spare is plugged in later.
             wants.push(device.to_string());
         }
         for by in wants {
-            files.insert(format!("{by}.wants/{unit}"), Content::Link(format!("../{unit}")));
+            files.insert(format!("{by}.wants/{unit}"), UnitContent::Link(format!("../{unit}")));
         }
         if !mount.booted {
             devices.insert((device, None));
@@ -57,8 +57,8 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
         let unit = UnitName::from_path(&DirPath::parse(&part.device_path())?, "swap")?;
         let mut text = head(description, &plan.source);
         let _ = write!(text, "\n[Swap]\nWhat={}\n", part.device_path());
-        files.insert(unit.to_string(), Content::Text(text));
-        files.insert(format!("swap.target.wants/{unit}"), Content::Link(format!("../{unit}")));
+        files.insert(unit.to_string(), UnitContent::Text(text));
+        files.insert(format!("swap.target.wants/{unit}"), UnitContent::Link(format!("../{unit}")));
     }
     for (device, maker) in devices {
         // For spares only: a short time-out for the booted disk could fail the boot. The name sorts before 50-device-timeout.conf, the
@@ -69,16 +69,16 @@ pub fn files(plan: &Plan) -> Result<BTreeMap<String, Content>> {
             // The time-out runs only after the container's service has ended.
             let _ = writeln!(text, "After={maker}");
         }
-        files.insert(format!("{device}.d/40-dualroot.conf"), Content::Text(text));
+        files.insert(format!("{device}.d/40-dualroot.conf"), UnitContent::Text(text));
     }
     for mask in &plan.masks {
-        files.insert(mask.to_string(), Content::Link("/dev/null".to_owned()));
+        files.insert(mask.to_string(), UnitContent::Link("/dev/null".to_owned()));
     }
     let mut text = format!("{HEAD}[Path]\nPathChanged=\n");
     for path in &plan.watched {
         let _ = writeln!(text, "PathChanged={}", path_value(path));
     }
-    files.insert("dualroot-entries.path.d/50-dualroot.conf".to_owned(), Content::Text(text));
+    files.insert("dualroot-entries.path.d/50-dualroot.conf".to_owned(), UnitContent::Text(text));
     Ok(files)
 }
 
@@ -122,12 +122,12 @@ fn mount_unit(mount: &Mount, source: &str) -> Result<String> {
         // nofail: systemd doesn't order the mount before local-fs.target.
         options.extend(["ro", "nofail", "nosuid", "nodev"]);
     }
-    if mount.kind != Kind::Tree {
+    if mount.kind != PartitionKind::Tree {
         options.extend(if mount.booted { &["nosuid", "nodev", "noexec"][..] } else { &["noexec"] });
     }
     match (mount.kind, &mount.bound_from) {
         (_, Some(_)) => text.push_str("Type=none\n"),
-        (Kind::Esp, None) => {
+        (PartitionKind::Esp, None) => {
             text.push_str("Type=vfat\n");
             options.push(FAT);
         }
@@ -188,7 +188,7 @@ fn time_span(micros: u128) -> String {
 ///
 /// # Errors
 /// The first file that can't be written; the others are still written.
-pub fn write(dir: &Path, files: &BTreeMap<String, Content>) -> Result<()> {
+pub fn write(dir: &Path, files: &BTreeMap<String, UnitContent>) -> Result<()> {
     let mut failed = 0;
     let mut first = None;
     for (path, content) in files {
@@ -204,13 +204,13 @@ pub fn write(dir: &Path, files: &BTreeMap<String, Content>) -> Result<()> {
     }
 }
 
-fn write_file(path: &PathBuf, content: &Content) -> Result<()> {
+fn write_file(path: &PathBuf, content: &UnitContent) -> Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).with_context(|| format!("can't make the directory {}", parent.display()))?;
     }
     let made = match content {
-        Content::Link(target) => symlink(target, path),
-        Content::Text(text) => {
+        UnitContent::Link(target) => symlink(target, path),
+        UnitContent::Text(text) => {
             fs::OpenOptions::new().write(true).create_new(true).open(path).and_then(|mut file| {
                 // A missing unit is better than half of one.
                 file.write_all(text.as_bytes()).inspect_err(|_| drop(fs::remove_file(path)))
@@ -220,8 +220,8 @@ fn write_file(path: &PathBuf, content: &Content) -> Result<()> {
     match made {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {
             let same = match content {
-                Content::Link(target) => fs::read_link(path).is_ok_and(|found| found == Path::new(target)),
-                Content::Text(text) => {
+                UnitContent::Link(target) => fs::read_link(path).is_ok_and(|found| found == Path::new(target)),
+                UnitContent::Text(text) => {
                     fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file())
                         && fs::read(path).is_ok_and(|found| found == text.as_bytes())
                 }

@@ -6,7 +6,7 @@ pub mod initrd;
 pub(crate) mod known;
 pub mod load_option;
 pub(crate) mod nvram;
-pub mod offers;
+pub mod older;
 pub mod order;
 pub mod pe;
 pub mod room;

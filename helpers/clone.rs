@@ -108,7 +108,7 @@ impl ClonePlan {
         if let Some(least) = shared.as_ref().and_then(|shared| shared.least_bytes(name)) {
             source.set_root_bytes(least);
         }
-        let taken = inventory.labels_beside(target.path());
+        let taken = inventory.labels_on_other_disks(target.path());
         let in_the_way = |e| refused(format!("{}: {e:#}", target.path()));
         let fresh_id = || kernel_id(root, "uuid");
         let mut plan = DiskPlan::make(&source, name, (target.bytes, target.sector), taken, fresh_id).map_err(in_the_way)?;

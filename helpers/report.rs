@@ -147,7 +147,7 @@ impl Look {
             missing: disk.parts.keys().filter(|role| !parts.contains_key(*role)).cloned().collect(),
             fault,
             partitions: disk.parts.iter().map(|(role, id)| PartReport::new(role, *id, parts.get(role).copied())).collect(),
-            generation: at(Role::Root).and_then(|mount| Generation::at(&mount.root)).map(|generation| generation.number()),
+            generation: at(Role::Root).and_then(|mount| Generation::of_root(&mount.root)).map(|generation| generation.number()),
             record: record(at(Role::Esp), disk.name),
             firmware: self.options.as_ref().map(|(options, order)| firmware(options, order, disk.esp())),
             space: found.iter().filter_map(|(role, mount)| space(role, mount)).collect(),
@@ -173,7 +173,7 @@ fn record(esp: Option<&Mount>, disk: DiskName) -> Lineage {
 }
 
 fn firmware(options: &[load_option::BootOption], order: &[u16], esp: PartUuid) -> (Vec<u16>, Option<usize>) {
-    let numbers: Vec<u16> = nvram::entries_of(options, esp).collect();
+    let numbers: Vec<u16> = nvram::entries_booting_from(options, esp).collect();
     let place = order.iter().position(|number| numbers.contains(number)).map(|at| at + 1);
     (numbers, place)
 }

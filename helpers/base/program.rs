@@ -44,7 +44,7 @@ pub fn output(name: &str, args: impl IntoIterator<Item = OsString>) -> Result<Ve
 ///
 /// # Errors
 /// As [`output`]; the program doesn't read all of its input.
-pub fn fed(name: &str, args: impl IntoIterator<Item = OsString>, input: &[u8]) -> Result<Vec<u8>> {
+pub fn output_with_input(name: &str, args: impl IntoIterator<Item = OsString>, input: &[u8]) -> Result<Vec<u8>> {
     let mut command = command(name)?;
     command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("{name} can't be run"))?;
@@ -59,7 +59,7 @@ pub fn fed(name: &str, args: impl IntoIterator<Item = OsString>, input: &[u8]) -
 ///
 /// # Errors
 /// As [`output`].
-pub fn asked(name: &str, args: impl IntoIterator<Item = OsString>) -> Result<Vec<u8>> {
+pub fn output_on_terminal(name: &str, args: impl IntoIterator<Item = OsString>) -> Result<Vec<u8>> {
     check(name, command(name)?.args(args).stdin(Stdio::inherit()).stderr(Stdio::inherit()).output())
 }
 

@@ -239,7 +239,7 @@ impl DiskName {
     ///
     /// # Errors
     /// All names are taken.
-    pub fn free(taken: &[Self]) -> Result<Self> {
+    pub fn first_free(taken: &[Self]) -> Result<Self> {
         (0..1000).map(Self).find(|name| !taken.contains(name)).context("all names from disk0 to disk999 are taken")
     }
 

@@ -118,7 +118,7 @@ fn read_secret(plan: &ClonePlan, file: Option<&Path>) -> Result<Option<Secret>> 
         }
         None => {
             let question = format!("Passphrase of {first}, which will open the copy, too:");
-            let said = program::asked("systemd-ask-password", ["--id=dualroot-clone".into(), question.into()])?;
+            let said = program::output_on_terminal("systemd-ask-password", ["--id=dualroot-clone".into(), question.into()])?;
             said.strip_suffix(b"\n").unwrap_or(&said).to_vec()
         }
     };

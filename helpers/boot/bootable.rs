@@ -64,7 +64,7 @@ impl<'a> Bootable<'a> {
     /// The initrds among [`Bootable::refers_to`].
     pub fn initrds(&self) -> Vec<String> {
         match self {
-            Self::Entry(_) => initrd::initrds(self.text()),
+            Self::Entry(_) => initrd::initrd_paths(self.text()),
             Self::Uki(_) | Self::UkiWithAddons(..) => Vec::new(),
         }
     }
@@ -92,7 +92,7 @@ pub fn retarget(
 ) -> Vec<u8> {
     let text = entry::rewrite(text, rewriter, titles);
     match generation.filter(|_| boots_root(&text)) {
-        Some(generation) => generation.boot(&text),
+        Some(generation) => generation.command_line(&text),
         None => text,
     }
 }
@@ -100,7 +100,7 @@ pub fn retarget(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::offers::tests::spare;
+    use crate::boot::older::tests::spare;
 
     #[test]
     fn each_item_of_the_menu_has_its_files() {

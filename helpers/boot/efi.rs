@@ -288,7 +288,7 @@ pub fn is_secure(vars: &EfiVars) -> bool {
 }
 
 /// The text of one of the boot loader's variables, such as LoaderInfo (Boot Loader Interface); None if it doesn't exist or isn't text.
-pub fn loader_says(vars: &EfiVars, name: &str) -> Option<String> {
+pub fn loader_variable(vars: &EfiVars, name: &str) -> Option<String> {
     let value = vars.value(&Variable::new_with_vendor(name, LOADER)).ok()??;
     let units: Vec<u16> = value.chunks_exact(2).filter_map(|two| Some(u16::from_le_bytes(two.try_into().ok()?))).collect();
     let text = String::from_utf16(&units).ok()?;

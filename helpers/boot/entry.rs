@@ -194,11 +194,11 @@ fn retitle(title: &[u8], titles: &Titles) -> Vec<u8> {
 
 /// The beginning of the ids of entries for older generations. The boot loader sorts them last: they have no sort key, and entries without
 /// one come after those with one, in descending order of their names, and the hyphen is the least character.
-pub(crate) const OFFER: &str = "-dualroot-";
+pub(crate) const OLDER_PREFIX: &str = "-dualroot-";
 
 /// Whether this is the file name of an entry for an older generation. Those are on the same disk only, so it is never copied.
-pub fn is_offer(name: &str) -> bool {
-    name.starts_with(OFFER)
+pub fn is_older_entry(name: &str) -> bool {
+    name.starts_with(OLDER_PREFIX)
 }
 
 #[cfg(test)]

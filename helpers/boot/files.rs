@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
 
-use crate::write::below::{Below, Kind, is_temporary};
+use crate::write::below::{Below, FileKind, is_temporary};
 
 /// The file on an ESP that records the boots of its disk, see [`crate::pair::lineage`]. Its directory isn't watched, because writing it needs
 /// no sync.
@@ -99,19 +99,19 @@ impl BootFiles {
             let path = if dir.is_empty() { name.clone() } else { format!("{dir}/{name}") };
             check(&path)?;
             match kind {
-                Kind::Dir if dir.is_empty() && matches!(name.as_str(), "lost+found" | "System Volume Information") => {}
-                Kind::Dir => {
+                FileKind::Dir if dir.is_empty() && matches!(name.as_str(), "lost+found" | "System Volume Information") => {}
+                FileKind::Dir => {
                     self.add_dir(&path)?;
                     self.scan_dir(below, &path, depth + 1)?;
                 }
-                Kind::File(size) => {
+                FileKind::File(size) => {
                     let class = classify(&path);
                     let text = if matches!(class, Class::Entry | Class::LoaderConf) { below.read(&path)? } else { None };
                     // A file that has been removed since the listing is left out.
                     let Some(hash) = below.hash(&path)? else { continue };
                     self.add(BootFile { path, size, hash, text })?;
                 }
-                Kind::Other => {}
+                FileKind::Other => {}
             }
         }
         Ok(())

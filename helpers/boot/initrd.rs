@@ -14,13 +14,13 @@ use crate::names::ident::Rewriter;
 pub(crate) const LARGEST: u64 = 4 << 30;
 
 /// The paths of the initrds that an entry names.
-pub fn initrds(text: &[u8]) -> Vec<String> {
+pub fn initrd_paths(text: &[u8]) -> Vec<String> {
     let lines = text.split(|b| *b == b'\n').filter(|line| line.trim_ascii().starts_with(b"initrd"));
     lines.flat_map(entry::files).collect()
 }
 
 /// The first bytes of each compression that the kernel knows, and the program that undoes it.
-pub(crate) const COMPRESSED: [(&[u8], &str); 6] = [
+pub(crate) const COMPRESSIONS: [(&[u8], &str); 6] = [
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\xfd7zXZ", "xz"),
@@ -34,7 +34,7 @@ pub(crate) const COMPRESSED: [(&[u8], &str); 6] = [
 ///
 /// # Errors
 /// Those of reading; the compression is unknown, or its program isn't installed.
-pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
+pub fn search_initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut stream = BufReader::new(stream.take(LARGEST));
     let mut found = Vec::new();
     loop {
@@ -48,19 +48,19 @@ pub fn initrd(stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<Strin
         }
         (&mut stream).take(5).read_to_end(&mut start)?;
         if start.starts_with(b"07070") {
-            found.extend(plain(start, &mut stream, rewriter)?);
+            found.extend(search_archive(start, &mut stream, rewriter)?);
             continue;
         }
-        let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) else {
+        let Some((_, program)) = COMPRESSIONS.iter().find(|(magic, _)| start.starts_with(magic)) else {
             bail!("it begins with {}, which is neither a cpio archive nor a known compression", start.escape_ascii());
         };
-        found.extend(compressed(program, Cursor::new(start).chain(stream), rewriter)?);
+        found.extend(search_compressed(program, Cursor::new(start).chain(stream), rewriter)?);
         return Ok(found);
     }
 }
 
 /// Searches the names and data of all files in a cpio archive of the "newc" form, up to its trailer.
-pub(crate) fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Result<Vec<String>> {
+pub(crate) fn search_archive(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut found = Vec::new();
     loop {
         stream.take((110 - header.len()) as u64).read_to_end(&mut header)?;
@@ -85,7 +85,7 @@ pub(crate) fn plain(mut header: Vec<u8>, stream: &mut impl Read, rewriter: &Rewr
 }
 
 /// Searches compressed data, decompressed by this program.
-pub(crate) fn compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
+pub(crate) fn search_compressed(program: &str, mut stream: impl Read + Send, rewriter: &Rewriter) -> Result<Vec<String>> {
     let mut child = program::command(program)
         .with_context(|| {
             format!("it is compressed with {program}, which is not installed, so it can't be searched. Install {program}")

@@ -47,6 +47,6 @@ impl Known {
     /// # Errors
     /// The root can't be written.
     pub fn save(&self) -> Result<()> {
-        state::keep(NAME, serde_json::to_vec(&self.0).context("the list can't be written as JSON")?)
+        state::save(NAME, serde_json::to_vec(&self.0).context("the list can't be written as JSON")?)
     }
 }

@@ -109,7 +109,7 @@ fn decide_next(options: &[BootOption], (name, esp): (DiskName, PartUuid), file: 
 }
 
 /// The numbers of the entries that boot from this ESP.
-pub fn entries_of(options: &[BootOption], esp: PartUuid) -> impl Iterator<Item = u16> {
+pub fn entries_booting_from(options: &[BootOption], esp: PartUuid) -> impl Iterator<Item = u16> {
     options.iter().filter(move |o| o.partition == Some(esp) && o.file.is_some()).map(|o| o.number)
 }
 
@@ -162,7 +162,7 @@ fn decide(options: &[BootOption], order: &[u16], disks: &[(DiskName, PartUuid, b
     let mut taken: BTreeSet<u16> = options.iter().map(|o| o.number).collect();
     let mut of_disks: Vec<Vec<u16>> = Vec::new();
     for (name, esp, present) in disks {
-        let mut numbers: Vec<u16> = entries_of(options, *esp).collect();
+        let mut numbers: Vec<u16> = entries_booting_from(options, *esp).collect();
         if numbers.is_empty() && *present {
             let Some(number) = free_number(&taken) else { continue };
             taken.insert(number);

@@ -21,8 +21,8 @@ use crate::base::types::Role;
 use crate::boot::bootable::Bootable;
 use crate::boot::entry;
 use crate::boot::files::{BootFile, Class, classify, fold};
-use crate::boot::wanted::{Part, Step, Wanted};
-use crate::write::below::TEMPORARY;
+use crate::boot::wanted::{BootPartition, Step, WantedFile};
+use crate::write::below::TEMPORARY_PREFIX;
 use crate::write::change::{Change, Content};
 use crate::write::sector::text_change;
 
@@ -30,8 +30,8 @@ use crate::write::sector::text_change;
 ///
 /// # Errors
 /// Two wanted files have the same name.
-pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
-    let partitions = parts.iter().map(Partition::new).collect::<Result<Vec<_>>>()?;
+pub fn plan(parts: &[BootPartition<'_>]) -> Result<Vec<Step>> {
+    let partitions = parts.iter().map(PartitionState::new).collect::<Result<Vec<_>>>()?;
     Ok(in_order(partitions, &phases()))
 }
 
@@ -40,31 +40,33 @@ pub fn plan(parts: &[Part<'_>]) -> Result<Vec<Step>> {
 ///
 /// # Errors
 /// As [`plan`].
-pub fn plan_for_little_room(parts: &[Part<'_>]) -> Result<Option<Vec<Step>>> {
-    let partitions = parts.iter().map(Partition::new).collect::<Result<Vec<_>>>()?;
-    if !partitions.iter().any(Partition::has_whole_entry) {
+pub fn plan_for_little_room(parts: &[BootPartition<'_>]) -> Result<Option<Vec<Step>>> {
+    let partitions = parts.iter().map(PartitionState::new).collect::<Result<Vec<_>>>()?;
+    if !partitions.iter().any(PartitionState::has_whole_entry) {
         return Ok(None);
     }
-    let phases: Vec<Phase<'_>> =
-        [Partition::sweep as Phase<'_>, Partition::drop_entries, Partition::drop_files].into_iter().chain(phases()).collect();
+    let phases: Vec<Phase<'_>> = [PartitionState::sweep as Phase<'_>, PartitionState::drop_entries, PartitionState::drop_files]
+        .into_iter()
+        .chain(phases())
+        .collect();
     Ok(Some(in_order(partitions, &phases)))
 }
 
 fn phases<'a>() -> [Phase<'a>; 9] {
     [
-        Partition::sweep,
-        Partition::payloads,
-        Partition::entries,
-        Partition::loader_conf,
-        Partition::drop_entries,
-        Partition::final_names,
-        Partition::entries,
-        Partition::loaders,
-        Partition::drop_files,
+        PartitionState::sweep,
+        PartitionState::payloads,
+        PartitionState::entries,
+        PartitionState::loader_conf,
+        PartitionState::drop_entries,
+        PartitionState::final_names,
+        PartitionState::entries,
+        PartitionState::loaders,
+        PartitionState::drop_files,
     ]
 }
 
-fn in_order<'a>(mut partitions: Vec<Partition<'a>>, phases: &[Phase<'a>]) -> Vec<Step> {
+fn in_order<'a>(mut partitions: Vec<PartitionState<'a>>, phases: &[Phase<'a>]) -> Vec<Step> {
     let mut steps = Steps::default();
     for phase in phases {
         for partition in &mut partitions {
@@ -75,7 +77,7 @@ fn in_order<'a>(mut partitions: Vec<Partition<'a>>, phases: &[Phase<'a>]) -> Vec
     steps.list
 }
 
-type Phase<'a> = fn(&mut Partition<'a>, &mut Steps);
+type Phase<'a> = fn(&mut PartitionState<'a>, &mut Steps);
 
 /// The steps so far, and the partitions with steps that aren't flushed.
 #[derive(Default)]
@@ -98,9 +100,9 @@ impl Steps {
 }
 
 /// A partition while its plan is made.
-struct Partition<'a> {
+struct PartitionState<'a> {
     role: &'a Role,
-    wanted: BTreeMap<String, &'a Wanted>,
+    wanted: BTreeMap<String, &'a WantedFile>,
     known: &'a BTreeSet<String>,
     /// The files on it after the steps so far.
     files: BTreeMap<String, BootFile>,
@@ -112,8 +114,8 @@ struct Partition<'a> {
     orphans: BTreeSet<String>,
 }
 
-impl<'a> Partition<'a> {
-    fn new(part: &'a Part<'a>) -> Result<Self> {
+impl<'a> PartitionState<'a> {
+    fn new(part: &'a BootPartition<'a>) -> Result<Self> {
         let mut wanted = BTreeMap::new();
         for file in &part.wanted {
             if wanted.insert(fold(&file.path), file).is_some() {
@@ -132,7 +134,7 @@ impl<'a> Partition<'a> {
         })
     }
 
-    fn wanted_of(&self, classes: &[Class]) -> Vec<&'a Wanted> {
+    fn wanted_of(&self, classes: &[Class]) -> Vec<&'a WantedFile> {
         self.wanted.values().copied().filter(|w| classes.contains(&classify(&w.path))).collect()
     }
 
@@ -142,7 +144,7 @@ impl<'a> Partition<'a> {
     }
 
     /// Whether the file is there with its wanted content.
-    fn has(&self, wanted: &Wanted) -> bool {
+    fn has(&self, wanted: &WantedFile) -> bool {
         self.files.get(&fold(&wanted.path)).is_some_and(|f| f.hash == wanted.hash)
     }
 
@@ -216,7 +218,7 @@ impl<'a> Partition<'a> {
                 None => (String::new(), file.path.as_str()),
             };
             let short: String = file.hash.to_hex().chars().take(16).collect();
-            let staged = format!("{dir}{TEMPORARY}{short}-{name}");
+            let staged = format!("{dir}{TEMPORARY_PREFIX}{short}-{name}");
             let whole = self.temporary.get(&fold(&staged)).is_some_and(|t| t.hash == file.hash);
             if !whole {
                 steps.push(self.role, Change::Create { path: staged.clone(), content: file.content.clone() });
@@ -347,7 +349,7 @@ mod tests {
     use super::*;
     use crate::boot::files::BootFiles;
     use crate::boot::room::shortfall;
-    use crate::boot::wanted::wanted;
+    use crate::boot::wanted::wanted_files;
     use crate::write::below::Below;
 
     const ENTRY: &str = "loader/entries/a.conf";
@@ -382,8 +384,9 @@ mod tests {
 
         fn plan(&self) -> Vec<Step> {
             let spare = self.scan("spare");
-            let wanted = wanted(&self.scan("source"), &self.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
-            plan(&[Part { role: Role::Esp, wanted, spare: &spare, known: &self.known }]).unwrap()
+            let wanted =
+                wanted_files(&self.scan("source"), &self.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+            plan(&[BootPartition { role: Role::Esp, wanted, spare: &spare, known: &self.known }]).unwrap()
         }
 
         /// Carries out the plan. After each step, every entry on the spare must have all its files, and these must be of one generation: they
@@ -424,7 +427,7 @@ mod tests {
         let disks = Disks::new(&files("2 new"), &files("1 old"));
         let steps = disks.sync();
         assert_eq!(disks.on_spare(), ["initramfs-linux.img", ENTRY, "vmlinuz-linux"]);
-        assert!(steps.iter().any(|s| matches!(&s.change, Change::Create { path, .. } if path.starts_with(TEMPORARY))));
+        assert!(steps.iter().any(|s| matches!(&s.change, Change::Create { path, .. } if path.starts_with(TEMPORARY_PREFIX))));
     }
 
     #[test]
@@ -570,8 +573,14 @@ mod tests {
             Disks::new(&[(&l2, "2"), (&e2, &t2), (&l3, "3"), (&e3, &t3)], &[(&l1, "1"), (&e1, &t1), (&l2, "2"), (&e2, &t2)]);
         disks.known.insert(l1.clone());
         let spare = disks.scan("spare");
-        let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
-        let part = |wanted: &[Wanted]| Part { role: Role::Esp, wanted: wanted.to_vec(), spare: &spare, known: &disks.known };
+        let wanted =
+            wanted_files(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let part = |wanted: &[WantedFile]| BootPartition {
+            role: Role::Esp,
+            wanted: wanted.to_vec(),
+            spare: &spare,
+            known: &disks.known,
+        };
         // Added are a directory, a kernel and an entry; removed are as many.
         let short = |steps: &[Step]| shortfall(steps, &Role::Esp, &spare, 4096, 4096);
         assert!(short(&plan(&[part(&wanted)]).unwrap()) > 0);
@@ -584,7 +593,7 @@ mod tests {
         }
         assert_eq!(disks.plan(), []);
         // If the disks have no entry in common, there is none to boot meanwhile.
-        let new: Vec<Wanted> = wanted.into_iter().filter(|w| w.path.contains('3')).collect();
+        let new: Vec<WantedFile> = wanted.into_iter().filter(|w| w.path.contains('3')).collect();
         assert!(plan_for_little_room(&[part(&new)]).unwrap().is_none());
     }
 
@@ -596,8 +605,9 @@ mod tests {
         );
         disks.known.insert("t/2/old".to_owned());
         let spare = disks.scan("spare");
-        let wanted = wanted(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
-        let part = Part { role: Role::Esp, wanted, spare: &spare, known: &disks.known };
+        let wanted =
+            wanted_files(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let part = BootPartition { role: Role::Esp, wanted, spare: &spare, known: &disks.known };
         for step in plan_for_little_room(&[part]).unwrap().unwrap() {
             disks.below("spare").apply(&step.change).unwrap();
         }

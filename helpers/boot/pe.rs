@@ -7,14 +7,14 @@ use object::pe::IMAGE_DIRECTORY_ENTRY_SECURITY;
 use object::read::pe::PeFile64;
 use object::{LittleEndian, Object, ObjectSection};
 
-use crate::boot::initrd::initrd;
+use crate::boot::initrd::search_initrd;
 use crate::names::ident::Rewriter;
 
 /// The faults of a unified kernel image: identifiers of other disks in its command line and initrd. None for a file that isn't PE.
 ///
 /// # Errors
 /// A decompressor fails.
-pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
+pub fn search_uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
     let Ok(pe) = PeFile64::parse(image) else { return Ok(Vec::new()) };
     let mut faults = Vec::new();
     for section in pe.sections() {
@@ -24,8 +24,9 @@ pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
                 faults.extend(rewriter.foreign(data).into_iter().map(|id| format!("its embedded command line names {id}")))
             }
             ".initrd" => {
-                faults
-                    .extend(initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")));
+                faults.extend(
+                    search_initrd(Cursor::new(data), rewriter)?.into_iter().map(|id| format!("its embedded initrd names {id}")),
+                );
             }
             _ => {}
         }
@@ -40,7 +41,7 @@ pub fn uki(image: &[u8], rewriter: &Rewriter) -> Result<Vec<String>> {
 }
 
 /// The initrd in a unified kernel image; None if it has none, or isn't a PE file.
-pub fn embedded(image: &[u8]) -> Option<&[u8]> {
+pub fn embedded_initrd(image: &[u8]) -> Option<&[u8]> {
     let pe = PeFile64::parse(image).ok()?;
     pe.section_by_name(".initrd")?.data().ok()
 }

@@ -4,21 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::types::Role;
 use crate::boot::files::{BootFile, BootFiles, Class};
-use crate::boot::offers::is_offered;
+use crate::boot::older::is_older_entry_file;
 use crate::copy::BootedRoot;
-use crate::names::cmdline::booted_by;
+use crate::names::cmdline::booted_subvolume;
 use crate::names::generation::Generation;
 
 /// The generation that an entry boots; None if it boots another root.
 pub(crate) fn generation_of(entry: &[u8]) -> Option<Generation> {
-    Generation::of_subvolume(&booted_by(entry)?)
+    Generation::of_subvolume(&booted_subvolume(entry)?)
 }
 
 /// The reason why the booted disk can't be synced from: its entries boot a generation, and the running root (the subvolume's path) isn't one
 /// of those, but for example an older generation that was booted from the menu. None if it can.
 pub fn refuse_older_generation(root: &str, booted: &BTreeMap<Role, BootFiles>) -> Option<String> {
-    let named: BTreeSet<Generation> = booted.values().flat_map(self::booted).collect();
-    let runs = Generation::at(root);
+    let named: BTreeSet<Generation> = booted.values().flat_map(booted_generations).collect();
+    let runs = Generation::of_root(root);
     let newest = named.last().filter(|_| runs.is_none_or(|runs| !named.contains(&runs)))?;
     let newest = newest.subvolume();
     Some(format!(
@@ -28,8 +28,8 @@ pub fn refuse_older_generation(root: &str, booted: &BTreeMap<Role, BootFiles>) -
 }
 
 /// The generations that the entries of a boot partition boot, except entries for older generations.
-pub fn booted(files: &BootFiles) -> BTreeSet<Generation> {
-    let entries = files.of(Class::Entry).filter(|file| !is_offered(file));
+pub fn booted_generations(files: &BootFiles) -> BTreeSet<Generation> {
+    let entries = files.of(Class::Entry).filter(|file| !is_older_entry_file(file));
     entries.filter_map(|file| generation_of(file.text.as_deref()?)).collect()
 }
 
@@ -39,8 +39,8 @@ pub fn booted_roots(files: &BTreeMap<Role, BootFiles>) -> Vec<BootedRoot> {
     let root = |(role, file): (&Role, &BootFile)| BootedRoot {
         role: role.clone(),
         path: file.path.clone(),
-        subvolume: file.text.as_deref().and_then(booted_by),
-        is_older: is_offered(file),
+        subvolume: file.text.as_deref().and_then(booted_subvolume),
+        is_older: is_older_entry_file(file),
     };
     entries.map(root).collect()
 }
@@ -48,7 +48,7 @@ pub fn booted_roots(files: &BTreeMap<Role, BootFiles>) -> Vec<BootedRoot> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::offers::tests::spare;
+    use crate::boot::older::tests::spare;
 
     #[test]
     fn a_running_older_generation_is_refused() {

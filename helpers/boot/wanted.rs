@@ -21,7 +21,7 @@ pub struct Step {
 
 /// A file that the spare must have.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Wanted {
+pub struct WantedFile {
     /// Its path below the partition.
     pub path: String,
     /// Its content.
@@ -31,11 +31,11 @@ pub struct Wanted {
 }
 
 /// A boot partition of the spare: its wanted files and its present ones.
-pub struct Part<'a> {
+pub struct BootPartition<'a> {
     /// [`Role::Esp`] or [`Role::Xbootldr`].
     pub role: Role,
-    /// The wanted files, from [`wanted`].
-    pub wanted: Vec<Wanted>,
+    /// The wanted files, from [`wanted_files`].
+    pub wanted: Vec<WantedFile>,
     /// The present files.
     pub spare: &'a BootFiles,
     /// Folded paths of files that came from the booted disk in earlier syncs. Of the spare's other files, only entries and files that only
@@ -48,12 +48,12 @@ pub struct Part<'a> {
 ///
 /// # Errors
 /// An entry's file name is invalid (Boot Loader Specification).
-pub fn wanted(
+pub fn wanted_files(
     source: &BootFiles,
     mounted: &Path,
     spare: &BootFiles,
     rewrite: impl Fn(Class, &[u8]) -> Vec<u8>,
-) -> Result<Vec<Wanted>> {
+) -> Result<Vec<WantedFile>> {
     let mut all = Vec::new();
     for file in source.files.values() {
         let class = classify(&file.path);
@@ -66,13 +66,13 @@ pub fn wanted(
             }
             None => (Content::File { source: mounted.join(&file.path), hash: file.hash, size: file.size }, file.hash),
         };
-        all.push(Wanted { path, content, hash });
+        all.push(WantedFile { path, content, hash });
     }
     // The firmware falls back to EFI/BOOT if it has no entry for a disk, so a boot loader must be there.
     if !all.iter().any(|w| fold(&w.path).starts_with("efi/boot/boot")) {
         let found = all.iter().find_map(|w| {
             let machine = fold(&w.path).strip_prefix("efi/systemd/systemd-boot")?.strip_suffix(".efi")?.to_uppercase();
-            Some(Wanted { path: format!("EFI/BOOT/BOOT{machine}.EFI"), ..w.clone() })
+            Some(WantedFile { path: format!("EFI/BOOT/BOOT{machine}.EFI"), ..w.clone() })
         });
         all.extend(found);
     }
@@ -91,7 +91,7 @@ pub(crate) fn name_on_spare(class: Class, path: &str, spare: &BootFiles) -> Resu
         return Ok(Some(path.to_owned()));
     }
     let (dir, file) = path.rsplit_once('/').with_context(|| format!("{path} is not in a directory of entries"))?;
-    if entry::is_offer(file) {
+    if entry::is_older_entry(file) {
         return Ok(None);
     }
     let name = EntryName::parse(file)?;

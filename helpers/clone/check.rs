@@ -10,7 +10,7 @@ use crate::base::program;
 use crate::base::refusal::refused;
 use crate::base::types::{DiskName, Role};
 use crate::boot::files::BootFiles;
-use crate::boot::{offers, roots};
+use crate::boot::{older, roots};
 use crate::clone::drivers;
 use crate::clone::join::{self, SharedRoot};
 use crate::clone::plan::DiskPlan;
@@ -79,7 +79,7 @@ pub(super) fn check_source(
 /// Checks that the booted disk's root can be copied. Entries that boot another root aren't copied, and are removed from `files`.
 fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role, BootFiles>) -> Result<()> {
     let crypttab = machine.root.read_opt("/etc/crypttab").context("/etc/crypttab can't be read")?.unwrap_or_default();
-    if let Some(line) = crypttab::opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
+    if let Some(line) = crypttab::containers_opened_by_files(&crypttab, |spec| !names.foreign(spec).is_empty()).first() {
         bail!(
             "/etc/crypttab opens the LUKS container {line}, which would not open the copy's; write {} or none there",
             crypttab::KEY
@@ -95,7 +95,7 @@ fn check_own_root(machine: &Machine, names: &Rewriter, files: &mut BTreeMap<Role
     if let Some(why) = roots::refuse_older_generation(&running, files) {
         bail!("on {}, {why}", machine.booted.name);
     }
-    files.values_mut().for_each(|files| offers::keep_own(files, &running));
+    files.values_mut().for_each(|files| older::keep_own(files, &running));
     Ok(())
 }
 
@@ -108,7 +108,7 @@ fn needed_but_not_cloned(machine: &Machine) -> Result<Option<Fault>> {
     let fstab = files.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
     let root = machine.root_names(&machine.booted)?;
     let names_root = |spec: &[u8]| root.as_ref().is_some_and(|root| !root.foreign(spec).is_empty());
-    let subvolumes = fstab::beside_the_root(fstab, names_root, |_| false);
+    let subvolumes = fstab::missing_subvolumes(fstab, names_root, |_| false);
     let subvolumes = subvolumes.into_iter().map(|line| {
         Fault::new(Code::F14, format!("/etc/fstab would make the boot wait for a subvolume other than the root: {line}"))
             .on(&Role::Root)

@@ -44,7 +44,7 @@ impl Secret {
                 crypttab::KEY
             )));
         }
-        match program::fed("cryptsetup", test("-", device), &self.0) {
+        match program::output_with_input("cryptsetup", test("-", device), &self.0) {
             Ok(_) => Ok(()),
             Err(e) => Err(refused(format!(
                 "the passphrase or key does not open the LUKS container {device} ({e:#}); run this again with the right one; nothing was done"
@@ -68,7 +68,7 @@ pub fn make_key(root: &Root) -> Result<()> {
     }
     let mut key = Vec::new();
     let random = File::open("/dev/urandom").context("/dev/urandom")?;
-    random.take(luks::LEAST).read_to_end(&mut key).context("/dev/urandom")?;
+    random.take(luks::MIN_KEY_BYTES).read_to_end(&mut key).context("/dev/urandom")?;
     let path = Path::new(crypttab::KEY).strip_prefix("/").unwrap_or(Path::new(crypttab::KEY));
     let (dir, path) = (path.parent().context("the key's path has no directory")?, path.to_str().context("not UTF-8")?);
     let below = Below::open(&root.path("/"))?;
@@ -86,7 +86,7 @@ pub fn format(device: &str, uuid: &Uuid, secret: &Secret) -> Result<()> {
     let rest = ["--key-file", crypttab::KEY, device].map(OsString::from);
     program::output("cryptsetup", kind.into_iter().chain([uuid.to_string().into()]).chain(QUICK.map(Into::into)).chain(rest))?;
     let add = ["luksAddKey", "--batch-mode", "--key-file", crypttab::KEY, device, "-"];
-    program::fed("cryptsetup", add.map(Into::into), &secret.0).map(drop)
+    program::output_with_input("cryptsetup", add.map(Into::into), &secret.0).map(drop)
 }
 
 /// Adds the key file to the booted disk's container on a device, unless it opens that already.
@@ -99,7 +99,7 @@ pub fn add_key(device: &str, secret: &Secret) -> Result<()> {
     }
     let first = ["luksAddKey", "--batch-mode", "--key-file", "-"].into_iter().chain(QUICK);
     let all = first.chain([device, crypttab::KEY]).map(OsString::from);
-    program::fed("cryptsetup", all, &secret.0)
+    program::output_with_input("cryptsetup", all, &secret.0)
         .map(drop)
         .with_context(|| format!("{} can't be added to the keys of {device}", crypttab::KEY))
 }

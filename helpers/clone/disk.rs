@@ -64,7 +64,7 @@ impl NewDisk {
         self.target.check_same()?;
         program::output("wipefs", ["-q", "-a", self.target.path()].map(Into::into))?;
         let options = ["-q", "--wipe=always", "--wipe-partitions=always", self.target.path()];
-        program::fed("sfdisk", options.map(Into::into), self.plan.sfdisk_input().as_bytes())?;
+        program::output_with_input("sfdisk", options.map(Into::into), self.plan.sfdisk_input().as_bytes())?;
         settle()
     }
 

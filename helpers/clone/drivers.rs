@@ -58,7 +58,7 @@ pub fn check(machine: &Machine, disk: &str, files: &BTreeMap<Role, BootFiles>) -
         let Some(found) = files.get(&role) else { continue };
         let place = machine.root.path(dir.as_str());
         for entry in found.of(Class::Entry) {
-            let paths = initrd::initrds(entry.text.as_deref().unwrap_or_default());
+            let paths = initrd::initrd_paths(entry.text.as_deref().unwrap_or_default());
             let initrds: Vec<_> = paths.iter().filter_map(|path| found.files.get(&fold(path))).collect();
             let mut missing = needed.clone();
             for initrd in &initrds {
@@ -72,7 +72,7 @@ pub fn check(machine: &Machine, disk: &str, files: &BTreeMap<Role, BootFiles>) -
         }
         for image in found.of(Class::Uki) {
             let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
-            let Some(initrd) = pe::embedded(&bytes) else { continue };
+            let Some(initrd) = pe::embedded_initrd(&bytes) else { continue };
             let mut missing = needed.clone();
             remove_found(&mut missing, Cursor::new(initrd), &finder).with_context(|| image.path.clone())?;
             if !missing.is_empty() {
@@ -97,7 +97,7 @@ fn module_finder(modules: &BTreeSet<String>) -> Rewriter {
 
 /// Removes the modules that an initrd has from those that are missing.
 fn remove_found(missing: &mut BTreeSet<String>, initrd: impl Read + Send, finder: &Rewriter) -> Result<()> {
-    for module in initrd::initrd(initrd, finder)? {
+    for module in initrd::search_initrd(initrd, finder)? {
         missing.remove(&module);
     }
     Ok(())

@@ -17,7 +17,7 @@ use crate::boot::files::{BootFiles, Class, fold};
 use crate::boot::{initrd, pe};
 use crate::clone::Request;
 use crate::conf::{Config, Layout};
-use crate::devices::btrfs::{Mounted, part_done};
+use crate::devices::btrfs::{MountedBtrfs, fraction_done};
 use crate::devices::inventory::{Inventory, Partition};
 use crate::devices::{gpt, mounts};
 use crate::names::files::Rewritten;
@@ -70,7 +70,7 @@ impl SharedRoot {
             Some(Layout::OwnRoots) => return Ok(None),
             None | Some(Layout::SharedRoot) => {}
         }
-        let mounted = Mounted::look(root)?
+        let mounted = MountedBtrfs::read(root)?
             .ok_or_else(|| refused("the root is no btrfs, and only a btrfs can be shared; nothing was done"))?;
         if let Some(file) = mounts::swap_files_on_btrfs(root)?.first() {
             return Err(refused(format!(
@@ -85,10 +85,10 @@ impl SharedRoot {
             ));
         }
         let disk = kname(&request.disk).unwrap_or_default();
-        let is_ours = mounted.at_work.iter().any(|part| root.exists(format!("/sys/class/block/{disk}/{part}")));
-        let step = choose_step(&mounted.ids, &mounted.lost(root)?, is_ours)
+        let is_ours = mounted.present.iter().any(|part| root.exists(format!("/sys/class/block/{disk}/{part}")));
+        let step = choose_step(&mounted.ids, &mounted.missing_ids(root)?, is_ours)
             .map_err(|why| refused(format!("the root, the btrfs {}, {why}; nothing was done", mounted.uuid)))?;
-        Ok(Some(Self { uuid: mounted.uuid, step, devices: mounted.at_work }))
+        Ok(Some(Self { uuid: mounted.uuid, step, devices: mounted.present }))
     }
 
     /// The kernel's names of its devices, if the new disk holds one of them already.
@@ -102,7 +102,7 @@ impl SharedRoot {
     /// A refusal where there is none.
     pub fn booted_partition(&self, inventory: &Inventory, esp: &PartUuid) -> Result<PartUuid> {
         let booted = inventory.find(esp)?.with_context(|| format!("the booted ESP {esp} isn't there"))?;
-        let part = inventory.beside(booted).find(|part| self.contains(part)).and_then(Partition::partuuid);
+        let part = inventory.others_on_disk(booted).find(|part| self.contains(part)).and_then(Partition::partuuid);
         part.ok_or_else(|| {
             refused(format!(
                 "the disk that was booted, with the ESP {}, has no partition that belongs to the root; nothing was done",
@@ -150,7 +150,7 @@ impl SharedRoot {
     /// # Errors
     /// A failure of btrfs(8): too little room, or an only copy that can't be read.
     pub fn join(&self, root: &Root, node: &str, log: &Log) -> Result<()> {
-        state::keep(JOINING, format!("{}\n", self.uuid).into_bytes())?;
+        state::save(JOINING, format!("{}\n", self.uuid).into_bytes())?;
         let btrfs = |words: &[&str]| program::output("btrfs", words.iter().map(Into::into)).map(drop);
         let bytes = || statvfs("/").map_or(0, |s| s.fragment_size().saturating_mul(s.blocks() - s.blocks_free()));
         log.status(&format!("{node}: joining the shared root"));
@@ -163,7 +163,7 @@ impl SharedRoot {
                     btrfs(&["replace", "cancel", "/"])?;
                 }
                 let replace = || btrfs(&["replace", "start", "-B", "--enqueue", "-r", "-f", &id.to_string(), node, "/"]);
-                progress::watch(bytes, || part_done(&["replace", "status", "-1"]), replace)?;
+                progress::watch(bytes, || fraction_done(&["replace", "status", "-1"]), replace)?;
             }
             Step::Resume => {}
         }
@@ -173,13 +173,13 @@ impl SharedRoot {
         // the kernel has resumed.
         let balance = || btrfs(&["balance", "start", "--enqueue", "-dconvert=raid1,soft", "-mconvert=raid1,soft", "/"]);
         let balance = || balance().or_else(|_| balance());
-        progress::watch(bytes, || part_done(&["balance", "status"]), balance)?;
+        progress::watch(bytes, || fraction_done(&["balance", "status"]), balance)?;
         if self.step == Step::Resume {
             // Either half may have been mounted without the other since the clone began, so one of two copies may be old.
             log.status(&format!("{node}: comparing the halves of the root"));
             btrfs(&["scrub", "start", "-B", "/"])?;
         }
-        let mounted = Mounted::look(root)?.context("the root isn't mounted any more")?;
+        let mounted = MountedBtrfs::read(root)?.context("the root isn't mounted any more")?;
         let (id, _) = mounted.device(root, &kname(Path::new(node))?)?;
         btrfs(&["filesystem", "resize", "--enqueue", &format!("{id}:max"), "/"])?;
         // udev doesn't notice what btrfs writes, and other programs read udev's database.
@@ -219,14 +219,14 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
                 bail!("{dir}/{}: root= is {id}, which only this disk has; use the UUID of the btrfs (root=UUID=...)", entry.path);
             }
             // An entry without a root and without an initrd boots no system: a memory test, a shell.
-            let is_system = roots().next().is_some() || !initrd::initrds(text).is_empty();
+            let is_system = roots().next().is_some() || !initrd::initrd_paths(text).is_empty();
             if is_system && !mounts_degraded(&place, text, found)? {
                 bail!("{dir}/{}: its initrd {NEEDS_ALL_DISKS}", entry.path);
             }
         }
         for image in found.of(Class::Uki) {
             let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{dir}/{}", image.path))?;
-            if pe::uki(&bytes, &variable_finder()?)?.is_empty() {
+            if pe::search_uki(&bytes, &variable_finder()?)?.is_empty() {
                 bail!("{dir}/{}: its initrd {NEEDS_ALL_DISKS}", image.path);
             }
         }
@@ -242,15 +242,15 @@ pub fn check(machine: &Machine, names: &Rewriter, files: &BTreeMap<Role, BootFil
 /// (`units/initrd/degraded.sh`).
 fn variable_finder() -> Result<Rewriter> {
     let parts = BTreeMap::from([(Role::Esp, PartIds::new(heal::VENDOR.into()))]);
-    Rewriter::finder(&[DiskIds { name: DiskName::free(&[])?, parts }])
+    Rewriter::finder(&[DiskIds { name: DiskName::first_free(&[])?, parts }])
 }
 
 /// Whether an initrd of an entry has that script.
 fn mounts_degraded(place: &Path, entry: &[u8], found: &BootFiles) -> Result<bool> {
     let names = variable_finder()?;
-    for initrd in initrd::initrds(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
+    for initrd in initrd::initrd_paths(entry).iter().filter_map(|path| found.files.get(&fold(path))) {
         let file = File::open(place.join(&initrd.path)).with_context(|| initrd.path.clone())?;
-        if !initrd::initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
+        if !initrd::search_initrd(file, &names).with_context(|| initrd.path.clone())?.is_empty() {
             return Ok(true);
         }
     }
@@ -273,7 +273,7 @@ pub fn fstab(machine: &Machine) -> Result<Option<Rewritten>> {
     let is_own = |line: &fstab::Line<'_>| {
         !names.foreign(line.spec.raw).is_empty() && !line.dir().is_some_and(|dir| machine.belongs_to_other_disk(&dir))
     };
-    let bytes = fstab::without(&old, is_own);
+    let bytes = fstab::without_lines(&old, is_own);
     Ok((bytes != old).then(|| Rewritten { path: FSTAB.to_owned(), bytes }))
 }
 

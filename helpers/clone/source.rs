@@ -134,7 +134,7 @@ pub fn roles(
             booted.path
         )));
     }
-    for part in inventory.beside(booted) {
+    for part in inventory.others_on_disk(booted) {
         let Some(partuuid) = part.partuuid() else { continue };
         let role = match part.fstype.as_deref() {
             Some("swap") => Some(Role::Swap),

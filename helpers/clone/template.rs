@@ -86,7 +86,7 @@ impl InstallPlan {
             )));
         }
         let source = source(&about, &places, &listing)?;
-        let mut taken = Inventory::read()?.labels_beside(target.path());
+        let mut taken = Inventory::read()?.labels_on_other_disks(target.path());
         let named = about.ids.iter().flat_map(|disk| disk.parts.values());
         taken.extend(named.flat_map(|part| [part.label.clone(), part.partlabel.clone()]).flatten());
         let fresh_id = || kernel_id(root, "uuid");
@@ -182,7 +182,7 @@ impl InstallPlan {
         };
         // The rewriter distinguishes disks by their names in the configuration, so the new disk gets one that the template's disks don't have.
         let taken: Vec<DiskName> = self.about.ids.iter().map(|disk| disk.name).collect();
-        let name = DiskName::free(&taken)?;
+        let name = DiskName::first_free(&taken)?;
         let mut own = DiskIds { name, parts: parts.iter().map(of).collect::<Result<_>>()? };
         let alone = |ids: &PartIds| DiskIds { name, parts: [(Role::Root, ids.clone())].into() };
         let its_root = own.parts.get(&Role::Root).map(alone).context("the new disk has no root=")?;

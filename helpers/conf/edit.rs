@@ -83,9 +83,9 @@ pub fn draft(
 pub fn free_name(config: Option<&Config>) -> Result<DiskName> {
     let taken = match config {
         Some(config) => config.disks.iter().map(|disk| disk.name).collect(),
-        None => vec![DiskName::free(&[])?],
+        None => vec![DiskName::first_free(&[])?],
     };
-    DiskName::free(&taken)
+    DiskName::first_free(&taken)
 }
 
 fn section_text(name: DiskName, section: &Section) -> String {

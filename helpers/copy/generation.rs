@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::base::fault::{Code, Fault};
 use crate::copy::BootedRoot;
-use crate::devices::subvolume::{btrfs, delete, is_subvolume, reclaim, subvolumes_in};
+use crate::devices::subvolume::{btrfs, delete, is_subvolume, subvolumes_in, wait_until_freed};
 use crate::names::generation::{DIRECTORY, Generation};
 use crate::write::below::Below;
 use crate::write::change::Change;
@@ -118,7 +118,7 @@ pub fn begin(top: &Below, place: &Path, generation: Generation, base: &Base) -> 
         delete(top, &format!("{NEW}/{name}"))?;
     }
     if !left.is_empty() {
-        reclaim(top)?;
+        wait_until_freed(top)?;
     }
     top.apply(&Change::MakeDir(NEW.to_owned()))?;
     let path = format!("{NEW}/{generation}");
@@ -180,7 +180,7 @@ pub fn remove(top: &Below, gone: &[Generation]) -> Result<Vec<String>> {
         kept.append(&mut full);
     }
     if !gone.is_empty() {
-        reclaim(top)?;
+        wait_until_freed(top)?;
     }
     Ok(kept)
 }

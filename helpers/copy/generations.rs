@@ -14,7 +14,7 @@ use crate::copy::source::Source;
 use crate::copy::staged::Staged;
 use crate::copy::tree::Tree;
 use crate::copy::{BootedRoot, Copier, Request, Roots, Target};
-use crate::devices::held::{Alone, Mounted};
+use crate::devices::held::{Mounted, ReadOnlyView};
 use crate::devices::inventory::Partition;
 use crate::devices::mounts::{self, Mount};
 use crate::devices::subvolume;
@@ -142,7 +142,7 @@ impl Copier for Generations {
 
     fn left_out(&self) -> Result<Vec<String>> {
         let Some(running) = &self.roots.running else { return Ok(Vec::new()) };
-        let seen = Alone::open(Path::new("/"), Path::new(PLACE))?;
+        let seen = ReadOnlyView::open(Path::new("/"), Path::new(PLACE))?;
         let here = Below::open(seen.place())?;
         let mut found = Vec::new();
         for path in subvolume::subvolumes_of(&here, running.trim_matches('/'))? {

@@ -122,7 +122,7 @@ pub fn seal(tree: &Below, gone: &[OsString], top: &File) -> Result<()> {
     let mut ops = plan(&new, tree, gone)?;
     let meta = top.metadata().with_context(|| format!("the attributes of {NEW}"))?;
     let (path, time) = (OsString::from("."), (meta.mtime(), meta.mtime_nsec()));
-    new.dress(&path, top, time)?;
+    new.set_attributes(&path, top, time)?;
     ops.push(Op::Dress { path, time });
     let lines: Vec<Vec<u8>> = [FIRST.to_vec()].into_iter().chain(ops.iter().map(Op::line)).chain([LAST.to_vec()]).collect();
     // NUL is the one byte that is in no path.
@@ -275,7 +275,7 @@ impl Plan {
             }
             Op::Remove { path, directory } => tree.unlink(path, *directory),
             Op::Dress { path, time } => match self.new.sub(path)? {
-                Some(staged) => tree.dress(path, &staged.file_of()?, *time),
+                Some(staged) => tree.set_attributes(path, &staged.as_file()?, *time),
                 None => Ok(()),
             },
         }

@@ -789,7 +789,7 @@ mod tests {
         };
         bind("from/home", "from/again");
         bind("from/home", "from/mnt");
-        let alone = crate::devices::held::Alone::open(&path("from"), &path("alone")).unwrap();
+        let alone = crate::devices::held::ReadOnlyView::open(&path("from"), &path("alone")).unwrap();
         let mut tree = Tree::new(&Role::Root, &[], &[], OldModules::Stay).unwrap();
         tree.from = Some(alone.place().to_owned());
         let below = Below::open(&path("to")).unwrap();

@@ -14,19 +14,19 @@ use crate::devices::mounts;
 const BTRFS: &str = "/sys/fs/btrfs";
 
 /// The btrfs on / and its devices.
-pub(crate) struct Mounted {
+pub(crate) struct MountedBtrfs {
     /// Its UUID.
     pub uuid: Uuid,
     /// The ids of its devices, also of missing ones.
     pub ids: Vec<u64>,
     /// The kernel's names of the devices in use. Until the next mount, btrfs keeps a device that was pulled, and doesn't use one that is
     /// plugged in again.
-    pub at_work: Vec<String>,
+    pub present: Vec<String>,
 }
 
 /// The progress, from 0 to 1, of a balance or replacement of the btrfs on /, as btrfs(8) prints it when run with these arguments. None if
 /// none is running.
-pub(crate) fn part_done(words: &[&str]) -> Option<f64> {
+pub(crate) fn fraction_done(words: &[&str]) -> Option<f64> {
     // Its exit status is 1 while work is left.
     let done = program::command("btrfs").ok()?.args(words).arg("/").output().ok()?;
     part(&String::from_utf8_lossy(&done.stdout))
@@ -46,12 +46,12 @@ fn part(said: &str) -> Option<f64> {
     })
 }
 
-impl Mounted {
+impl MountedBtrfs {
     /// Reads the mounts and /sys; None if / is not a btrfs.
     ///
     /// # Errors
     /// /proc or /sys can't be read.
-    pub fn look(root: &Root) -> Result<Option<Self>> {
+    pub fn read(root: &Root) -> Result<Option<Self>> {
         let table = mounts::table_of(root)?;
         let Some(mount) = mounts::at(&table, Path::new("/")).filter(|mount| mount.fstype == "btrfs") else { return Ok(None) };
         // A device that was pulled has no node.
@@ -63,18 +63,18 @@ impl Mounted {
             let Some(uuid) = uuid.to_str().and_then(|uuid| Uuid::try_parse(uuid).ok()) else { continue };
             if links.iter().any(|name| Some(name.as_os_str()) == source.file_name()) {
                 let alive = links.into_iter().filter(|name| root.path(shown.join("devices").join(name)).exists());
-                let at_work = alive.filter_map(|name| name.into_string().ok()).collect();
+                let present = alive.filter_map(|name| name.into_string().ok()).collect();
                 let ids = root.names(shown.join("devinfo"))?.into_iter();
                 let ids = ids.filter_map(|id| id.to_str().and_then(|id| id.parse().ok())).collect();
-                return Ok(Some(Self { uuid, ids, at_work }));
+                return Ok(Some(Self { uuid, ids, present }));
             }
         }
         Ok(None)
     }
 
     /// Whether it is degraded: one of its devices is missing.
-    pub fn lacks_a_device(&self) -> bool {
-        self.at_work.len() < self.ids.len()
+    pub fn is_degraded(&self) -> bool {
+        self.present.len() < self.ids.len()
     }
 
     /// The kinds of chunks that are on a single one of several devices, such as "data, single". Without that device, btrfs can't be mounted
@@ -103,8 +103,8 @@ impl Mounted {
     ///
     /// # Errors
     /// A device in use can't be read.
-    pub fn lost(&self, root: &Root) -> Result<Vec<u64>> {
-        let here = self.at_work.iter().map(|name| self.device(root, name).map(|(id, _)| id)).collect::<Result<Vec<_>>>()?;
+    pub fn missing_ids(&self, root: &Root) -> Result<Vec<u64>> {
+        let here = self.present.iter().map(|name| self.device(root, name).map(|(id, _)| id)).collect::<Result<Vec<_>>>()?;
         Ok(self.ids.iter().copied().filter(|id| !here.contains(id)).collect())
     }
 
@@ -113,7 +113,7 @@ impl Mounted {
     /// # Errors
     /// A device can't be read.
     pub fn device_uuids(&self, root: &Root) -> Result<Vec<String>> {
-        self.at_work.iter().map(|name| self.device(root, name).map(|(_, uuid)| uuid.to_string())).collect()
+        self.present.iter().map(|name| self.device(root, name).map(|(_, uuid)| uuid.to_string())).collect()
     }
 
     /// The id and UUID of the device with this kernel name, from its superblock: dev_item.devid and dev_item.uuid of Linux's struct

@@ -202,7 +202,7 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
             Some(esp) => {
                 let mut roles = disk.parts.clone();
                 // No section names the devices of a shared root.
-                let member = inventory.beside(esp).find(|part| root_uuid.is_some() && part.uuid == root_uuid);
+                let member = inventory.others_on_disk(esp).find(|part| root_uuid.is_some() && part.uuid == root_uuid);
                 roles.extend(member.and_then(Partition::partuuid).map(|partuuid| (Role::Root, partuuid)));
                 DiskLayout::read(disk.name, inventory, &roles).map(Some)
             }
@@ -212,7 +212,7 @@ pub fn save(root: &Root, config: &Config, inventory: &Inventory) -> Result<()> {
     let disks = config.disks.iter().filter_map(|disk| now(disk).transpose()).collect::<Result<Vec<_>>>()?;
     let mut bytes = serde_json::to_vec_pretty(&disks).context("the layouts can't be written as JSON")?;
     bytes.push(b'\n');
-    state::keep(NAME, bytes)
+    state::save(NAME, bytes)
 }
 
 #[cfg(test)]
@@ -251,7 +251,7 @@ mod tests {
             ),
             line(8192, 4096, "0FC63DAF-8483-4772-8E79-3D69D8477DE4", PartUuid::parse(ROOT).unwrap(), None, ""),
         );
-        program::fed("sfdisk", ["-q".into(), node()], made.as_bytes()).unwrap();
+        program::output_with_input("sfdisk", ["-q".into(), node()], made.as_bytes()).unwrap();
         let roles = [(Role::Esp, PartUuid::parse(ESP).unwrap()), (Role::Root, PartUuid::parse(ROOT).unwrap())].into();
         let read = || {
             let printed = program::output("sfdisk", ["--json".into(), node()]).unwrap();
@@ -272,7 +272,7 @@ mod tests {
         let kept = serde_json::to_vec(&found).unwrap();
         let kept: DiskLayout = serde_json::from_slice(&kept).unwrap();
         std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-        program::fed("sfdisk", ["-q".into(), node()], kept.table.join("\n").as_bytes()).unwrap();
+        program::output_with_input("sfdisk", ["-q".into(), node()], kept.table.join("\n").as_bytes()).unwrap();
         assert_eq!(read(), found);
     }
 

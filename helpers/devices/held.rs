@@ -26,11 +26,11 @@ pub fn enter_private_namespace() -> Result<()> {
 
 /// A read-only view of one file system of the booted disk, without the file systems mounted in it: files below those mount points are
 /// seen, and no file is seen twice.
-pub struct Alone {
+pub struct ReadOnlyView {
     place: PathBuf,
 }
 
-impl Alone {
+impl ReadOnlyView {
     /// Mounts the view of the file system at `dir` on `place` (made if missing), in the private namespace.
     ///
     /// # Errors
@@ -50,7 +50,7 @@ impl Alone {
     }
 }
 
-impl Drop for Alone {
+impl Drop for ReadOnlyView {
     fn drop(&mut self) {
         // Otherwise it ends with the namespace.
         let _ = umount2(&self.place, MntFlags::MNT_DETACH);

@@ -143,7 +143,7 @@ pub struct Inventory {
     /// The links below /dev/disk, by the kernel's name of the device.
     links: BTreeMap<String, BTreeSet<String>>,
     /// The UUIDs of mounted btrfs file systems with several devices.
-    spread: BTreeSet<String>,
+    multi_device: BTreeSet<String>,
 }
 
 impl Inventory {
@@ -154,7 +154,7 @@ impl Inventory {
     pub fn read() -> Result<Self> {
         let columns = "KNAME,PKNAME,PATH,MAJ:MIN,TYPE,FSTYPE,UUID,LABEL,PARTUUID,PARTLABEL,PARTTYPE,SIZE,LOG-SEC";
         let printed = program::output("lsblk", ["--json", "--bytes", "--list", "--output", columns].map(Into::into))?;
-        let mut read = Self::parse(&printed, links(Path::new("/dev/disk")), spread(Path::new("/sys/fs/btrfs")))?;
+        let mut read = Self::parse(&printed, links(Path::new("/dev/disk")), multi_device(Path::new("/sys/fs/btrfs")))?;
         read.parts.iter_mut().for_each(Partition::detect_torn_ext);
         read.parts.iter_mut().for_each(|part| part.index = index(Path::new("/sys/class/block"), &part.kname));
         Ok(read)
@@ -165,7 +165,7 @@ impl Inventory {
     ///
     /// # Errors
     /// The output can't be understood.
-    pub fn parse(json: &[u8], links: BTreeMap<String, BTreeSet<String>>, spread: BTreeSet<String>) -> Result<Self> {
+    pub fn parse(json: &[u8], links: BTreeMap<String, BTreeSet<String>>, multi_device: BTreeSet<String>) -> Result<Self> {
         #[derive(Deserialize)]
         struct Printed {
             blockdevices: Vec<Partition>,
@@ -176,7 +176,7 @@ impl Inventory {
         for part in parts.iter_mut().filter(|part| part.fstype.as_deref() == Some("crypto_LUKS")) {
             part.set_container(mappings.iter().find(|mapping| mapping.pkname.as_ref() == Some(&part.kname)));
         }
-        Ok(Self { parts, links, spread })
+        Ok(Self { parts, links, multi_device })
     }
 
     /// The partition with this PARTUUID, or None if it is missing.
@@ -202,7 +202,7 @@ impl Inventory {
     }
 
     /// The other partitions of the disk that this one is on.
-    pub fn beside<'a>(&'a self, part: &'a Partition) -> impl Iterator<Item = &'a Partition> {
+    pub fn others_on_disk<'a>(&'a self, part: &'a Partition) -> impl Iterator<Item = &'a Partition> {
         self.parts.iter().filter(move |other| other.pkname.is_some() && other.pkname == part.pkname && other.kname != part.kname)
     }
 
@@ -212,7 +212,7 @@ impl Inventory {
     }
 
     /// The labels of all file systems and the names of all partitions, except those on the disk with this device node.
-    pub fn labels_beside(&self, disk: &str) -> BTreeSet<String> {
+    pub fn labels_on_other_disks(&self, disk: &str) -> BTreeSet<String> {
         let kname = self.parts.iter().find(|part| part.path == disk).map(|part| part.kname.as_str());
         let others =
             self.parts.iter().filter(|part| part.path != disk && (part.pkname.is_none() || part.pkname.as_deref() != kname));
@@ -297,10 +297,10 @@ impl Inventory {
             let beside = part.pkname.as_deref().and_then(|disk| whole.get(disk));
             let Some(partuuid) = only(&part.partuuid, |p| &p.partuuid).and_then(|p| PartUuid::parse(&p).ok()) else { continue };
             if beside.is_some_and(|disks| disks.len() == 1 && disks.contains(&disk.name)) && !named.contains(part.path.as_str()) {
-                let spread = part.uuid.as_ref().is_some_and(|uuid| self.spread.contains(uuid));
+                let multi_device = part.uuid.as_ref().is_some_and(|uuid| self.multi_device.contains(uuid));
                 let ids = PartIds {
-                    uuid: only(&part.uuid, |p| &p.uuid).filter(|_| !spread),
-                    label: only(&part.label, |p| &p.label).filter(|_| !spread),
+                    uuid: only(&part.uuid, |p| &p.uuid).filter(|_| !multi_device),
+                    label: only(&part.label, |p| &p.label).filter(|_| !multi_device),
                     container: part.container.as_ref().map(|container| container.ids.clone()),
                     partlabel: only(&part.partlabel, |p| &p.partlabel),
                     paths: self.paths(part),
@@ -371,7 +371,7 @@ fn links(dir: &Path) -> BTreeMap<String, BTreeSet<String>> {
 
 /// The UUIDs of mounted btrfs file systems with several devices, missing ones included: each has a directory below /sys/fs/btrfs, whose
 /// devinfo/ has an entry for each device (Linux, fs/btrfs/sysfs.c).
-fn spread(dir: &Path) -> BTreeSet<String> {
+fn multi_device(dir: &Path) -> BTreeSet<String> {
     let several = |uuid: &String| fs::read_dir(dir.join(uuid).join("devinfo")).is_ok_and(|devices| devices.count() > 1);
     let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
     names.filter(several).collect()
@@ -489,7 +489,7 @@ mod tests {
             fs::create_dir_all(sys.path().join(device)).unwrap();
         }
         let json = format!(r#"{{"blockdevices":[{}]}}"#, lines.join(","));
-        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), spread(sys.path())).unwrap();
+        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), multi_device(sys.path())).unwrap();
         let config = Config::parse(&[("dualroot.conf".into(), CONF.into())]).unwrap().unwrap();
         let ids: Vec<DiskIds> = config.disks.iter().map(|d| inventory.ids(&config, d).unwrap()).collect();
         let rewriter = Rewriter::new(&ids[1], &ids).unwrap();

@@ -13,7 +13,7 @@ use crate::base::types::{PartUuid, UnitName};
 use crate::names::crypttab::KEY;
 
 /// The least size in bytes of the key file: only its length protects it, as guesses aren't slowed down.
-pub const LEAST: u64 = 64;
+pub const MIN_KEY_BYTES: u64 = 64;
 
 /// Opens the container on a partition.
 ///
@@ -51,8 +51,8 @@ pub fn has_key() -> Result<bool> {
     match fs::symlink_metadata(KEY) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
         Err(e) => Err(refused(format!("{KEY} can't be read: {e}"))),
-        Ok(meta) if meta.len() < LEAST => Err(refused(format!(
-            "{KEY} has {} bytes, and at least {LEAST} are needed. Make a new key, see dualroot(7)",
+        Ok(meta) if meta.len() < MIN_KEY_BYTES => Err(refused(format!(
+            "{KEY} has {} bytes, and at least {MIN_KEY_BYTES} are needed. Make a new key, see dualroot(7)",
             meta.len()
         ))),
         Ok(meta) if meta.is_file() && meta.uid() == 0 && meta.mode() & 0o077 == 0 => Ok(true),

@@ -24,7 +24,7 @@ pub fn is_subvolume(top: &Below, path: &str) -> bool {
 
 /// Waits until the kernel has freed the space of removed subvolumes, which it does only while the file system is writable. Gives up after
 /// a minute: a subvolume with an open file is freed only when the file is closed.
-pub(crate) fn reclaim(top: &Below) -> Result<()> {
+pub(crate) fn wait_until_freed(top: &Below) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(60);
     btrfs(top, &["filesystem", "sync", "."])?;
     let mut waiting = program::command("btrfs")?;
@@ -45,7 +45,7 @@ pub(crate) fn reclaim(top: &Below) -> Result<()> {
 /// The subvolumes directly in the subvolume `path`, as paths below it. Both are below the handle `top`, the top of the file system.
 pub(crate) fn subvolumes_in(top: &Below, path: &str) -> Result<Vec<String>> {
     let listed = btrfs(top, &["subvolume", "list", "-o", &format!("./{path}")])?;
-    inner(&listed, if path == "." { "" } else { path })
+    paths_within(&listed, if path == "." { "" } else { path })
 }
 
 /// The subvolumes directly in the subvolume that the handle `mounted` is for, as paths below it. `path` is its path from the top of the
@@ -54,11 +54,11 @@ pub(crate) fn subvolumes_in(top: &Below, path: &str) -> Result<Vec<String>> {
 /// # Errors
 /// Those of btrfs(8).
 pub fn subvolumes_of(mounted: &Below, path: &str) -> Result<Vec<String>> {
-    inner(&btrfs(mounted, &["subvolume", "list", "-o", "."])?, path)
+    paths_within(&btrfs(mounted, &["subvolume", "list", "-o", "."])?, path)
 }
 
 /// The paths below `path` in the output of `btrfs subvolume list`.
-pub(crate) fn inner(listed: &[u8], path: &str) -> Result<Vec<String>> {
+pub(crate) fn paths_within(listed: &[u8], path: &str) -> Result<Vec<String>> {
     let within = if path.is_empty() { String::new() } else { format!("{path}/") };
     let one = |line: &str| {
         // "ID 260 gen 10 top level 256 path dualroot/5/var/lib/machines", a path from the top of the file system.

@@ -1,7 +1,7 @@
 //! Kernel command lines: the subvolume that one boots.
 
 /// The kernel parameter with the mount options of the root.
-pub(crate) const FLAGS: &[u8] = b"rootflags=";
+pub(crate) const ROOT_FLAGS: &[u8] = b"rootflags=";
 
 /// Splits the value of a kernel parameter into its quote (or nothing) and the text inside.
 pub(crate) fn unquote(value: &[u8]) -> (&[u8], &[u8]) {
@@ -17,13 +17,13 @@ pub(crate) fn words(text: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
 }
 
 /// Whether a mount option selects a subvolume of a btrfs.
-pub fn names_subvolume(option: &[u8]) -> bool {
+pub fn is_subvolume_option(option: &[u8]) -> bool {
     option.starts_with(b"subvol=") || option.starts_with(b"subvolid=")
 }
 
 /// The subvolume that an entry or command line boots, as a path from the top of the file system; None if it names none.
-pub(crate) fn booted_by(entry: &[u8]) -> Option<String> {
-    let (_, flags) = unquote(words(entry).filter_map(|word| word.strip_prefix(FLAGS)).next_back()?);
+pub(crate) fn booted_subvolume(entry: &[u8]) -> Option<String> {
+    let (_, flags) = unquote(words(entry).filter_map(|word| word.strip_prefix(ROOT_FLAGS)).next_back()?);
     let path = flags.split(|b| *b == b',').filter_map(|flag| flag.strip_prefix(b"subvol=")).next_back()?;
     let path = std::str::from_utf8(path).ok()?.trim_matches('/');
     path.split('/').all(|name| name != "..").then(|| path.to_owned())
@@ -35,7 +35,7 @@ mod tests {
 
     #[test]
     fn f26_no_entry_leads_out_of_the_file_system() {
-        let of = |path: &str| booted_by(format!("options rootflags=subvol={path}\n").as_bytes());
+        let of = |path: &str| booted_subvolume(format!("options rootflags=subvol={path}\n").as_bytes());
         assert_eq!(of("/@rootfs/").as_deref(), Some("@rootfs"));
         for path in ["..", "../x", "a/../../x"] {
             assert_eq!(of(path), None, "{path}");

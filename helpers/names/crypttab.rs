@@ -17,7 +17,7 @@ pub(crate) fn may_fail(line: &[u8]) -> bool {
 
 /// The containers of the booted disk that crypttab(5) opens with another key file than [`KEY`], as "NAME by FILE": that file wouldn't open
 /// the spare's containers. `names` tells whether a text names something of the booted disk.
-pub fn opened_by_files(crypttab: &[u8], names: impl Fn(&[u8]) -> bool) -> Vec<String> {
+pub fn containers_opened_by_files(crypttab: &[u8], names: impl Fn(&[u8]) -> bool) -> Vec<String> {
     let is_file = |field: &str| !matches!(field, "none" | "-" | KEY);
     let mut found = Vec::new();
     for line in crypttab.split(|b| *b == b'\n').filter(|line| !line.trim_ascii_start().starts_with(b"#")) {
@@ -42,6 +42,6 @@ mod tests {
         let crypttab =
             b"root UUID=a none luks\n# home UUID=a /key luks\nhome  UUID=a\t/key luks\nvar UUID=a\ndata UUID=a - luks\n\
             other UUID=b /key luks\nsrv UUID=a /etc/cryptsetup-keys.d/dualroot.key luks\n";
-        assert_eq!(opened_by_files(crypttab, |spec| spec == b"UUID=a"), ["home by /key"]);
+        assert_eq!(containers_opened_by_files(crypttab, |spec| spec == b"UUID=a"), ["home by /key"]);
     }
 }

@@ -22,7 +22,7 @@ pub(crate) const DIRECTORIES: [&str; 4] =
     ["/etc/kernel/cmdline.d", "/etc/cmdline.d", "/etc/dracut.conf.d", "/etc/initramfs-tools/conf.d"];
 
 /// A file that every system has; a new file gets its owner and mode, so that everybody may read it.
-pub(crate) const USUAL: &str = "/etc/os-release";
+pub(crate) const MODEL_FILE: &str = "/etc/os-release";
 
 /// The paths, or their beginnings, of files that hold a kernel command line and nothing else.
 pub(crate) const COMMAND_LINES: [&str; 3] = ["/etc/kernel/cmdline", "/etc/kernel/cmdline.d/", "/etc/cmdline.d/"];
@@ -50,15 +50,17 @@ pub fn rewritten(
 ) -> Result<Vec<Rewritten>> {
     let mut found = Vec::new();
     for path in identifying_files(root)? {
-        if unitfile::dir(&path).is_some_and(|dir| keep(&dir)) || !unitfile::named_after(&path, rewriter).is_empty() {
+        if unitfile::mount_point(&path).is_some_and(|dir| keep(&dir))
+            || !unitfile::foreign_ids_in_name(&path, rewriter).is_empty()
+        {
             continue;
         }
         let Some(old) = root.read_opt(&path).with_context(|| format!("{path} can't be read"))? else { continue };
         let bytes = match (path.as_str(), generation) {
             ("/etc/fstab", None) => fstab::rewrite(&old, rewriter, &keep),
-            ("/etc/fstab", Some(_)) => fstab::any_subvolume(&fstab::rewrite(&old, rewriter, &keep)),
+            ("/etc/fstab", Some(_)) => fstab::without_subvolume_options(&fstab::rewrite(&old, rewriter, &keep)),
             (path, Some(generation)) if COMMAND_LINES.iter().any(|start| path.starts_with(start)) => {
-                generation.boot(&rewriter.rewrite(&old))
+                generation.command_line(&rewriter.rewrite(&old))
             }
             _ => rewriter.rewrite(&old),
         };
@@ -111,11 +113,11 @@ pub fn identifying_texts(root: &Root, drafts: &[Rewritten]) -> Result<BTreeMap<S
 ///
 /// # Errors
 /// A directory can't be read.
-pub fn links(root: &Root, others: &[&str]) -> Result<Vec<String>> {
+pub fn symlinks(root: &Root, others: &[&str]) -> Result<Vec<String>> {
     let mut found = BTreeSet::new();
     let mut paths: Vec<PathBuf> = FILES.iter().chain(others).map(PathBuf::from).collect();
     for dir in DIRECTORIES {
-        match link_on(root, Path::new(dir))? {
+        match first_link(root, Path::new(dir))? {
             Some(link) => {
                 found.insert(link);
             }
@@ -126,13 +128,13 @@ pub fn links(root: &Root, others: &[&str]) -> Result<Vec<String>> {
         }
     }
     for path in paths {
-        found.extend(link_on(root, &path)?);
+        found.extend(first_link(root, &path)?);
     }
     Ok(found.into_iter().collect())
 }
 
 /// The first symbolic link on the way to a path, as "LINK -> TARGET"; None if there is none, or it leads to /dev/null.
-pub(crate) fn link_on(root: &Root, path: &Path) -> Result<Option<String>> {
+pub(crate) fn first_link(root: &Root, path: &Path) -> Result<Option<String>> {
     let mut steps: Vec<&Path> = path.ancestors().filter(|step| *step != Path::new("/")).collect();
     steps.reverse();
     for step in steps {
@@ -159,7 +161,7 @@ impl Rewritten {
             path: self.path.strip_prefix(dir).unwrap_or(&self.path).trim_start_matches('/').to_owned(),
             content: Content::Bytes(self.bytes.clone()),
             like: Some(
-                [self.path.as_str(), USUAL].map(|path| root.path(path)).into_iter().find(|p| p.exists()).unwrap_or_default(),
+                [self.path.as_str(), MODEL_FILE].map(|path| root.path(path)).into_iter().find(|p| p.exists()).unwrap_or_default(),
             ),
         }
     }
@@ -263,7 +265,7 @@ mod tests {
         let mut found = identifying_files(&root).unwrap();
         found.sort();
         assert_eq!(found, paths);
-        assert_eq!(links(&root, &[]).unwrap(), [""; 0]);
+        assert_eq!(symlinks(&root, &[]).unwrap(), [""; 0]);
         let spares = DirPath::parse("/mnt/root1").unwrap();
         let new = rewritten(&root, &to_b(), None, |dir| dir.is_within(&spares)).unwrap();
         paths.retain(|path| !path.contains("root1") && !path.contains("uuid"));
@@ -306,7 +308,7 @@ mod tests {
         fs::write(tmp.path().join("etc/crypttab"), "").unwrap();
         fs::write(tmp.path().join("etc/dracut.conf.d/a.conf"), "").unwrap();
         symlink("/dev/null", tmp.path().join("etc/dracut.conf.d/masked.conf")).unwrap();
-        assert_eq!(links(&root, &["/etc/hostname"]).unwrap(), [""; 0]);
+        assert_eq!(symlinks(&root, &["/etc/hostname"]).unwrap(), [""; 0]);
         for (link, to) in [
             ("etc/hostname", "x"),
             ("etc/fstab", "/usr/etc/fstab"),
@@ -321,6 +323,6 @@ mod tests {
             "/etc/hostname -> x",
             "/etc/kernel -> ../usr/kernel",
         ];
-        assert_eq!(links(&root, &["/etc/hostname"]).unwrap(), expected);
+        assert_eq!(symlinks(&root, &["/etc/hostname"]).unwrap(), expected);
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use crate::base::octal::unescape;
 use crate::base::types::DirPath;
-use crate::names::cmdline::names_subvolume;
+use crate::names::cmdline::is_subvolume_option;
 use crate::names::ident::Rewriter;
 
 /// The byte before a byte in octal, as for libmount.
@@ -154,18 +154,18 @@ pub fn rewrite(fstab: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> boo
 }
 
 /// fstab without the lines that `goes` accepts.
-pub fn without(fstab: &[u8], goes: impl Fn(&Line<'_>) -> bool) -> Vec<u8> {
+pub fn without_lines(fstab: &[u8], goes: impl Fn(&Line<'_>) -> bool) -> Vec<u8> {
     let goes = |span: &Range<usize>| parse(fstab, span.clone(), 0).is_some_and(|line| goes(&line));
     split(fstab).filter(|span| !goes(span)).filter_map(|span| fstab.get(span)).flatten().copied().collect()
 }
 
 /// fstab without the options that select the root's btrfs subvolume: `rootflags=` on the kernel command line selects it.
-pub fn any_subvolume(fstab: &[u8]) -> Vec<u8> {
+pub fn without_subvolume_options(fstab: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(fstab.len());
     let mut done = 0;
     for line in lines(fstab).filter(|line| line.is_at("/") && line.fstype.raw == b"btrfs") {
         let options: Vec<&[u8]> = line.options.raw.split(|b| *b == b',').collect();
-        let left: Vec<&[u8]> = options.iter().copied().filter(|option| !names_subvolume(option)).collect();
+        let left: Vec<&[u8]> = options.iter().copied().filter(|option| !is_subvolume_option(option)).collect();
         if left.len() < options.len() {
             out.extend(fstab.get(done..line.options.span.start).unwrap_or_default());
             out.extend(if left.is_empty() { b"defaults".to_vec() } else { left.join(&b',') });
@@ -184,7 +184,7 @@ pub fn swap_files(fstab: &[u8]) -> Vec<String> {
 
 /// The lines ("line N (DIRECTORY)") that boot needs and that mount a subvolume of the root's partition which doesn't exist on the spare:
 /// it isn't copied with the root. `names` tells whether a text names that partition, `is_there` whether a subvolume exists.
-pub fn beside_the_root(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: impl Fn(&str) -> bool) -> Vec<String> {
+pub fn missing_subvolumes(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: impl Fn(&str) -> bool) -> Vec<String> {
     let is_absent = |option: &[u8]| match option.strip_prefix(b"subvol=") {
         Some(path) => !std::str::from_utf8(path).is_ok_and(|path| is_there(path.trim_matches('/'))),
         // A subvolume has another number on each file system.
@@ -197,7 +197,7 @@ pub fn beside_the_root(fstab: &[u8], names: impl Fn(&[u8]) -> bool, is_there: im
 
 /// The lines ("line N (DIRECTORY) needs …") that boot needs and that name another disk than the rewriter's target (failure mode 14). Lines
 /// that are kept on purpose count too: boot would wait for a spare.
-pub fn boot_needs_foreign(fstab: &[u8], rewriter: &Rewriter) -> Vec<String> {
+pub fn foreign_ids_needed_at_boot(fstab: &[u8], rewriter: &Rewriter) -> Vec<String> {
     let mut found = Vec::new();
     for line in lines(fstab).filter(Line::is_needed_at_boot) {
         let names = rewriter.foreign(fstab.get(line.span.clone()).unwrap_or_default());
@@ -275,9 +275,9 @@ mod tests {
     #[test]
     fn lines_of_a_partition_are_removed() {
         let text = b"# /boot is /dev/sda1\n/dev/sda1 /boot vfat defaults 0 2\nUUID=1 / btrfs\n/dev/sda1 /efi vfat noauto";
-        let left = without(text, |line| line.spec.raw == b"/dev/sda1");
+        let left = without_lines(text, |line| line.spec.raw == b"/dev/sda1");
         assert_eq!(left, b"# /boot is /dev/sda1\nUUID=1 / btrfs\n");
-        assert_eq!(without(text, |_| false), text);
+        assert_eq!(without_lines(text, |_| false), text);
     }
 
     #[test]
@@ -337,7 +337,7 @@ mod tests {
         let once = rewrite(old.as_bytes(), &to_b(), keep);
         assert_eq!(String::from_utf8_lossy(&once), new);
         assert_eq!(rewrite(&once, &to_b(), keep), once);
-        assert_eq!(boot_needs_foreign(&once, &to_b()), [""; 0]);
+        assert_eq!(foreign_ids_needed_at_boot(&once, &to_b()), [""; 0]);
     }
 
     #[test]
@@ -346,7 +346,7 @@ mod tests {
             "# UUID={ROOT_A}\nUUID={ROOT_B} / ext4\nUUID={ROOT_A} /mnt/root1 ext4 ro,nofail 0 0\n\
              UUID=AAAA-0001 /mnt/root1/boot vfat ro 0 0\n/dev/sdb9 /x ext4 x-systemd.requires=/dev/sda2\nUUID={ROOT_A} none swap sw"
         );
-        let found = boot_needs_foreign(text.as_bytes(), &to_b());
+        let found = foreign_ids_needed_at_boot(text.as_bytes(), &to_b());
         assert_eq!(found.len(), 3, "{found:?}");
         assert!(found[0].starts_with("line 4 (/mnt/root1/boot) needs UUID=AAAA-0001"), "{found:?}");
         assert!(found[1].contains("line 5 (/x)") && found[2].contains("line 6 (none)"), "{found:?}");
@@ -383,7 +383,7 @@ mod tests {
             ("UUID=a / btrfs\n", ""),
         ] {
             let expected = if expected.is_empty() { text } else { expected };
-            assert_eq!(String::from_utf8_lossy(&any_subvolume(text.as_bytes())), expected, "{text}");
+            assert_eq!(String::from_utf8_lossy(&without_subvolume_options(text.as_bytes())), expected, "{text}");
         }
     }
 
@@ -392,7 +392,7 @@ mod tests {
         let text =
             b"UUID=a / btrfs subvol=@ 0 0\nUUID=a /home btrfs x,subvol=/@home 0 0\nUUID=a /srv btrfs nofail,subvol=@srv 0 0\n\
                      UUID=b /var btrfs subvol=@var 0 0\nUUID=a /opt btrfs x 0 0\nUUID=a /data btrfs subvolid=9 0 0\n";
-        let found = |there: &str| beside_the_root(text, |spec| spec == b"UUID=a", |path| path == there);
+        let found = |there: &str| missing_subvolumes(text, |spec| spec == b"UUID=a", |path| path == there);
         assert_eq!(found("@srv"), ["line 2 (/home)", "line 6 (/data)"]);
         assert_eq!(found("@home"), ["line 6 (/data)"]);
     }

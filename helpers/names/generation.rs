@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Context, Result, bail};
 
-use crate::names::cmdline::{FLAGS, names_subvolume, unquote, words};
+use crate::names::cmdline::{ROOT_FLAGS, is_subvolume_option, unquote, words};
 
 /// The directory at the top of the file system that holds the generations' subvolumes.
 pub(crate) const DIRECTORY: &str = "dualroot";
@@ -27,7 +27,7 @@ impl Generation {
     }
 
     /// The generation whose subvolume is `root`, a path from the top of the file system with a leading slash; None for another subvolume.
-    pub fn at(root: &str) -> Option<Self> {
+    pub fn of_root(root: &str) -> Option<Self> {
         Self::of_subvolume(root.strip_prefix('/')?)
     }
 
@@ -53,18 +53,18 @@ impl Generation {
 
     /// A kernel command line, or an entry, changed to boot this generation: `rootflags=` names its subvolume, and is added after `root=` if
     /// missing. Every other byte stays. A second call changes nothing.
-    pub fn boot(self, text: &[u8]) -> Vec<u8> {
-        let has_flags = words(text).any(|word| word.starts_with(FLAGS));
+    pub fn command_line(self, text: &[u8]) -> Vec<u8> {
+        let has_flags = words(text).any(|word| word.starts_with(ROOT_FLAGS));
         let mut out = Vec::with_capacity(text.len() + 32);
         for word in text.split_inclusive(u8::is_ascii_whitespace) {
             let bare = word.trim_ascii_end();
             let blank = word.get(bare.len()..).unwrap_or_default();
-            if let Some(value) = bare.strip_prefix(FLAGS) {
+            if let Some(value) = bare.strip_prefix(ROOT_FLAGS) {
                 let (quote, flags) = unquote(value);
-                let others = flags.split(|b| *b == b',').filter(|flag| !flag.is_empty() && !names_subvolume(flag));
+                let others = flags.split(|b| *b == b',').filter(|flag| !flag.is_empty() && !is_subvolume_option(flag));
                 let own = format!("subvol={}", self.subvolume());
                 let flags = others.chain([own.as_bytes()]).collect::<Vec<_>>().join(&b',');
-                out.extend([FLAGS, quote, &flags, quote].concat());
+                out.extend([ROOT_FLAGS, quote, &flags, quote].concat());
             } else {
                 out.extend(bare);
                 if bare.starts_with(b"root=") && !has_flags {
@@ -106,7 +106,7 @@ pub(crate) mod tests {
 
     #[test]
     fn f15_a_command_line_is_changed_to_boot_a_generation() {
-        let boots = |text: &str| String::from_utf8(Generation(7).boot(text.as_bytes())).unwrap();
+        let boots = |text: &str| String::from_utf8(Generation(7).command_line(text.as_bytes())).unwrap();
         for (text, expected) in [
             ("root=UUID=1 ro quiet\n", "root=UUID=1 rootflags=subvol=dualroot/7 ro quiet\n"),
             ("root=UUID=1", "root=UUID=1 rootflags=subvol=dualroot/7"),

@@ -66,7 +66,7 @@ impl Rewriter {
     /// As [`Rewriter::new`]; all names of disks are taken.
     pub fn finder(disks: &[DiskIds]) -> Result<Self> {
         let taken: Vec<DiskName> = disks.iter().map(|disk| disk.name).collect();
-        Self::new(&DiskIds { name: DiskName::free(&taken)?, parts: BTreeMap::new() }, disks)
+        Self::new(&DiskIds { name: DiskName::first_free(&taken)?, parts: BTreeMap::new() }, disks)
     }
 
     /// A rewriter that only finds these words, given as the text to report and the word. They match byte for byte whatever is around

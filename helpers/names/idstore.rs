@@ -16,7 +16,7 @@ const NAME: &str = "identifiers.json";
 ///
 /// # Errors
 /// The file can't be read. One that doesn't parse counts as empty: present disks fill it again.
-pub fn complete(root: &Root, now: Vec<DiskIds>) -> Result<Vec<DiskIds>> {
+pub fn with_last_seen(root: &Root, now: Vec<DiskIds>) -> Result<Vec<DiskIds>> {
     let stored: Vec<DiskIds> = state::load(|path| root.read_opt(path), NAME)?;
     Ok(merge(now, &stored))
 }
@@ -46,7 +46,7 @@ fn merge(now: Vec<DiskIds>, stored: &[DiskIds]) -> Vec<DiskIds> {
 pub fn save(ids: &[DiskIds]) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(ids).context("the identifiers can't be written as JSON")?;
     bytes.push(b'\n');
-    state::keep(NAME, bytes)
+    state::save(NAME, bytes)
 }
 
 #[cfg(test)]

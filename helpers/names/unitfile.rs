@@ -47,7 +47,7 @@ fn name(path: &str) -> Option<&str> {
 }
 
 /// The mount point of the mount unit at this path, from its name: systemd requires `Where=` to be the same, and drop-ins may lack it.
-pub fn dir(path: &str) -> Option<DirPath> {
+pub fn mount_point(path: &str) -> Option<DirPath> {
     let mut parts = name(path)?.strip_suffix(".mount")?.split("\\x");
     let mut dir = format!("/{}", parts.next()?.replace('-', "/")).into_bytes();
     for part in parts {
@@ -60,7 +60,7 @@ pub fn dir(path: &str) -> Option<DirPath> {
 
 /// The identifiers of other disks in the unit's name. Such a unit can't be rewritten, because systemd requires a swap unit's name to match
 /// its `What=`.
-pub fn named_after(path: &str, rewriter: &Rewriter) -> Vec<String> {
+pub fn foreign_ids_in_name(path: &str, rewriter: &Rewriter) -> Vec<String> {
     name(path).map(|name| rewriter.foreign(name.as_bytes())).unwrap_or_default()
 }
 
@@ -92,12 +92,12 @@ mod tests {
             ("a\\x0ab.mount", None),
             ("dev-sda2.swap", None),
         ] {
-            assert_eq!(dir(&format!("{DIR}/{name}")).as_ref().map(DirPath::as_str), expected, "{name}");
+            assert_eq!(mount_point(&format!("{DIR}/{name}")).as_ref().map(DirPath::as_str), expected, "{name}");
         }
-        assert_eq!(dir("/etc/fstab"), None);
+        assert_eq!(mount_point("/etc/fstab"), None);
         for path in ["/home", "/srv/my-data", "/.a/b.c", "/a b/ä:_"] {
             let unit = crate::base::types::UnitName::from_path(&DirPath::parse(path).unwrap(), "mount").unwrap();
-            assert_eq!(dir(&format!("{DIR}/{unit}")).unwrap().as_str(), path);
+            assert_eq!(mount_point(&format!("{DIR}/{unit}")).unwrap().as_str(), path);
         }
     }
 

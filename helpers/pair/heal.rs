@@ -16,7 +16,7 @@ use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::boot::efi::EfiVars;
 use crate::conf::{Config, Layout};
-use crate::devices::btrfs::Mounted;
+use crate::devices::btrfs::MountedBtrfs;
 use crate::write::below::Below;
 use crate::write::change::Change;
 
@@ -46,9 +46,9 @@ pub fn probe(root: &Root, config: &Config) -> Result<RootState> {
     if config.layout() == Layout::OwnRoots {
         return Ok(RootState::Whole);
     }
-    let mounted = Mounted::look(root)?;
+    let mounted = MountedBtrfs::read(root)?;
     Ok(match () {
-        () if root.exists(NOW) || mounted.as_ref().is_some_and(Mounted::lacks_a_device) => RootState::Degraded,
+        () if root.exists(NOW) || mounted.as_ref().is_some_and(MountedBtrfs::is_degraded) => RootState::Degraded,
         // A system that was powered off early, or lost a disk while it ran, has the record in the firmware only.
         () if root.exists(KEPT) || mounted.is_some_and(|mounted| is_in_firmware(root, &mounted)) => RootState::Behind,
         () => RootState::Whole,
@@ -56,7 +56,7 @@ pub fn probe(root: &Root, config: &Config) -> Result<RootState> {
 }
 
 /// Whether the variable exists and is about this file system.
-fn is_in_firmware(root: &Root, mounted: &Mounted) -> bool {
+fn is_in_firmware(root: &Root, mounted: &MountedBtrfs) -> bool {
     variable(root).is_some_and(|value| recorded_devices(&value, &mounted.uuid).is_some())
 }
 
@@ -95,7 +95,7 @@ pub fn note(root: &Root) -> Result<bool> {
     if Config::load(root).is_ok_and(|config| config.is_none_or(|config| config.layout() == Layout::OwnRoots)) {
         return Ok(false);
     }
-    let Some(mounted) = Mounted::look(root)?.filter(Mounted::lacks_a_device) else { return Ok(false) };
+    let Some(mounted) = MountedBtrfs::read(root)?.filter(MountedBtrfs::is_degraded) else { return Ok(false) };
     let Some(mut vars) = EfiVars::open(root) else { return Ok(false) };
     let was = variable(root).unwrap_or_default();
     let record = record(&was, &mounted.uuid, &mounted.device_uuids(root)?).filter(|record| *record != was);
@@ -113,8 +113,8 @@ pub fn note(root: &Root) -> Result<bool> {
 /// [`crate::base::refusal::Refused`] while a disk is missing, or holds something that no other disk holds; a variable, or a record, that can't
 /// be removed.
 pub fn healed(root: &Root) -> Result<()> {
-    let mounted = Mounted::look(root)?;
-    if mounted.as_ref().is_some_and(Mounted::lacks_a_device) {
+    let mounted = MountedBtrfs::read(root)?;
+    if mounted.as_ref().is_some_and(MountedBtrfs::is_degraded) {
         return Err(refused(
             "the shared root is mounted without one of its disks, so that disk is not up to date; put the disk back, if it is out, and \
              reboot; the next sync starts dualroot-heal.service again",
@@ -257,7 +257,7 @@ mod tests {
             assert_eq!((note(&machine.root).unwrap(), machine.recorded(), machine.probe()), (false, None, RootState::Whole));
             machine.pull(gone);
             assert_eq!(machine.probe(), RootState::Degraded);
-            assert_eq!(Mounted::look(&machine.root).unwrap().unwrap().lost(&machine.root).unwrap(), [id(gone)]);
+            assert_eq!(MountedBtrfs::read(&machine.root).unwrap().unwrap().missing_ids(&machine.root).unwrap(), [id(gone)]);
             assert!(note(&machine.root).unwrap() && !note(&machine.root).unwrap(), "it is noted once");
             assert_eq!(machine.recorded().unwrap(), left[..1]);
             // It is put back, which btrfs ignores: nothing is healed.

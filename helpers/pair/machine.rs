@@ -79,7 +79,7 @@ impl Machine {
     pub fn with_config(root: Root, config: Config) -> Result<Self> {
         let (vars, esp) = booted_esp(&root)?;
         let booted = booted_disk(&config, &esp)?.clone();
-        let loader = efi::loader_says(&vars, "LoaderInfo");
+        let loader = efi::loader_variable(&vars, "LoaderInfo");
         let mut machine =
             Self { root, config, booted, inventory: Inventory::default(), ids: Vec::new(), loader, drafts: Vec::new() };
         machine.refresh()?;
@@ -94,7 +94,7 @@ impl Machine {
         self.inventory = Inventory::read()?;
         self.inventory.check_unique(&self.config).map_err(|e| refused(format!("{e:#}")))?;
         let now = self.config.disks.iter().map(|disk| self.inventory.ids(&self.config, disk)).collect::<Result<Vec<_>>>();
-        self.ids = idstore::complete(&self.root, now.map_err(|e| refused(format!("{e:#}")))?)?;
+        self.ids = idstore::with_last_seen(&self.root, now.map_err(|e| refused(format!("{e:#}")))?)?;
         mounted::check(&self.booted, &self.inventory, &mounts::table()?)
     }
 

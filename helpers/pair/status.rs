@@ -17,7 +17,7 @@ use crate::base::refusal::Refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::boot::files::{BootFiles, Class, classify, fold};
-use crate::boot::wanted::Wanted;
+use crate::boot::wanted::WantedFile;
 use crate::conf::{Config, Disk};
 use crate::write::below::Below;
 use crate::write::state;
@@ -201,7 +201,7 @@ impl Status {
         &mut self,
         spare: &Disk,
         faults: &[Fault],
-        wanted: &BTreeMap<Role, Vec<Wanted>>,
+        wanted: &BTreeMap<Role, Vec<WantedFile>>,
         found: &BTreeMap<Role, BootFiles>,
         synced: Option<(DiskName, u64)>,
     ) {
@@ -283,8 +283,8 @@ pub(crate) mod tests {
     }
 
     /// What is to be on the ESP of a spare.
-    fn wanted() -> BTreeMap<Role, Vec<Wanted>> {
-        let file = |path: &str| Wanted { path: path.to_owned(), content: Content::Bytes(vec![]), hash: blake3::hash(b"") };
+    fn wanted() -> BTreeMap<Role, Vec<WantedFile>> {
+        let file = |path: &str| WantedFile { path: path.to_owned(), content: Content::Bytes(vec![]), hash: blake3::hash(b"") };
         BTreeMap::from([(Role::Esp, ["loader/entries/a.conf", "linux", "loader/random-seed"].map(file).into())])
     }
 

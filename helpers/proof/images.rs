@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use crate::base::fault::{Code, Fault};
 use crate::boot::bootable::Bootable;
 use crate::boot::files::{BootFiles, fold};
-use crate::boot::initrd::initrd;
-use crate::boot::pe::uki;
+use crate::boot::initrd::search_initrd;
+use crate::boot::pe::search_uki;
 use crate::names::ident::Rewriter;
 use crate::proof::searched::Searched;
 
@@ -33,7 +33,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
             continue;
         }
         let bytes = fs::read(place.join(&image.path)).with_context(|| format!("{} can't be read", image.path))?;
-        let names = uki(&bytes, rewriter)?;
+        let names = search_uki(&bytes, rewriter)?;
         if names.is_empty() {
             searched.add(&bytes);
         }
@@ -47,7 +47,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
         let Ok(mut file) = File::open(place.join(&file.path)) else { continue };
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).with_context(|| format!("{path} can't be read"))?;
-        let names = initrd(&*bytes, rewriter).with_context(|| path.clone())?;
+        let names = search_initrd(&*bytes, rewriter).with_context(|| path.clone())?;
         if names.is_empty() {
             searched.add(&bytes);
         }
@@ -93,7 +93,7 @@ pub(crate) mod tests {
     #[test]
     fn f17_initrds_that_name_another_disk() {
         let (bad, good) = (archive(&format!("RESUME=UUID={ROOT_A}\n")), archive(&format!("RESUME=UUID={ROOT_B}\n")));
-        let search = |bytes: &[u8]| initrd(bytes, &to_b()).unwrap();
+        let search = |bytes: &[u8]| search_initrd(bytes, &to_b()).unwrap();
         assert_eq!(search(&bad), [format!("UUID={ROOT_A} (root of disk0)")]);
         assert_eq!(search(&good), [""; 0]);
         for (program, args) in [
@@ -116,10 +116,10 @@ pub(crate) mod tests {
     #[test]
     fn f26_damaged_initrds_are_errors() {
         let good = archive("x");
-        assert!(initrd(&good[..100], &to_b()).is_err());
-        assert!(initrd(&b"not an archive"[..], &to_b()).is_err());
-        assert!(initrd(&b"\x1f\x8bnot gzip"[..], &to_b()).is_err());
-        assert_eq!(initrd(&b""[..], &to_b()).unwrap(), [""; 0]);
+        assert!(search_initrd(&good[..100], &to_b()).is_err());
+        assert!(search_initrd(&b"not an archive"[..], &to_b()).is_err());
+        assert!(search_initrd(&b"\x1f\x8bnot gzip"[..], &to_b()).is_err());
+        assert_eq!(search_initrd(&b""[..], &to_b()).unwrap(), [""; 0]);
     }
 
     /// A PE image with these sections, as small as they come (PE format: DOS header, signature, COFF header, optional header).
@@ -156,12 +156,12 @@ pub(crate) mod tests {
     #[test]
     fn f16_images_that_name_another_disk() {
         let bad = format!("root=UUID={ROOT_A} ro\0");
-        let found = uki(&image(&[(".osrel", b"ID=x"), (".cmdline", bad.as_bytes())], false), &to_b()).unwrap();
+        let found = search_uki(&image(&[(".osrel", b"ID=x"), (".cmdline", bad.as_bytes())], false), &to_b()).unwrap();
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].starts_with("its embedded command line names ") && found[0].contains("(root of disk0)"), "{found:?}");
         let good = format!("root=UUID={ROOT_B} ro");
-        assert_eq!(uki(&image(&[(".cmdline", good.as_bytes())], true), &to_b()).unwrap(), [""; 0]);
-        let signed = uki(&image(&[(".cmdline", bad.as_bytes()), (".initrd", &archive(&bad))], true), &to_b()).unwrap();
+        assert_eq!(search_uki(&image(&[(".cmdline", good.as_bytes())], true), &to_b()).unwrap(), [""; 0]);
+        let signed = search_uki(&image(&[(".cmdline", bad.as_bytes()), (".initrd", &archive(&bad))], true), &to_b()).unwrap();
         assert_eq!(signed.len(), 2, "{signed:?}");
         assert!(signed.iter().all(|f| f.contains("it is signed")) && signed[1].contains("embedded initrd"), "{signed:?}");
     }
@@ -228,8 +228,8 @@ pub(crate) mod tests {
     #[test]
     fn f17_what_follows_a_compressed_part_is_not_passed_over() {
         let packed = pipe("gzip", &["-c"], &archive("x"), Path::new("/"));
-        assert!(initrd(&[packed.clone(), vec![0; 512]].concat()[..], &to_b()).is_ok());
-        assert!(initrd(&[packed, archive(ROOT_A)].concat()[..], &to_b()).is_err());
+        assert!(search_initrd(&[packed.clone(), vec![0; 512]].concat()[..], &to_b()).is_ok());
+        assert!(search_initrd(&[packed, archive(ROOT_A)].concat()[..], &to_b()).is_err());
     }
 
     proptest::proptest! {
@@ -240,13 +240,13 @@ pub(crate) mod tests {
                 *b = byte;
             }
             image.truncate(cut);
-            let _ = uki(&image, &to_b());
+            let _ = search_uki(&image, &to_b());
         }
     }
 
     #[test]
     fn f16_what_is_no_image_is_no_finding() {
-        assert_eq!(uki(b"MZ", &to_b()).unwrap(), [""; 0]);
-        assert_eq!(uki(ROOT_A.as_bytes(), &to_b()).unwrap(), [""; 0]);
+        assert_eq!(search_uki(b"MZ", &to_b()).unwrap(), [""; 0]);
+        assert_eq!(search_uki(ROOT_A.as_bytes(), &to_b()).unwrap(), [""; 0]);
     }
 }

@@ -10,7 +10,7 @@ use crate::base::types::{DirPath, Role};
 use crate::boot::bootable::Bootable;
 use crate::boot::entry;
 use crate::boot::files::{BootFiles, Class, fold};
-use crate::boot::wanted::Wanted;
+use crate::boot::wanted::WantedFile;
 use crate::names::crypttab::may_fail;
 use crate::names::ident::Rewriter;
 use crate::names::{fstab, unitfile};
@@ -21,7 +21,7 @@ pub struct Part<'a> {
     /// [`Role::Esp`] or [`Role::Xbootldr`].
     pub role: Role,
     /// What was to be there.
-    pub wanted: &'a [Wanted],
+    pub wanted: &'a [WantedFile],
     /// What is.
     pub found: &'a BootFiles,
 }
@@ -60,7 +60,7 @@ pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<Fault> {
     faults
 }
 
-fn same(wanted: &Wanted, found: &crate::boot::files::BootFile) -> bool {
+fn same(wanted: &WantedFile, found: &crate::boot::files::BootFile) -> bool {
     match (&wanted.content, &found.text) {
         // Texts are padded with newlines.
         (Content::Bytes(text), Some(there)) => text.trim_ascii_end() == there.trim_ascii_end(),
@@ -78,7 +78,7 @@ pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<Fault>> {
 
 /// A unit that can't be rewritten, because it is called after what it names.
 fn unit_name(path: &str, rewriter: &Rewriter) -> Option<Fault> {
-    let names = unitfile::named_after(path, rewriter);
+    let names = unitfile::foreign_ids_in_name(path, rewriter);
     let fault = || {
         let text = format!("{path} is called after {}, and so can't be another one on each disk", names.join(", "));
         Fault::new(Code::F13, text)
@@ -105,13 +105,13 @@ fn root_file(path: &str, text: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPat
             "a line that boot can do without has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
         names.into_iter().map(|id| fault(Code::F13, format!("names {id}")).remedy(hint)).collect()
     } else if path == "/etc/fstab" {
-        let lines = fstab::boot_needs_foreign(text, rewriter);
+        let lines = fstab::foreign_ids_needed_at_boot(text, rewriter);
         let of_line = |line| fault(Code::F14, format!("would have the boot wait for another disk: {line}"));
         let hint = "name the partition in dualroot.conf, or give the line nofail";
         lines.into_iter().map(|line| of_line(line).remedy(hint)).collect()
     } else if let Some(fault) = unit_name(path, rewriter) {
         vec![fault.on(&Role::Root)]
-    } else if let Some(dir) = unitfile::dir(path) {
+    } else if let Some(dir) = unitfile::mount_point(path) {
         let names = rewriter.foreign(text);
         // Here, too, what boot doesn't wait for may be on another disk.
         if names.is_empty() || keep(&dir) || unitfile::may_fail(text) {

@@ -41,7 +41,7 @@ pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &D
 fn unnamed(inventory: &Inventory, booted: &Disk) -> Result<BTreeSet<String>> {
     let Some(esp) = inventory.find(&booted.esp())? else { return Ok(BTreeSet::new()) };
     let is_named = |partuuid| booted.parts.values().any(|named| *named == partuuid);
-    let beside = inventory.beside(esp).filter(|part| !part.partuuid().is_some_and(is_named));
+    let beside = inventory.others_on_disk(esp).filter(|part| !part.partuuid().is_some_and(is_named));
     Ok(beside.map(|part| part.kname.clone()).collect())
 }
 

@@ -157,7 +157,12 @@ fn a_spare_that_is_not_there() {
 #[test]
 fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
     for (root, codes, told, own) in [
-        (heal::RootState::Whole, &[][..], "boots, as of 2026-11-21 10:00:00 UTC", "goes on running, with one half of the shared root"),
+        (
+            heal::RootState::Whole,
+            &[][..],
+            "boots, as of 2026-11-21 10:00:00 UTC",
+            "goes on running, with one half of the shared root",
+        ),
         (
             heal::RootState::Degraded,
             &[Code::F28],

@@ -9,13 +9,13 @@ use crate::base::refusal::refused;
 use crate::base::types::Role;
 use crate::boot::files::{Class, classify};
 use crate::boot::known::Known;
-use crate::boot::wanted::{Part, Step, Wanted};
-use crate::boot::{bootable, offers, order, room, wanted};
+use crate::boot::wanted::{BootPartition, Step, WantedFile};
+use crate::boot::{bootable, older, order, room, wanted};
 use crate::copy::Roots;
 use crate::sync::spare::{BootContents, Spare};
 
 /// The files that each boot partition should have.
-pub(crate) type AllWanted = BTreeMap<Role, Vec<Wanted>>;
+pub(crate) type AllWanted = BTreeMap<Role, Vec<WantedFile>>;
 
 /// The steps for a spare's boot partitions, and the files that should be there after them.
 pub(crate) struct BootPlan {
@@ -73,7 +73,7 @@ fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: 
     for (role, files) in source {
         let found = there.get(role).with_context(|| format!("{role}= was not read"))?;
         let mounted = places.get(role).context("a boot partition has no place")?;
-        all.insert(role.clone(), wanted::wanted(files, mounted, found, rewrite)?);
+        all.insert(role.clone(), wanted::wanted_files(files, mounted, found, rewrite)?);
     }
     if !all.values().flatten().any(|wanted| classify(&wanted.path).is_bootable()) {
         return Err(refused(format!(
@@ -88,17 +88,17 @@ fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: 
 /// The wanted files, and entries for older generations. Those have the modules of their kernels in themselves, and not on another /usr.
 fn with_older_entries(spare: &Spare<'_>, roots: &Roots, wanted: &AllWanted, there: &BootContents) -> AllWanted {
     let mut all = wanted.clone();
-    if offers::can_be_offered(spare.machine.loader.as_deref()) && !spare.disk.parts.contains_key(&Role::Usr) {
+    if older::are_sorted_last(spare.machine.loader.as_deref()) && !spare.disk.parts.contains_key(&Role::Usr) {
         for (role, files) in &mut all {
-            let offers = there.get(role).map(|found| offers::offers(found, files, &roots.kept));
-            files.extend(offers.unwrap_or_default());
+            let entries = there.get(role).map(|found| older::entries_for(found, files, &roots.kept));
+            files.extend(entries.unwrap_or_default());
         }
     }
     all
 }
 
 /// The first boot partition that has not enough room for the steps, and how many bytes it lacks.
-fn shortfall(spare: &Spare<'_>, parts: &[Part<'_>], steps: &[Step]) -> Result<Option<(Role, u64)>> {
+fn shortfall(spare: &Spare<'_>, parts: &[BootPartition<'_>], steps: &[Step]) -> Result<Option<(Role, u64)>> {
     for part in parts {
         let (free, cluster) = spare.mounted.below(&part.role)?.free()?;
         let short = room::shortfall(steps, &part.role, part.spare, free, cluster);
@@ -110,9 +110,9 @@ fn shortfall(spare: &Spare<'_>, parts: &[Part<'_>], steps: &[Step]) -> Result<Op
 }
 
 /// The boot partitions, for a plan.
-fn parts<'a>(wanted: &AllWanted, there: &'a BootContents, known: &'a Known) -> Vec<Part<'a>> {
+fn parts<'a>(wanted: &AllWanted, there: &'a BootContents, known: &'a Known) -> Vec<BootPartition<'a>> {
     const NONE: &BTreeSet<String> = &BTreeSet::new();
-    let part = |(role, spare)| Part {
+    let part = |(role, spare)| BootPartition {
         role: Role::clone(role),
         wanted: wanted.get(role).cloned().unwrap_or_default(),
         spare,

@@ -9,7 +9,7 @@ use crate::base::types::{DiskName, Role};
 use crate::boot::bootable::Bootable;
 use crate::boot::files::BootFiles;
 use crate::boot::known::Known;
-use crate::boot::{offers, roots};
+use crate::boot::{older, roots};
 use crate::conf::Disk;
 use crate::copy::{self, Copier, Request, Target};
 use crate::devices::fsck;
@@ -19,7 +19,7 @@ use crate::pair::machine::Machine;
 use crate::pair::quiet::{self, Fingerprint};
 use crate::sync::Options;
 use crate::sync::spare::{BootContents, Parts, Spare};
-use crate::write::below::{Below, Kind};
+use crate::write::below::{Below, FileKind};
 
 /// A spare that may be written, and what was read on both disks.
 pub(crate) struct Checked<'a> {
@@ -75,7 +75,7 @@ impl<'a> Checked<'a> {
             if let Some(why) = roots::refuse_older_generation(&running, &source) {
                 return Err(refused(format!("on {}, {why}", machine.booted.name)));
             }
-            source.values_mut().for_each(|files| offers::keep_own(files, &running));
+            source.values_mut().for_each(|files| older::keep_own(files, &running));
         }
         copier.prepare()?;
         let booted = roots::booted_roots(&there);
@@ -184,7 +184,7 @@ fn first_to_boot(files: &BootFiles) -> Option<&str> {
 /// The first name on a file system that isn't a new one's: anything except empty directories, such as mount points.
 fn first_content(below: &Below) -> Result<Option<String>> {
     for (name, kind) in below.list(".")? {
-        if name != "lost+found" && (kind != Kind::Dir || !below.list(&name)?.is_empty()) {
+        if name != "lost+found" && (kind != FileKind::Dir || !below.list(&name)?.is_empty()) {
             return Ok(Some(name));
         }
     }

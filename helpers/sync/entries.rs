@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use crate::boot::entry;
 use crate::names::files;
 use crate::pair::machine::Machine;
-use crate::write::below::{Below, Kind};
+use crate::write::below::{Below, FileKind};
 use crate::write::change::Change;
 use crate::write::sector::text_change;
 
@@ -43,7 +43,7 @@ pub fn plan(machine: &Machine) -> Result<Vec<Rewrite>> {
         let below = Below::open(&dir)?;
         let mut texts = vec![LOADER_CONF.to_owned()];
         for (name, kind) in below.list(ENTRIES)? {
-            if matches!(kind, Kind::File(_)) && name.to_lowercase().ends_with(".conf") {
+            if matches!(kind, FileKind::File(_)) && name.to_lowercase().ends_with(".conf") {
                 texts.push(format!("{ENTRIES}/{name}"));
             }
         }

@@ -83,7 +83,7 @@ impl Checked<'_> {
         faults.extend(waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?);
         faults.extend(self.copier.prove(&spare.mounted, &roots::booted_roots(&self.there))?);
         let has = |path: &str| self.copier.has_subvolume(&spare.mounted, path);
-        let lost = fstab::beside_the_root(fstab, |text| spare.names_root(text), has);
+        let lost = fstab::missing_subvolumes(fstab, |text| spare.names_root(text), has);
         faults.extend(lost.into_iter().map(|line| {
             Fault::new(Code::F14, format!("/etc/fstab makes the boot wait for a subvolume that is not there: {line}"))
                 .on(&Role::Root)

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use crate::base::log::Log;
 use crate::base::types::Role;
-use crate::boot::{offers, roots};
+use crate::boot::{older, roots};
 use crate::pair::quiet;
 use crate::pair::status::Status;
 use crate::sync;
@@ -76,7 +76,7 @@ impl Checked<'_> {
         }
         for (role, files) in &mut self.there {
             let below = spare.below(role)?;
-            for path in offers::take_offers(files, &expired) {
+            for path in older::remove_entries(files, &expired) {
                 below.apply(&Change::Remove(path))?;
             }
             below.apply(&Change::Barrier)?;

@@ -19,7 +19,7 @@ use crate::pair::lineage::{Record, own_record};
 use crate::pair::machine::Machine;
 use crate::pair::status::{Proof, Reading, Standing, Status};
 use crate::sync::spare::Spare;
-use crate::write::below::{Below, Kind};
+use crate::write::below::{Below, FileKind};
 
 /// Reads the files of a list of hashes, in hexadecimal, and returns those that differ. The handle decides whether they come from the medium.
 pub fn compare(below: &Below, files: &BTreeMap<String, String>) -> Vec<Fault> {
@@ -49,10 +49,10 @@ pub fn unreadable(below: &Below) -> Vec<Fault> {
         for (name, kind) in names {
             let path = if dir == "." { name } else { format!("{dir}/{name}") };
             match kind {
-                Kind::Dir if path.split('/').count() < DEEPEST => dirs.push(path),
+                FileKind::Dir if path.split('/').count() < DEEPEST => dirs.push(path),
                 // A file that was deleted meanwhile is no fault.
-                Kind::File(_) => faults.extend(below.hash(&path).err().map(|e| is_unreadable(&path, &e))),
-                Kind::Dir | Kind::Other => {}
+                FileKind::File(_) => faults.extend(below.hash(&path).err().map(|e| is_unreadable(&path, &e))),
+                FileKind::Dir | FileKind::Other => {}
             }
         }
     }

@@ -25,9 +25,9 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, syncfs, unlinkat};
 use crate::write::change::{Change, Content};
 
 /// The prefix of temporary files, which an interrupted write leaves behind. The boot loader skips names that begin with a dot.
-pub const TEMPORARY: &str = ".dualroot-";
+pub const TEMPORARY_PREFIX: &str = ".dualroot-";
 /// Their prefix, in lower case, on a FAT where a power cut has left only the short (8.3) one of a file's two names.
-const SHORTENED: &str = "dualro~";
+const SHORT_NAME_PREFIX: &str = "dualro~";
 
 /// Whether a name is that of a temporary file, or of a file that fsck.fat made of one: FSCK0000.REC for clusters without a name,
 /// FSCK0000.000 for the second file of a name.
@@ -37,12 +37,12 @@ pub fn is_temporary(name: &str) -> bool {
         let is_number = |text: &str, len| text.len() == len && text.bytes().all(|byte| byte.is_ascii_digit());
         is_number(number, 4) && (kind == "rec" || is_number(kind, 3))
     });
-    salvaged || name.starts_with(TEMPORARY) || name.starts_with(SHORTENED)
+    salvaged || name.starts_with(TEMPORARY_PREFIX) || name.starts_with(SHORT_NAME_PREFIX)
 }
 
 /// The type of a file in a directory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub enum FileKind {
     /// A regular file of this size in bytes.
     File(u64),
     /// A directory.
@@ -103,7 +103,7 @@ impl Below {
         Ok((s.blocks_available() * s.fragment_size(), s.fragment_size()))
     }
 
-    fn how(flags: OFlag) -> OpenHow {
+    fn open_how(flags: OFlag) -> OpenHow {
         OpenHow::new()
             .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV)
@@ -114,7 +114,7 @@ impl Below {
     /// # Errors
     /// Those of openat2(2), also for a symbolic link on the way.
     pub fn file(&self, path: &str) -> Result<Option<File>> {
-        let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
+        let fd = match openat2(&self.dir, path, Self::open_how(OFlag::O_RDONLY | OFlag::O_NONBLOCK)) {
             Ok(fd) => fd,
             Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
@@ -145,8 +145,8 @@ impl Below {
     ///
     /// # Errors
     /// Those of reading a directory; a name that isn't UTF-8 (FAT is mounted with `utf8`).
-    pub fn list(&self, path: &str) -> Result<Vec<(String, Kind)>> {
-        let fd = match openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY)) {
+    pub fn list(&self, path: &str) -> Result<Vec<(String, FileKind)>> {
+        let fd = match openat2(&self.dir, path, Self::open_how(OFlag::O_RDONLY | OFlag::O_DIRECTORY)) {
             Ok(fd) => fd,
             Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
             Err(e) => return Err(e).with_context(|| format!("{} can't be opened", self.show(path))),
@@ -156,9 +156,9 @@ impl Below {
             let stat = fstatat(&fd, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                 .with_context(|| format!("{}/{}", self.show(path), name.to_string_lossy().escape_debug()))?;
             let kind = match stat.st_mode & nix::libc::S_IFMT {
-                nix::libc::S_IFREG => Kind::File(u64::try_from(stat.st_size).unwrap_or_default()),
-                nix::libc::S_IFDIR => Kind::Dir,
-                _ => Kind::Other,
+                nix::libc::S_IFREG => FileKind::File(u64::try_from(stat.st_size).unwrap_or_default()),
+                nix::libc::S_IFDIR => FileKind::Dir,
+                _ => FileKind::Other,
             };
             let name = name.into_string().ok().with_context(|| format!("{} holds a name that isn't UTF-8", self.show(path)))?;
             found.push((name, kind));
@@ -195,7 +195,7 @@ impl Below {
     ///
     /// # Errors
     /// Those of dup(2).
-    pub fn file_of(&self) -> Result<File> {
+    pub fn as_file(&self) -> Result<File> {
         Ok(self.dir.try_clone().with_context(|| self.shown.display().to_string())?.into())
     }
 
@@ -305,8 +305,8 @@ impl Below {
     ///
     /// # Errors
     /// Those of the system calls.
-    pub fn dress(&self, path: &OsStr, like: &File, time: (i64, i64)) -> Result<()> {
-        let dress = || -> Result<()> {
+    pub fn set_attributes(&self, path: &OsStr, like: &File, time: (i64, i64)) -> Result<()> {
+        let set = || -> Result<()> {
             let dir = match self.dir(path) {
                 Ok(dir) => File::from(dir),
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EXDEV) => return Ok(()),
@@ -322,7 +322,7 @@ impl Below {
             copy_attributes(like, &dir)?;
             Ok(futimens(&dir, &TimeSpec::UTIME_OMIT, &TimeSpec::new(time.0, time.1))?)
         };
-        dress().with_context(|| format!("the attributes of {} can't be set", self.shown.join(path).display()))
+        set().with_context(|| format!("the attributes of {} can't be set", self.shown.join(path).display()))
     }
 
     /// Calls `act` with the directory that holds `path` and the name in it; None if either doesn't exist.
@@ -359,7 +359,7 @@ impl Below {
     pub fn publish(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
         let publish = || -> Result<()> {
             let (dir, name) = self.parent(path)?;
-            let temporary = format!("{TEMPORARY}{}.new", name.to_str().context("the file's name is not UTF-8")?);
+            let temporary = format!("{TEMPORARY_PREFIX}{}.new", name.to_str().context("the file's name is not UTF-8")?);
             let fresh = self.write_new(&dir, &temporary, &Content::Bytes(bytes))?;
             fchmod(&fresh, Mode::from_bits_truncate(0o644))?;
             fresh.sync_all()?;
@@ -387,7 +387,7 @@ impl Below {
     }
 
     fn dir(&self, path: &OsStr) -> nix::Result<OwnedFd> {
-        openat2(&self.dir, path, Self::how(OFlag::O_RDONLY | OFlag::O_DIRECTORY))
+        openat2(&self.dir, path, Self::open_how(OFlag::O_RDONLY | OFlag::O_DIRECTORY))
     }
 
     fn make_dir(&self, path: &str) -> Result<()> {
@@ -412,7 +412,7 @@ impl Below {
             Ok(()) | Err(Errno::ENOENT) => {}
             Err(e) => return Err(e.into()),
         }
-        let how = Self::how(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL).mode(Mode::from_bits_truncate(0o600));
+        let how = Self::open_how(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL).mode(Mode::from_bits_truncate(0o600));
         let mut file = File::from(openat2(dir, name, how)?);
         match content {
             Content::Bytes(bytes) => file.write_all(bytes)?,
@@ -441,7 +441,7 @@ impl Below {
     }
 
     fn overwrite(&self, path: &str, bytes: &[u8]) -> Result<()> {
-        let mut file = File::from(openat2(&self.dir, path, Self::how(OFlag::O_RDWR))?);
+        let mut file = File::from(openat2(&self.dir, path, Self::open_how(OFlag::O_RDWR))?);
         if bytes.len() as u64 > file.seek(SeekFrom::End(0))? {
             bail!("the file is smaller than the bytes to write in place");
         }
@@ -483,7 +483,7 @@ impl Below {
     /// after it was made; the other names in the list fill the places before. None ends in `.efi`: a cut can leave the short name alone,
     /// and the boot loader would list it.
     fn temporary_names(&self, dir: &OwnedFd, name: &str) -> Result<Vec<String>> {
-        let mut tried = vec![format!("{TEMPORARY}{name}.new")];
+        let mut tried = vec![format!("{TEMPORARY_PREFIX}{name}.new")];
         if nix::sys::statfs::fstatfs(dir)?.filesystem_type() != nix::sys::statfs::MSDOS_SUPER_MAGIC {
             return Ok(tried);
         }
@@ -499,7 +499,7 @@ impl Below {
                     "no temporary file comes after '{name}' in its directory; the file system may be damaged. Check it with fsck.fat(8)"
                 );
             }
-            tried.push(format!("{TEMPORARY}{}-{name}.new", tried.len()));
+            tried.push(format!("{TEMPORARY_PREFIX}{}-{name}.new", tried.len()));
         }
         Ok(tried)
     }
@@ -558,7 +558,7 @@ pub fn is_link(stat: &FileStat) -> bool {
 }
 
 /// Attributes by which IMA and EVM sign a file's content and inode (evmctl(1)); they are wrong on any other file.
-const OF_ONE_FILE: [&str; 2] = ["security.ima", "security.evm"];
+const SIGNATURES: [&str; 2] = ["security.ima", "security.evm"];
 
 /// Copies owner, mode and extended attributes (with ACLs and security labels) from `from` to `to`. A file system without them (FAT) is
 /// no error.
@@ -578,7 +578,7 @@ fn copy_attributes(from: &File, to: &File) -> Result<()> {
         return Ok(());
     }
     use xattr::FileExt as _;
-    for name in from.list_xattr().into_iter().flatten().filter(|name| !OF_ONE_FILE.iter().any(|of_one| name == of_one)) {
+    for name in from.list_xattr().into_iter().flatten().filter(|name| !SIGNATURES.iter().any(|signature| name == signature)) {
         if let Some(value) = from.get_xattr(&name)? {
             to.set_xattr(&name, &value).with_context(|| format!("extended attribute {}", name.to_string_lossy()))?;
         }
@@ -604,7 +604,7 @@ mod tests {
         below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("one") }).unwrap();
         below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("two!") }).unwrap();
         assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"two!");
-        assert_eq!(below.list("a/b").unwrap(), [("c".to_owned(), Kind::File(4))]);
+        assert_eq!(below.list("a/b").unwrap(), [("c".to_owned(), FileKind::File(4))]);
         below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"six".into() }).unwrap();
         assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"six!");
         assert!(below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"longer".into() }).is_err());
@@ -626,7 +626,7 @@ mod tests {
         let below = Below::open(tmp.path()).unwrap();
         below.apply(&Change::Replace { path: "fstab".into(), content: bytes("new"), like: None }).unwrap();
         assert_eq!(std::fs::metadata(tmp.path().join("fstab")).unwrap().permissions().mode() & 0o7777, 0o640);
-        assert_eq!(below.list(".").unwrap(), [("fstab".to_owned(), Kind::File(3))]);
+        assert_eq!(below.list(".").unwrap(), [("fstab".to_owned(), FileKind::File(3))]);
     }
 
     #[test]

@@ -16,8 +16,8 @@ pub const DIRECTORY: &str = "/var/lib/dualroot";
 ///
 /// # Errors
 /// The directory can't be made or written.
-pub fn keep(name: &str, bytes: Vec<u8>) -> Result<()> {
-    keep_in(Path::new(DIRECTORY), name, bytes)
+pub fn save(name: &str, bytes: Vec<u8>) -> Result<()> {
+    save_in(Path::new(DIRECTORY), name, bytes)
 }
 
 /// Loads JSON that [`keep`] saved in the file `name`; `read` reads a file of the running system, if it exists. JSON that doesn't parse
@@ -41,7 +41,7 @@ pub fn open(dir: &Path) -> Result<Below> {
     Below::open(dir)
 }
 
-fn keep_in(dir: &Path, name: &str, bytes: Vec<u8>) -> Result<()> {
+fn save_in(dir: &Path, name: &str, bytes: Vec<u8>) -> Result<()> {
     let below = open(dir)?;
     match below.read(name)?.is_some_and(|old| old == bytes) {
         true => Ok(()),
@@ -65,7 +65,7 @@ mod tests {
         nix::mount::mount(Some("none"), &var, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
         let dir = var.join("lib/dualroot");
         for text in ["one", "another", "another"] {
-            keep_in(&dir, "file", text.into()).unwrap();
+            save_in(&dir, "file", text.into()).unwrap();
             assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), text);
         }
         nix::mount::umount(&var).unwrap();

@@ -15,8 +15,8 @@ use dualroot::boot::efi::{self, EfiVars};
 use dualroot::boot::entry::{self, EntryName, Titles};
 use dualroot::boot::files::{BootFile, BootFiles, Class, classify, fold};
 use dualroot::boot::load_option::BootOption;
-use dualroot::boot::wanted::{Part, Wanted};
-use dualroot::boot::{initrd, offers, order, pe, room, wanted};
+use dualroot::boot::wanted::{BootPartition, WantedFile};
+use dualroot::boot::{initrd, older, order, pe, room, wanted};
 use dualroot::conf::Config;
 use dualroot::names::generation::Generation;
 use dualroot::names::ident::Rewriter;
@@ -114,9 +114,9 @@ pub fn fstab(data: &[u8]) {
         }
         let new = fstab::rewrite(data, rewriter, |_| false);
         rewritten_well(rewriter, data, &new, &fstab::rewrite(&new, rewriter, |_| false));
-        let named = fstab::boot_needs_foreign(&new, rewriter);
+        let named = fstab::foreign_ids_needed_at_boot(&new, rewriter);
         assert_eq!(named, [""; 0]);
-        fstab::boot_needs_foreign(data, rewriter).iter().for_each(|line| one_line(line));
+        fstab::foreign_ids_needed_at_boot(data, rewriter).iter().for_each(|line| one_line(line));
 
         // Lines that are kept are there byte for byte, in their order.
         let keep = |dir: &DirPath| dir.as_str().starts_with("/mnt/root");
@@ -127,13 +127,13 @@ pub fn fstab(data: &[u8]) {
         let mut new = kept(&fstab::rewrite(data, rewriter, keep)).into_iter();
         assert!(kept(data).into_iter().all(|line| new.any(|new| new == line)));
 
-        let free = fstab::any_subvolume(data);
-        assert_eq!(fstab::any_subvolume(&free), free);
+        let free = fstab::without_subvolume_options(data);
+        assert_eq!(fstab::without_subvolume_options(&free), free);
         let of_root = |line: &fstab::Line<'_>| line.is_at("/") && line.fstype.raw == b"btrfs";
-        let names = |line: &fstab::Line<'_>| line.options.raw.split(|b| *b == b',').any(cmdline::names_subvolume);
+        let names = |line: &fstab::Line<'_>| line.options.raw.split(|b| *b == b',').any(cmdline::is_subvolume_option);
         assert!(!fstab::lines(&free).any(|line| of_root(&line) && names(&line)));
         assert_eq!(fstab::lines(&free).count(), fstab::lines(data).count());
-        fstab::beside_the_root(data, |spec| spec == b"UUID=a", |path| path == "@").iter().for_each(|line| one_line(line));
+        fstab::missing_subvolumes(data, |spec| spec == b"UUID=a", |path| path == "@").iter().for_each(|line| one_line(line));
     });
 }
 
@@ -177,8 +177,8 @@ pub fn entries(data: &[u8]) {
     assert_eq!(entry::files(&staged), vec![".staged"; files.len()]);
 
     let one = Generation::parse("1").unwrap();
-    let boots = one.boot(data);
-    assert_eq!(one.boot(&boots).escape_ascii().to_string(), boots.escape_ascii().to_string());
+    let boots = one.command_line(data);
+    assert_eq!(one.command_line(&boots).escape_ascii().to_string(), boots.escape_ascii().to_string());
     assert_eq!(boots.iter().filter(|b| **b == b'\n').count(), data.iter().filter(|b| **b == b'\n').count());
 }
 
@@ -275,8 +275,8 @@ pub fn efi_variables(data: &[u8]) {
                 Ok(esp) => assert_eq!(PartUuid::parse(&esp.to_string()).unwrap(), esp),
                 Err(e) => one_line(&format!("{e:#}")),
             }
-            let said = efi::loader_says(&vars, "LoaderInfo");
-            offers::can_be_offered(said.as_deref());
+            let said = efi::loader_variable(&vars, "LoaderInfo");
+            older::are_sorted_last(said.as_deref());
             if let Err(e) = vars.boot_order() {
                 one_line(&format!("{e:#}"));
             }
@@ -311,11 +311,11 @@ pub fn device_paths(data: &[u8]) {
 /// A unified kernel image, a PE file; and what is taken for an initrd.
 pub fn images(data: &[u8]) {
     TO_DISK1.with(|rewriter| {
-        match pe::uki(data, rewriter) {
+        match pe::search_uki(data, rewriter) {
             Ok(faults) => faults.iter().for_each(|fault| one_line(fault)),
             Err(e) => one_line(&format!("{e:#}")),
         }
-        match initrd::initrd(data, rewriter) {
+        match initrd::search_initrd(data, rewriter) {
             Ok(found) => found.iter().for_each(|name| one_line(name)),
             Err(e) => one_line(&format!("{e:#}")),
         }
@@ -475,25 +475,25 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         Class::Entry => entry::rewrite(text, rewriter, &titles),
         _ => rewriter.rewrite(text),
     };
-    let wanted = |there: &BootFiles| wanted::wanted(&source.scan(), Path::new("/source"), there, rewrite);
+    let wanted = |there: &BootFiles| wanted::wanted_files(&source.scan(), Path::new("/source"), there, rewrite);
     let wanted_files = match wanted(&there) {
         Ok(wanted) => wanted,
         Err(e) => return one_line(&format!("{e:#}")),
     };
     wanted_files.iter().for_each(|file| stays_below(&file.path));
-    fn part<'a>(wanted: &[Wanted], spare: &'a BootFiles, known: &'a BTreeSet<String>) -> [Part<'a>; 1] {
-        [Part { role: Role::Esp, wanted: wanted.to_vec(), spare, known }]
+    fn part<'a>(wanted: &[WantedFile], spare: &'a BootFiles, known: &'a BTreeSet<String>) -> [BootPartition<'a>; 1] {
+        [BootPartition { role: Role::Esp, wanted: wanted.to_vec(), spare, known }]
     }
     let steps = match order::plan(&part(&wanted_files, &there, known)) {
         Ok(steps) => steps,
         Err(e) => return one_line(&format!("{e:#}")),
     };
     let one = Generation::parse("1").unwrap();
-    for offer in offers::offers(&there, &wanted_files, &[one]) {
+    for offer in older::entries_for(&there, &wanted_files, &[one]) {
         stays_below(&offer.path);
     }
     let mut own = source.scan();
-    offers::keep_own(&mut own, "/dualroot/1");
+    older::keep_own(&mut own, "/dualroot/1");
     for (free, cluster) in [(0, 0), (0, 4096), (u64::MAX, 512)] {
         room::shortfall(&steps, &Role::Esp, &there, free, cluster);
     }
@@ -503,7 +503,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
     if dirs.chain(source.dirs.clone()).any(|dir| before.files.contains_key(&dir)) || !before.dirs.is_disjoint(&files(source)) {
         return;
     }
-    let is_complete = |text: &Wanted| match &text.content {
+    let is_complete = |text: &WantedFile| match &text.content {
         Content::Bytes(text) => entry::files(text).iter().all(|path| wanted_files.iter().any(|w| fold(&w.path) == fold(path))),
         Content::File { .. } => true,
     };

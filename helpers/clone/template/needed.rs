@@ -42,7 +42,7 @@ pub(super) fn without_other_disks(fstab: &[u8], disks: &[DiskIds], first: DiskNa
         let named = named(line);
         !named.is_empty() && !named.contains(&own)
     };
-    Ok(fstab::without(fstab, |line| is_a_spares(line) || is_anothers(line)))
+    Ok(fstab::without_lines(fstab, |line| is_a_spares(line) || is_anothers(line)))
 }
 
 /// Whether the line mounts something where spares are mounted, or below.

@@ -10,8 +10,8 @@ use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::boot::entry::Titles;
 use crate::boot::files::{BootFiles, Class};
-use crate::boot::wanted::Wanted;
-use crate::boot::{bootable, offers, order, room, roots, wanted};
+use crate::boot::wanted::WantedFile;
+use crate::boot::{bootable, older, order, room, roots, wanted};
 use crate::clone::plan::DiskPlan;
 use crate::clone::template::identity::{self, HOST_NAME, HostName};
 use crate::clone::template::needed;
@@ -212,26 +212,26 @@ impl NewSystem {
     }
 
     /// Writes the copied tree's boot files to the boot partitions, in the order of [`order`]; returns the wanted files.
-    pub(super) fn write_boot_files(&self, places: &[(Role, &str)]) -> Result<BTreeMap<Role, Vec<Wanted>>> {
+    pub(super) fn write_boot_files(&self, places: &[(Role, &str)]) -> Result<BTreeMap<Role, Vec<WantedFile>>> {
         let mut source = BTreeMap::new();
         for (role, place) in places {
             source.insert(role, (self.copied_boot_files(place)?, self.files().path(place)));
         }
         // Entries of older generations, and files that only they need, are not written.
-        if let Some(newest) = source.values().flat_map(|(files, _)| roots::booted(files)).max() {
-            source.values_mut().for_each(|(files, _)| offers::keep_own(files, &newest.subvolume()));
+        if let Some(newest) = source.values().flat_map(|(files, _)| roots::booted_generations(files)).max() {
+            source.values_mut().for_each(|(files, _)| older::keep_own(files, &newest.subvolume()));
         }
         let there = self.boot_files()?;
         let mut parts = Vec::new();
         let known = [].into();
         for (role, (files, dir)) in source {
             let spare = there.get(role).with_context(|| format!("{role}= was not read"))?;
-            let mut wanted = wanted::wanted(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
+            let mut wanted = wanted::wanted_files(&files, &dir, spare, |class, text| self.rewrite(class, text))?;
             for file in &mut wanted {
                 let path = String::from_utf8(self.names.rewriter.rewrite(file.path.as_bytes()));
                 file.path = path.with_context(|| file.path.clone())?;
             }
-            parts.push(wanted::Part { role: role.clone(), wanted, spare, known: &known });
+            parts.push(wanted::BootPartition { role: role.clone(), wanted, spare, known: &known });
         }
         let steps = order::plan(&parts)?;
         for part in &parts {
@@ -252,7 +252,7 @@ impl NewSystem {
     }
 
     /// Reads the new disk again, and says why it would not boot as the new machine.
-    pub(super) fn prove(&self, wanted: &BTreeMap<Role, Vec<Wanted>>) -> Result<Vec<Fault>> {
+    pub(super) fn prove(&self, wanted: &BTreeMap<Role, Vec<WantedFile>>) -> Result<Vec<Fault>> {
         let found = self.boot_files()?;
         let rewriter = &self.names.rewriter;
         let part = |(role, found)| Some(prove::Part { role: Role::clone(role), wanted: wanted.get(role)?, found });
@@ -286,7 +286,7 @@ impl NewSystem {
             let top = self.below_of(&Role::Root)?;
             faults.extend(generation::prove(top, &roots::booted_roots(&found), current));
             let is_there = |path: &str| subvolume::is_subvolume(top, path);
-            let beside = fstab::beside_the_root(text(FSTAB), |text| !self.names.root.foreign(text).is_empty(), is_there);
+            let beside = fstab::missing_subvolumes(text(FSTAB), |text| !self.names.root.foreign(text).is_empty(), is_there);
             faults.extend(beside.into_iter().map(|line| {
                 Fault::new(Code::F14, format!("{FSTAB} would make the boot wait for a subvolume that does not exist: {line}"))
                     .on(&Role::Root)
@@ -315,7 +315,7 @@ impl NewSystem {
 
 /// A fault that names links in the place of files that have to be written.
 pub(super) fn links(root: &Root) -> Result<Option<String>> {
-    let found = files::links(root, &[identity::MACHINE_ID, HOST_NAME])?;
+    let found = files::symlinks(root, &[identity::MACHINE_ID, HOST_NAME])?;
     let list = || {
         format!(
             "{} of the template: symbolic links, but these files differ from machine to machine; make them regular files in the template",

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use crate::boot::entry::{self, EntryName, OFFER, is_offer};
+use crate::boot::entry::{self, EntryName, OLDER_PREFIX, is_older_entry};
 use crate::boot::files::{BootFile, BootFiles, Class, fold};
 use crate::boot::roots::generation_of;
-use crate::boot::wanted::Wanted;
-use crate::names::cmdline::{booted_by, words};
+use crate::boot::wanted::WantedFile;
+use crate::names::cmdline::{booted_subvolume, words};
 use crate::names::generation::Generation;
 use crate::write::change::Content;
 
@@ -17,8 +17,9 @@ pub(crate) const SORTS_HYPHENS_LAST: u32 = 250;
 /// older generations and snapshots, and the files that only these entries need.
 pub fn keep_own(files: &mut BootFiles, root: &str) {
     let root = root.trim_matches('/');
-    let is_other =
-        |file: &BootFile| is_offered(file) || file.text.as_deref().and_then(booted_by).is_some_and(|path| path != root);
+    let is_other = |file: &BootFile| {
+        is_older_entry_file(file) || file.text.as_deref().and_then(booted_subvolume).is_some_and(|path| path != root)
+    };
     let needed = |others: bool| -> BTreeSet<String> {
         let entries = files.of(Class::Entry).filter(|file| is_other(file) == others);
         entries.filter_map(|file| file.text.as_deref()).flat_map(entry::files).map(|path| fold(&path)).collect()
@@ -28,12 +29,12 @@ pub fn keep_own(files: &mut BootFiles, root: &str) {
     files.files.retain(|path, _| !entries.contains(path) && (own.contains(path) || !theirs.contains(path)));
 }
 
-pub(crate) fn is_offered(file: &BootFile) -> bool {
-    file.path.rsplit_once('/').is_some_and(|(_, name)| is_offer(name))
+pub(crate) fn is_older_entry_file(file: &BootFile) -> bool {
+    file.path.rsplit_once('/').is_some_and(|(_, name)| is_older_entry(name))
 }
 
 /// Whether the boot loader sorts entries for older generations last, by its name and version (LoaderInfo, Boot Loader Interface).
-pub fn can_be_offered(loader: Option<&str>) -> bool {
+pub fn are_sorted_last(loader: Option<&str>) -> bool {
     let version =
         loader.and_then(|info| info.strip_prefix("systemd-boot ")?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
     version.is_some_and(|version: u32| version >= SORTS_HYPHENS_LAST)
@@ -41,33 +42,34 @@ pub fn can_be_offered(loader: Option<&str>) -> bool {
 
 /// The menu entries for the generations that are kept, made from the entries that boot them now. A generation gets none if its kernel or
 /// initrd will be replaced by another one of the same name.
-pub fn offers(spare: &BootFiles, wanted: &[Wanted], kept: &[Generation]) -> Vec<Wanted> {
+pub fn entries_for(spare: &BootFiles, wanted: &[WantedFile], kept: &[Generation]) -> Vec<WantedFile> {
     let stays = |path: &String| {
         let there = spare.files.get(&fold(path));
         there.is_some_and(|there| wanted.iter().all(|w| fold(&w.path) != fold(path) || w.hash == there.hash))
     };
-    let mut offers: Vec<Wanted> = Vec::new();
+    let mut entries: Vec<WantedFile> = Vec::new();
     for file in spare.of(Class::Entry) {
         let Some(text) = &file.text else { continue };
         let Some(generation) = generation_of(text).filter(|generation| kept.contains(generation)) else { continue };
         let Some((dir, name)) = file.path.rsplit_once('/') else { continue };
         let Ok(EntryName { id, .. }) = EntryName::parse(name) else { continue };
-        let (path, text) = match is_offer(name) {
+        let (path, text) = match is_older_entry(name) {
             true => (file.path.clone(), text.clone()),
-            false => (format!("{dir}/{OFFER}{generation}-{id}.conf"), offer(text, generation)),
+            false => (format!("{dir}/{OLDER_PREFIX}{generation}-{id}.conf"), older_entry(text, generation)),
         };
-        if entry::files(&text).iter().all(stays) && !offers.iter().any(|offer| fold(&offer.path) == fold(&path)) {
+        if entry::files(&text).iter().all(stays) && !entries.iter().any(|entry| fold(&entry.path) == fold(&path)) {
             let hash = blake3::hash(&text);
-            offers.push(Wanted { path, content: Content::Bytes(text), hash });
+            entries.push(WantedFile { path, content: Content::Bytes(text), hash });
         }
     }
-    offers
+    entries
 }
 
 /// Removes the menu entries for these older generations from a boot partition's files, and returns their paths.
-pub fn take_offers(files: &mut BootFiles, gone: &[Generation]) -> Vec<String> {
+pub fn remove_entries(files: &mut BootFiles, gone: &[Generation]) -> Vec<String> {
     let is_one = |file: &&BootFile| {
-        is_offered(file) && file.text.as_deref().and_then(generation_of).is_some_and(|generation| gone.contains(&generation))
+        is_older_entry_file(file)
+            && file.text.as_deref().and_then(generation_of).is_some_and(|generation| gone.contains(&generation))
     };
     let taken: Vec<String> = files.of(Class::Entry).filter(is_one).map(|file| file.path.clone()).collect();
     for path in &taken {
@@ -76,7 +78,7 @@ pub fn take_offers(files: &mut BootFiles, gone: &[Generation]) -> Vec<String> {
     taken
 }
 
-pub(crate) fn offer(text: &[u8], generation: Generation) -> Vec<u8> {
+pub(crate) fn older_entry(text: &[u8], generation: Generation) -> Vec<u8> {
     let mut out = Vec::new();
     for line in text.trim_ascii_end().split(|b| *b == b'\n') {
         let line = line.trim_ascii_end();
@@ -117,11 +119,11 @@ pub(crate) mod tests {
             ("loader/entries/a.conf", &entry(" rootflags=subvol=@", "a")),
             ("loader/entries/plain.conf", &entry("", "plain")),
             ("loader/entries/snapshot.conf", &entry(" rootflags=subvol=@/.snapshots/1", "old")),
-            ("loader/entries/-dualroot-1-a.conf", &entry(" rootflags=subvol=dualroot/1", "offered")),
+            ("loader/entries/-dualroot-1-a.conf", &entry(" rootflags=subvol=dualroot/1", "older")),
             ("a", ""),
             ("plain", ""),
             ("old", ""),
-            ("offered", ""),
+            ("older", ""),
             ("both", ""),
             ("other", ""),
         ]);
@@ -132,13 +134,13 @@ pub(crate) mod tests {
 
     #[test]
     fn f19_entries_of_removed_generations_are_taken_out() {
-        let offer = |number: u32| format!("options root=UUID=1 rootflags=subvol=dualroot/{number}\n");
+        let entry = |number: u32| format!("options root=UUID=1 rootflags=subvol=dualroot/{number}\n");
         let mut files = spare(&[
-            ("loader/entries/-dualroot-1-a.conf", &offer(1)),
-            ("loader/entries/-dualroot-2-a.conf", &offer(2)),
-            ("loader/entries/a.conf", &offer(1)),
+            ("loader/entries/-dualroot-1-a.conf", &entry(1)),
+            ("loader/entries/-dualroot-2-a.conf", &entry(2)),
+            ("loader/entries/a.conf", &entry(1)),
         ]);
-        assert_eq!(take_offers(&mut files, &numbers(&[1])), ["loader/entries/-dualroot-1-a.conf"]);
+        assert_eq!(remove_entries(&mut files, &numbers(&[1])), ["loader/entries/-dualroot-1-a.conf"]);
         let left: Vec<&str> = files.files.keys().map(String::as_str).collect();
         assert_eq!(left, ["loader/entries/-dualroot-2-a.conf", "loader/entries/a.conf"]);
     }
@@ -153,7 +155,7 @@ pub(crate) mod tests {
             (Some("systemd-boot v"), false),
             (None, false),
         ] {
-            assert_eq!(can_be_offered(loader), can, "{loader:?}");
+            assert_eq!(are_sorted_last(loader), can, "{loader:?}");
         }
     }
 
@@ -165,13 +167,13 @@ pub(crate) mod tests {
         let expected = || {
             let text = "title Debian (generation 6)\nlinux /t/linux\ninitrd /t/initrd\noptions root=UUID=1 rootflags=subvol=dualroot/6\n"
                 .to_owned();
-            Wanted {
+            WantedFile {
                 path: "loader/entries/-dualroot-6-t.conf".to_owned(),
                 hash: blake3::hash(text.as_bytes()),
                 content: Content::Bytes(text.into_bytes()),
             }
         };
-        let payload = |text: &str| Wanted {
+        let payload = |text: &str| WantedFile {
             path: "t/initrd".to_owned(),
             hash: blake3::hash(text.as_bytes()),
             content: Content::Bytes(text.into()),
@@ -183,19 +185,19 @@ pub(crate) mod tests {
         for key in ["", "sort-key debian\n"] {
             let now = on(&entry(key), "t+3.conf");
             assert_eq!(
-                offers(&now, &[], &six),
+                entries_for(&now, &[], &six),
                 [expected()],
                 "the new entries don't replace the kernel: it stays, because an entry refers to it"
             );
-            assert_eq!(offers(&now, &[payload("initrd")], &six), [expected()]);
-            assert_eq!(offers(&now, &[payload("another")], &six), []);
-            assert_eq!(offers(&now, &[], &numbers(&[5])), []);
+            assert_eq!(entries_for(&now, &[payload("initrd")], &six), [expected()]);
+            assert_eq!(entries_for(&now, &[payload("another")], &six), []);
+            assert_eq!(entries_for(&now, &[], &numbers(&[5])), []);
             // An entry for an older generation stays as it is.
             let Content::Bytes(text) = expected().content else { panic!() };
             let later = on(std::str::from_utf8(&text).unwrap(), "-dualroot-6-t.conf");
-            assert_eq!(offers(&later, &[payload("initrd")], &six), [expected()]);
-            assert_eq!(offers(&later, &[payload("another")], &six), []);
+            assert_eq!(entries_for(&later, &[payload("initrd")], &six), [expected()]);
+            assert_eq!(entries_for(&later, &[payload("another")], &six), []);
         }
-        assert_eq!(offers(&spare(&[("t/linux", "kernel"), ("loader/entries/t.conf", &entry(""))]), &[], &six), []);
+        assert_eq!(entries_for(&spare(&[("t/linux", "kernel"), ("loader/entries/t.conf", &entry(""))]), &[], &six), []);
     }
 }
