@@ -50,7 +50,7 @@ pub struct Facts {
 ///
 /// # Errors
 /// The configuration is invalid; a file can't be read.
-pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<FactsOrReason> {
+pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>, mut warn: impl FnMut(&str)) -> Result<FactsOrReason> {
     let config = match Config::load(root) {
         Ok(None) => return Ok(FactsOrReason::Reason(Level::Debug, "not configured".to_owned())),
         config => config,
@@ -61,6 +61,8 @@ pub fn read(root: &Root, env: impl Fn(&str) -> Option<OsString>) -> Result<Facts
     let Some(config) = config.context("no mount units are made, because the configuration is invalid")? else {
         return Ok(FactsOrReason::Reason(Level::Debug, "not configured".to_owned()));
     };
+    // A typo may be the reason for whatever is found from here on.
+    config.warnings.iter().for_each(|warning| warn(warning));
     let Some(vars) = EfiVars::open(root) else {
         return Ok(FactsOrReason::Reason(Level::Info, "not booted by EFI".to_owned()));
     };

@@ -92,16 +92,14 @@ fn parse(args: &[OsString]) -> Result<Call, String> {
 
 /// Reads facts, plans and writes. If there is nothing to do, it writes nothing and succeeds.
 fn run(root: &Root, normal: &Path, log: &mut Log) -> Result<()> {
-    let facts = match facts::read(root, |name| std::env::var_os(name))? {
+    let env = |name: &str| std::env::var_os(name);
+    let facts = match facts::read(root, env, |warning| log.line(Level::Warning, warning))? {
         FactsOrReason::Reason(level, reason) => {
             log.line(level, &format!("no mount units are made: {reason}"));
             return Ok(());
         }
         FactsOrReason::Facts(facts) => facts,
     };
-    for warning in &facts.config.warnings {
-        log.line(Level::Warning, warning);
-    }
     let plan = plan::make(&facts)?;
     for (level, note) in &plan.notes {
         log.line(*level, note);

@@ -40,7 +40,7 @@ use crate::devices::gpt::{self, DiskLayout};
 use crate::devices::inventory::Inventory;
 use crate::devices::{held, mounts};
 use crate::names::files::Rewritten;
-use crate::pair::machine::{Machine, booted_disk, booted_esp};
+use crate::pair::machine::{Machine, booted_disk, booted_esp, configuration};
 use crate::pair::{booted, lineage};
 use crate::sync::{self, Options, Outcome};
 use crate::write::below::Below;
@@ -82,8 +82,8 @@ impl ClonePlan {
     ///
     /// # Errors
     /// A refusal: something is missing, in the way, or not understood.
-    pub fn new(root: &Root, request: &Request) -> Result<Self> {
-        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
+    pub fn new(root: &Root, request: &Request, log: &Log) -> Result<Self> {
+        let config = configuration(root, log)?;
         let shared = SharedRoot::probe(root, config.as_ref(), request)?;
         let target = Target::probe(&request.disk, config.as_ref(), shared.as_ref().and_then(SharedRoot::joined))?;
         let (_, esp) = booted_esp(root)?;

@@ -657,6 +657,15 @@ mod tests {
     }
 
     #[test]
+    fn f64_a_typo_is_told_with_the_fault_that_it_makes() {
+        let error = bad(&shared(&format!("rot={A}2"), &format!("root={A}3")));
+        let faults: Vec<&str> = error.split("; ").collect();
+        let [missing, typo] = faults[..] else { panic!("{error}") };
+        assert!(missing.starts_with("/etc/dualroot.conf:1: expected root= in section [disk0], as in [disk1]"), "{missing}");
+        assert_eq!(typo, "/etc/dualroot.conf:3: unknown key 'rot=' in section [disk0], ignoring");
+    }
+
+    #[test]
     fn f02_f03_a_partition_can_be_named_once_only() {
         let error = bad(&format!("[disk0]\nesp={A}0\n[disk1]\nesp={}\n", format!("{A}0").to_uppercase()));
         assert_eq!(

@@ -11,7 +11,6 @@ use serde::Serialize;
 use crate::base::clock::{date, now};
 use crate::base::exit::Exit;
 use crate::base::fault::{Code, Fault};
-use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DiskName, PartUuid, Role};
 use crate::boot::{load_option, nvram};
@@ -38,6 +37,8 @@ pub struct Facts {
     pub root: heal::RootState,
     /// Whether a sync, or a verification, is running.
     pub running: bool,
+    /// The warnings of the configuration.
+    pub warnings: Vec<String>,
     /// All disks, as they are configured; the booted one is among them.
     pub disks: Vec<DiskFacts>,
 }
@@ -94,26 +95,25 @@ pub struct Space {
 }
 
 impl Facts {
-    /// Looks at this machine; None where dualroot isn't configured.
+    /// Looks at this machine.
     ///
     /// # Errors
     /// [`crate::base::refusal::Refused`] where it is not known which disk was booted; lsblk that fails.
-    pub fn gather() -> Result<Option<Self>> {
-        let root = Root::new("/");
-        let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
-        let (vars, esp) = booted_esp(&root)?;
-        let booted = booted_disk(&config, &esp)?;
+    pub fn gather(root: &Root, config: &Config) -> Result<Self> {
+        let (vars, esp) = booted_esp(root)?;
+        let booted = booted_disk(config, &esp)?;
         let look = Look {
             inventory: Inventory::read()?,
             table: mounts::table()?,
             options: vars.boot_options().and_then(|options| Ok((options, vars.boot_order()?))).ok(),
-            status: Status::load(&root, &config, booted).unwrap_or_else(|_| Status::new(booted)),
+            status: Status::load(root, config, booted).unwrap_or_else(|_| Status::new(booted)),
         };
         let mut disks = vec![look.disk(booted, "", true)];
         disks.extend(config.spares(booted).into_iter().map(|(dir, spare)| look.disk(spare, dir.as_str(), false)));
         disks.sort_by_key(|disk| disk.name);
-        let (layout, root_is) = (config.layout(), heal::probe(&root, &config)?);
-        Ok(Some(Self { now: now(), layout, root: root_is, running: lock::is_held(&root), disks }))
+        let (layout, root_is) = (config.layout(), heal::probe(root, config)?);
+        let warnings = config.warnings.clone();
+        Ok(Self { now: now(), layout, root: root_is, running: lock::is_held(root), warnings, disks })
     }
 }
 
@@ -205,6 +205,8 @@ pub struct Report {
     /// The exit status.
     #[serde(rename = "exit_status")]
     pub exit: Exit,
+    /// The warnings of the configuration.
+    pub warnings: Vec<String>,
     /// Every disk.
     pub disks: Vec<DiskReport>,
 }
@@ -333,6 +335,7 @@ impl Report {
             root: None,
             running: false,
             exit: Exit::Good,
+            warnings: Vec::new(),
             disks: Vec::new(),
         }
     }
@@ -368,6 +371,7 @@ impl Report {
             root: Some(root),
             running: facts.running,
             exit: standing.exit(),
+            warnings: facts.warnings.clone(),
             disks,
         }
     }

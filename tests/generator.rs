@@ -430,6 +430,18 @@ fn f10_package_databases_on_other_partitions_are_watched() {
     assert!(watched(&setup).contains("PathChanged=/var/lib/dpkg\n"));
 }
 
+/// A typo may be the reason why there are no units.
+#[test]
+fn warnings_come_before_a_reason() {
+    let setup = Setup::new("21-f02-other-esp");
+    let path = setup.path("root/etc/dualroot.conf");
+    fs::write(&path, format!("{}\ncolour=red\n", text(&path))).unwrap();
+    let log = setup.log(&setup.run(&["normal", "early", "late"]));
+    let [warning, reason] = log.lines().collect::<Vec<_>>()[..] else { panic!("{log}") };
+    assert!(warning.starts_with("<4>") && warning.contains("unknown key 'colour=' in section [disk1], ignoring"), "{log}");
+    assert!(reason.contains("the booted disk is unknown: "), "{log}");
+}
+
 /// f27: a named pipe in the place of a file doesn't hold up the boot.
 #[test]
 fn f27_named_pipes_are_not_waited_for() {

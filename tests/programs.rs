@@ -107,3 +107,61 @@ fn whoever_is_not_root_is_told_in_one_way() {
         );
     }
 }
+
+/// Two disks that aren't there, and a key that isn't either.
+const CONFIGURATION: &str = "[disk0]
+esp=aaaaaaaa-0000-4000-8000-000000000001
+root=aaaaaaaa-0000-4000-8000-000000000002
+[disk1]
+esp=bbbbbbbb-0000-4000-8000-000000000001
+root=bbbbbbbb-0000-4000-8000-000000000002
+colour=red
+";
+
+/// Runs a program with this configuration and none of the machine's own. None where only root could, or where the machine has one.
+fn configured(program: &str, args: &[&str], text: &str) -> Option<(Option<i32>, String, String)> {
+    let is_root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
+    if !is_root || Path::new("/etc/dualroot.conf").exists() {
+        return None;
+    }
+    let path = PROGRAMS.iter().find(|(name, _)| *name == program).unwrap().1;
+    let script = "mount -t tmpfs none /run && printf %s \"$1\" >/run/dualroot.conf && shift && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh", text, path]).args(args);
+    let output = command.output().unwrap();
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    Some((output.status.code(), out, err))
+}
+
+const PROGRAMS_THAT_REFUSE: [(&str, &[&str]); 7] = [
+    ("dualroot-sync", &[]),
+    ("dualroot-sync", &["--dry-run"]),
+    ("dualroot-sync", &["--boot-next", "disk1"]),
+    ("dualroot-entries", &["--dry-run"]),
+    ("dualroot-verify", &[]),
+    ("dualroot-status", &["--json"]),
+    ("dualroot-clone", &["--dry-run", "/dev/null"]),
+];
+
+#[test]
+fn a_typo_in_the_configuration_is_told_by_a_run_that_is_refused() {
+    for (program, args) in PROGRAMS_THAT_REFUSE {
+        let Some((status, out, err)) = configured(program, args, CONFIGURATION) else { return };
+        let said = format!("{program} {args:?}: {status:?}: {out}{err}");
+        assert!(status == Some(3) && out.is_empty() && err.lines().count() >= 2, "{said}");
+        let warnings = err.matches("/run/dualroot.conf:7: unknown key 'colour=' in section [disk1], ignoring").count();
+        assert_eq!(warnings, 1, "{said}");
+    }
+}
+
+/// f64: and by one that is refused for what the typo makes of the configuration.
+#[test]
+fn f64_a_typo_is_told_with_the_fault_that_it_makes() {
+    let text = CONFIGURATION.replacen("root=", "rot=", 1);
+    for (program, args) in PROGRAMS_THAT_REFUSE {
+        let Some((status, out, err)) = configured(program, args, &text) else { return };
+        let said = format!("{program} {args:?}: {status:?}: {out}{err}");
+        assert!(status == Some(3) && out.is_empty(), "{said}");
+        assert!(err.contains("expected root= in section [disk0]") && err.contains("unknown key 'rot='"), "{said}");
+    }
+}

@@ -78,7 +78,7 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Exit> {
         layout: arguments.layout.clone(),
         shared_root: arguments.shared_root,
     };
-    let plan = ClonePlan::new(&root, &request).map_err(nothing_done)?;
+    let plan = ClonePlan::new(&root, &request, log).map_err(nothing_done)?;
     print!("{}", plan.describe());
     if arguments.dry_run {
         return Ok(Exit::Good);
@@ -130,7 +130,7 @@ fn read_secret(plan: &ClonePlan, file: Option<&Path>) -> Result<Option<Secret>> 
 /// Makes the disk the first one of another machine.
 fn install(arguments: &Arguments, origin: &Origin, root: &Root, log: &Log) -> Result<()> {
     let request = template::Request { disk: arguments.disk.clone(), origin: origin.clone(), layout: arguments.layout.clone() };
-    let plan = template::InstallPlan::new(root, &request).map_err(nothing_done)?;
+    let plan = template::InstallPlan::new(root, &request, log).map_err(nothing_done)?;
     print!("{}", plan.describe());
     if arguments.dry_run {
         return Ok(());

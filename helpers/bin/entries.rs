@@ -43,10 +43,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
         fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made")?;
         File::create(MARK).with_context(|| format!("{MARK} can't be made"))?;
     }
-    let Some(machine) = Machine::probe()? else {
-        log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
-        return Ok(Exit::Good);
-    };
+    let Some(machine) = Machine::probe(log)? else { return Ok(Exit::Good) };
     let rewrites = entries::plan(&machine)?;
     for rewrite in &rewrites {
         let line = format!("{}: {}", rewrite.dir.display(), rewrite.change);

@@ -7,6 +7,9 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use dualroot::base::exit::{self, Exit};
 use dualroot::base::log::Log;
+use dualroot::base::refusal::refused;
+use dualroot::base::root::Root;
+use dualroot::conf::Config;
 use dualroot::report::{Facts, Report};
 use dualroot::write::below::Below;
 
@@ -35,19 +38,33 @@ fn metrics_file(text: &str) -> Result<PathBuf, String> {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    exit::end(&Log::new(), run(&arguments))
+    let log = Log::new();
+    exit::end(&log, run(&arguments, &log))
 }
 
-fn run(arguments: &Arguments) -> Result<Exit> {
-    let report = Facts::gather()?.map_or_else(Report::unconfigured, |facts| Report::new(&facts));
+fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
+    let report = report(log)?;
     if let Some(path) = &arguments.prometheus {
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let name = path.file_name().and_then(|name| name.to_str()).context("the file has no name")?;
-        Below::open(dir)?.publish(name, report.prometheus().into_bytes())?;
+        publish(path, &report)?;
     } else if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.text());
     }
     Ok(report.exit)
+}
+
+fn report(log: &Log) -> Result<Report> {
+    let root = Root::new("/");
+    let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(Report::unconfigured()) };
+    // The report has them, where there is one.
+    let warn = |_: &_| config.warnings.iter().for_each(|warning| log.warning(warning));
+    let facts = Facts::gather(&root, &config).inspect_err(warn)?;
+    Ok(Report::new(&facts))
+}
+
+fn publish(path: &Path, report: &Report) -> Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().and_then(|name| name.to_str()).context("the file has no name")?;
+    Below::open(dir)?.publish(name, report.prometheus().into_bytes())
 }

@@ -31,10 +31,7 @@ fn run(log: &Log) -> Result<Exit> {
     // What a sync is writing is neither what it was nor what it will be.
     log.status("waiting for a sync to end, if one is running");
     let _lock = lock::take(true)?;
-    let Some(machine) = Machine::probe()? else {
-        log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
-        return Ok(Exit::Good);
-    };
+    let Some(machine) = Machine::probe(log)? else { return Ok(Exit::Good) };
     held::enter_private_namespace()?;
     let mut status = Status::load(&machine.root, &machine.config, &machine.booted)?;
     let standing = verify::run(&machine, &mut status, log);

@@ -30,12 +30,12 @@ use crate::clone::target::Target;
 use crate::clone::template::identity::HostName;
 use crate::clone::template::origin::{About, Listing, Origin};
 use crate::clone::template::system::{Names, NewSystem};
-use crate::conf::Config;
 use crate::copy::rules::{self, OldModules};
 use crate::devices::held;
 use crate::devices::inventory::{Inventory, Partition};
 use crate::names::ident::Rewriter;
 use crate::names::ids::{DiskIds, PartIds};
+use crate::pair::machine::configuration;
 use crate::proof::prove;
 use crate::write::below::{Below, is_link};
 
@@ -68,8 +68,8 @@ impl InstallPlan {
     ///
     /// # Errors
     /// A refusal: something is missing, in the way, or not understood.
-    pub fn new(root: &Root, request: &Request) -> Result<Self> {
-        let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
+    pub fn new(root: &Root, request: &Request, log: &Log) -> Result<Self> {
+        let config = configuration(root, log)?;
         let target = Target::probe(&request.disk, config.as_ref(), None)?;
         let origin = request.origin.canonical()?;
         let about = origin.about(request.layout.as_deref())?;

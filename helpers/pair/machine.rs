@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::base::log::Log;
 use crate::base::refusal::refused;
 use crate::base::root::Root;
 use crate::base::types::{DirPath, PartUuid, Role};
@@ -19,6 +20,16 @@ use crate::names::ident::Rewriter;
 use crate::names::ids::DiskIds;
 use crate::names::idstore;
 use crate::pair::mounted;
+
+/// The configuration; None where there is none. Its warnings are reported at once, because a typo may be the reason for a later refusal.
+///
+/// # Errors
+/// [`crate::base::refusal::Refused`] if it is invalid, with its warnings in the same sentence.
+pub fn configuration(root: &Root, log: &Log) -> Result<Option<Config>> {
+    let config = Config::load(root).map_err(|e| refused(format!("{e:#}")))?;
+    config.iter().flat_map(|config| &config.warnings).for_each(|warning| log.warning(warning));
+    Ok(config)
+}
 
 /// The firmware's variables, and the ESP that was booted, which they name.
 ///
@@ -62,13 +73,16 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Probes the machine; None where dualroot isn't configured.
+    /// Probes the machine; None, which is reported, where dualroot isn't configured.
     ///
     /// # Errors
     /// [`crate::base::refusal::Refused`] if it isn't certain which disk is which.
-    pub fn probe() -> Result<Option<Self>> {
+    pub fn probe(log: &Log) -> Result<Option<Self>> {
         let root = Root::new("/");
-        let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(None) };
+        let Some(config) = configuration(&root, log)? else {
+            log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do");
+            return Ok(None);
+        };
         Self::with_config(root, config).map(Some)
     }
 

@@ -40,8 +40,14 @@ fn disk(n: u32) -> DiskFacts {
 }
 
 fn pair(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> Facts {
-    let mut facts =
-        Facts { now: T + 7300, layout: Layout::OwnRoots, root: heal::RootState::Whole, running: false, disks: vec![disk(0)] };
+    let mut facts = Facts {
+        now: T + 7300,
+        layout: Layout::OwnRoots,
+        root: heal::RootState::Whole,
+        running: false,
+        warnings: Vec::new(),
+        disks: vec![disk(0)],
+    };
     let mut spare = disk(1);
     change(&mut facts, &mut spare);
     facts.disks.push(spare);
@@ -238,6 +244,7 @@ fn the_worst_of_several_spares_counts() {
 /// A pair with everything that can be told of it.
 fn full() -> Report {
     Report::new(&pair(|facts, disk| {
+        facts.warnings = vec!["/etc/dualroot.conf:9: unknown key 'colour=' in section [disk1], ignoring".to_owned()];
         facts.disks[0].record = Lineage::Read(Record::default());
         facts.disks[0].own = Some(Reading { at: T - 60, faults: Vec::new() });
         disk.generation = Some(3);

@@ -68,6 +68,12 @@ impl Report {
         };
         let blocks: Vec<String> = self.disks.iter().map(|disk| block(disk, &names(disk))).collect();
         text.push_str(&blocks.join("\n"));
+        if !self.warnings.is_empty() {
+            text.push('\n');
+        }
+        for warning in &self.warnings {
+            let _ = writeln!(text, "warning: {warning}");
+        }
         text
     }
 }

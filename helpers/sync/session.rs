@@ -73,16 +73,6 @@ pub fn run(task: &Task, log: &mut Log) -> Result<Outcome> {
     }
 }
 
-/// The machine; None, which is said, where dualroot isn't configured.
-fn machine(log: &Log) -> Result<Option<Machine>> {
-    let machine = Machine::probe()?;
-    match &machine {
-        None => log.info("dualroot is not configured (/etc/dualroot.conf); nothing to do"),
-        Some(machine) => machine.config.warnings.iter().for_each(|warning| log.warning(warning)),
-    }
-    Ok(machine)
-}
-
 /// The disk of the configuration that has this name.
 fn named(machine: &Machine, name: DiskName) -> Result<&Disk> {
     let disk = machine.config.disks.iter().find(|disk| disk.name == name);
@@ -90,7 +80,7 @@ fn named(machine: &Machine, name: DiskName) -> Result<&Disk> {
 }
 
 fn boot_next(name: DiskName, dry_run: bool, log: &Log) -> Result<Outcome> {
-    let Some(machine) = machine(log)? else { return Ok(Outcome::Whole) };
+    let Some(machine) = Machine::probe(log)? else { return Ok(Outcome::Whole) };
     let firmware = machine.firmware();
     for change in nvram::plan_next(&firmware, named(&machine, name)?)? {
         match dry_run {
@@ -108,7 +98,7 @@ fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
     let _lock = lock::take(false)?;
     // Also where there is no sync, for whatever reason.
     let noted = if options.dry_run { Ok(()) } else { booted::note(root) };
-    let Some(mut machine) = machine(log)? else { return Ok(Outcome::Whole) };
+    let Some(mut machine) = Machine::probe(log)? else { return Ok(Outcome::Whole) };
     check_discard(&machine, options)?;
     held::enter_private_namespace()?;
     // The root's two halves are one matter, the boot partitions another.
