@@ -325,7 +325,7 @@ impl Fate {
 }
 
 impl Report {
-    /// Of a machine that isn't configured.
+    /// The report of a machine that isn't configured, of which nothing is known.
     pub fn unconfigured() -> Self {
         Self {
             version: VERSION,
@@ -334,7 +334,7 @@ impl Report {
             layout: None,
             root: None,
             running: false,
-            exit: Exit::Good,
+            exit: Exit::Refused,
             warnings: Vec::new(),
             disks: Vec::new(),
         }

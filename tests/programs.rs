@@ -165,3 +165,30 @@ fn f64_a_typo_is_told_with_the_fault_that_it_makes() {
         assert!(err.contains("expected root= in section [disk0]") && err.contains("unknown key 'rot='"), "{said}");
     }
 }
+
+/// Services have nothing to do there, which is no failure; but nobody is told that a spare boots.
+#[test]
+fn without_a_configuration_nothing_is_done_and_nothing_is_called_good() {
+    for (program, args) in [("dualroot-sync", &["--dry-run"][..]), ("dualroot-entries", &[]), ("dualroot-verify", &[])] {
+        let Some((status, _, err)) = configured(program, args, "") else { return };
+        assert!(status == Some(0) && err.contains("dualroot is not configured"), "{program}: {status:?}: {err}");
+    }
+    let Some((status, out, _)) = configured("dualroot-status", &[], "") else { return };
+    assert!(status == Some(3) && out.contains("dualroot-clone(8)"), "{status:?}: {out}");
+}
+
+/// An old file of metrics goes on saying that all is well.
+#[test]
+fn metrics_are_written_where_nothing_is_known() {
+    for text in ["", CONFIGURATION, "[disk0]\n"] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("x.prom");
+        fs::write(&file, "dualroot_spare_boots{disk=\"disk1\"} 1\n").unwrap();
+        let Some((status, _, err)) = configured("dualroot-status", &["--prometheus", file.to_str().unwrap()], text) else {
+            return;
+        };
+        let found = fs::read_to_string(&file).unwrap();
+        assert!(status == Some(3) && found.contains("\ndualroot_configured 0\n"), "{text}: {status:?}: {err}{found}");
+        assert!(!found.contains("dualroot_spare_boots{"), "{text}: {found}");
+    }
+}

@@ -43,10 +43,16 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
-    let report = report(log)?;
+    let found = report(log);
     if let Some(path) = &arguments.prometheus {
-        publish(path, &report)?;
-    } else if arguments.json {
+        // The metrics of last time would go on saying that all is well.
+        publish(path, found.as_ref().unwrap_or(&Report::unconfigured()))?;
+    }
+    let report = found?;
+    if arguments.prometheus.is_some() {
+        return Ok(report.exit);
+    }
+    if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.text());

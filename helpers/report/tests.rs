@@ -268,7 +268,8 @@ fn full() -> Report {
 #[test]
 fn for_people() {
     assert_eq!(full().text(), include_str!("golden.txt"));
-    assert_eq!(Report::unconfigured().text(), "dualroot is not configured (/etc/dualroot.conf).\n");
+    let text = Report::unconfigured().text();
+    assert!(text.contains("not configured") && text.contains("dualroot-clone(8)") && text.contains("dualroot.conf(5)"), "{text}");
 }
 
 #[test]
@@ -280,7 +281,9 @@ fn for_programs() {
 fn as_metrics() {
     assert_eq!(full().prometheus(), include_str!("golden.prom"));
     let none = Report::unconfigured().prometheus();
-    assert!(none.lines().count() == 12 && none.lines().all(|line| line.starts_with("# ")), "{none}");
+    let values: Vec<&str> = none.lines().filter(|line| !line.starts_with("# ")).collect();
+    assert_eq!(values, ["dualroot_configured 0"], "{none}");
+    assert_eq!(Report::unconfigured().exit, Exit::Refused);
 }
 
 #[test]

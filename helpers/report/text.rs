@@ -31,10 +31,19 @@ const METRICS: [Metric; 5] = [
 /// The metric with a second label, `fault`.
 const FAULTS: (&str, &str) = ("dualroot_fault", "1 for each kind of fault that this disk has.");
 
+/// The text where there is no configuration.
+const UNCONFIGURED: &str = "dualroot is not configured: /etc/dualroot.conf names no disks, so no disk is a spare of another. \
+    dualroot-clone(8) makes a blank disk a spare and writes the configuration; for disks that are copies already, write it by \
+    dualroot.conf(5).\n";
+
 impl Report {
     /// In the text format of Prometheus.
     pub fn prometheus(&self) -> String {
-        let mut text = String::new();
+        let configured = u8::from(self.configured);
+        let mut text = format!(
+            "# HELP dualroot_configured Whether the disks are configured, and the booted one is known.\n\
+             # TYPE dualroot_configured gauge\ndualroot_configured {configured}\n"
+        );
         for (name, help, value) in METRICS {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
             for disk in &self.disks {
@@ -56,7 +65,7 @@ impl Report {
     /// For people: a block for each disk.
     pub fn text(&self) -> String {
         if !self.configured {
-            return "dualroot is not configured (/etc/dualroot.conf).\n".to_owned();
+            return UNCONFIGURED.to_owned();
         }
         let mut text = String::new();
         if self.layout == Some("shared-root") {
