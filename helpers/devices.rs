@@ -7,3 +7,6 @@ pub(crate) mod luks;
 pub mod mounts;
 pub(crate) mod stack;
 pub(crate) mod subvolume;
+
+#[cfg(test)]
+pub(crate) mod scratch;

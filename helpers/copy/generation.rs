@@ -271,6 +271,7 @@ mod tests {
         crate::devices::held::enter_private_namespace().unwrap();
         run("mkfs.btrfs", &["-q", image.to_str().unwrap()]);
         run("mount", &["-t", "btrfs", "-o", "loop,subvolid=5", image.to_str().unwrap(), place.to_str().unwrap()]);
+        let _mounted = crate::devices::scratch::Mounted::at(&place);
         let top = Below::open(&place).unwrap();
         let none = std::iter::empty;
 
@@ -321,7 +322,5 @@ mod tests {
         let faults = prove(&top, &booted("dualroot/2"), nth(2));
         assert_eq!(codes(&faults), [Code::F18], "{faults:?}");
         assert_eq!(faults[0].path.as_deref(), Some("loader/entries/a.conf"));
-        drop((top, first));
-        run("umount", &[place.to_str().unwrap()]);
     }
 }

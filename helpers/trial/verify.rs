@@ -178,14 +178,13 @@ fn verify_booted(machine: &Machine) -> Vec<Fault> {
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::OsStr;
     use std::fs;
     use std::os::unix::fs::FileExt;
 
     use super::*;
     use crate::base::types::DiskName;
     use crate::boot::files::BootFiles;
-    use crate::write::change::{Change, Content};
+    use crate::devices::scratch::{self, Mounted, Scratch};
 
     fn hashes(below: &Below) -> BTreeMap<String, String> {
         let found = BootFiles::scan(below).unwrap();
@@ -194,37 +193,24 @@ mod tests {
 
     #[test]
     fn changes_on_the_medium_are_found_despite_the_cache() {
-        if !nix::unistd::geteuid().is_root() {
-            return;
-        }
-        let (image, tmp) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
-        image.as_file().set_len(8 << 20).unwrap();
-        let run = |name: &str, args: &[&OsStr]| {
-            let done = crate::base::program::command(name).unwrap().args(args).output().unwrap();
-            assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
-        };
-        let [first, second] = ["first", "second"].map(|name| tmp.path().join(name));
-        fs::create_dir(&first).unwrap();
-        fs::create_dir(&second).unwrap();
-        run("mke2fs", &["-qF".as_ref(), "-text4".as_ref(), image.path().as_ref()]);
-        crate::devices::held::enter_private_namespace().unwrap();
-        run("mount", &["-oloop".as_ref(), image.path().as_ref(), first.as_ref()]);
         let linux = [b'k'; 70_000];
-        let below = Below::open(&first).unwrap();
+        let spare = tempfile::tempdir().unwrap();
         for (path, bytes) in [("linux", &linux[..]), ("a.conf", b"title a")] {
-            below.apply(&Change::Create { path: path.into(), content: Content::Bytes(bytes.to_vec()) }).unwrap();
+            fs::write(spare.path().join(path), bytes).unwrap();
         }
-        below.apply(&Change::Barrier).unwrap();
-        drop(below);
         // Read-only and visible to all processes, as a spare is.
-        run("mount", &["-oremount,ro".as_ref(), first.as_ref()]);
-        run("mount", &["--bind".as_ref(), first.as_ref(), second.as_ref()]);
-        let (everybody, medium) = (Below::open(&first).unwrap(), Below::open(&second).unwrap().from_medium());
+        let from = spare.path().to_str().unwrap();
+        let Some(disk) = Scratch::ext4(&["-d", from]).map(|disk| disk.mount("ro")) else { return };
+        let (first, second) = (disk.place(), tempfile::tempdir().unwrap());
+        scratch::run("mount", &["--bind".as_ref(), first.as_os_str(), second.path().as_os_str()]);
+        let _mounted = Mounted::at(second.path());
+        let image = fs::File::options().write(true).open(disk.image()).unwrap();
+        let (everybody, medium) = (Below::open(&first).unwrap(), Below::open(second.path()).unwrap().from_medium());
         let files = hashes(&everybody);
         assert_eq!(compare(&medium, &files), []);
-        let on_medium = fs::read(image.path()).unwrap();
+        let on_medium = fs::read(disk.image()).unwrap();
         let at = on_medium.windows(linux.len()).position(|part| part == linux).unwrap() + 40_000;
-        image.as_file().write_all_at(b"K", at as u64).unwrap();
+        image.write_all_at(b"K", at as u64).unwrap();
         assert_eq!(fs::read(first.join("linux")).unwrap(), linux, "it is cached");
         assert_eq!(compare(&everybody, &files), [], "and the damage is not seen");
         let is = |faults: &[Fault], code: Code| faults.iter().any(|f| f.code == code && f.path.as_deref() == Some("linux"));
@@ -232,13 +218,10 @@ mod tests {
         assert!(differs.len() == 1 && is(&differs, Code::F37), "{differs:?}");
         assert_eq!(unreadable(&medium), []);
         // The medium ends before that file: a loop device gives EIO.
-        image.as_file().set_len((at as u64 - 30_000) & !4095).unwrap();
+        image.set_len((at as u64 - 30_000) & !4095).unwrap();
         let found = unreadable(&medium);
         assert!(is(&found, Code::F20), "{found:?}");
         assert!(is(&compare(&medium, &files), Code::F20));
-        drop((everybody, medium));
-        run("umount", &[second.as_ref()]);
-        run("umount", &[first.as_ref()]);
     }
 
     #[test]

@@ -63,11 +63,11 @@ mod tests {
         fs::create_dir(&var).unwrap();
         crate::devices::held::enter_private_namespace().unwrap();
         nix::mount::mount(Some("none"), &var, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+        let _mounted = crate::devices::scratch::Mounted::at(&var);
         let dir = var.join("lib/dualroot");
         for text in ["one", "another", "another"] {
             save_in(&dir, "file", text.into()).unwrap();
             assert_eq!(fs::read_to_string(dir.join("file")).unwrap(), text);
         }
-        nix::mount::umount(&var).unwrap();
     }
 }
