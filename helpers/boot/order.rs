@@ -486,6 +486,21 @@ mod tests {
     }
 
     #[test]
+    fn f18_the_firmware_s_fallback_is_the_last_boot_loader() {
+        let files = |n: &'static str| {
+            [("EFI/BOOT/BOOTX64.EFI", n), ("EFI/systemd/systemd-bootx64.efi", n), ("linux", "1"), (ENTRY, "linux /linux\n")]
+        };
+        for spare in [&files("1 old")[..], &[]] {
+            let steps = Disks::new(&files("2 new"), spare).sync();
+            let at = |dir: &str| {
+                let writes = |s: &Step| matches!(&s.change, Change::Replace { path, .. } if path.starts_with(dir));
+                steps.iter().position(writes).unwrap()
+            };
+            assert!(at("EFI/systemd/") < at("EFI/BOOT/"), "{steps:#?}");
+        }
+    }
+
+    #[test]
     fn f04_files_that_did_not_come_from_the_booted_disk_stay() {
         let disks = Disks::new(
             &[("linux", "1"), (ENTRY, "linux /linux\n"), ("EFI/BOOT/BOOTX64.EFI", "sd")],

@@ -452,6 +452,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_staged_is_seen_by_nobody_else() {
+        use std::os::unix::fs::PermissionsExt;
+        let tmp = tempfile::tempdir().unwrap();
+        begin(&Below::open(tmp.path()).unwrap()).unwrap();
+        for path in [DIRECTORY, NEW] {
+            assert_eq!(fs::metadata(tmp.path().join(path)).unwrap().permissions().mode() & 0o7777, 0o700, "{path}");
+        }
+    }
+
+    #[test]
     fn what_is_staged_is_found_where_a_tree_is_mounted() {
         let (tmp, _) = staged(b"");
         let (tree, outside) = (tmp.path().join("tree"), tmp.path().join("outside"));

@@ -247,6 +247,7 @@ impl Mounted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::scratch::Scratch;
 
     #[test]
     fn a_mounted_file_system_is_writable_in_the_private_namespace_only() {
@@ -277,6 +278,36 @@ mod tests {
             assert_eq!(mine(table().unwrap()), before, "all is as it was");
             assert!(dir.join(format!("made-{read_only}")).exists());
             assert_eq!(fs::create_dir(dir.join("another")).is_err(), read_only);
+        }
+    }
+    /// What a partition of the spare has on it is nothing that this machine is to run, or to take for a device.
+    #[test]
+    fn a_spare_s_file_system_is_data() {
+        use nix::sys::statvfs::{FsFlags, statvfs};
+        let Some(mut disk) = Scratch::ext4(&[]).map(|disk| disk.mount("rw")) else { return };
+        let path = disk.device();
+        let number = fs::read_to_string(format!("/sys/block/{}/dev", path.trim_start_matches("/dev/"))).unwrap();
+        let part = serde_json::json!({
+            "kname": "loop", "path": path, "maj:min": number.trim(), "fstype": "ext4", "log-sec": 512,
+        });
+        let part: Partition = serde_json::from_value(part).unwrap();
+        // The loop device goes when nobody has it open.
+        let _device = fs::File::open(&path).unwrap();
+        // Where it is mounted, that mount is bound; then where it isn't.
+        for seen in [true, false] {
+            if !seen {
+                disk.unmount();
+            }
+            let place = tempfile::tempdir().unwrap();
+            let mut held = Held::open(&part, place.path()).unwrap();
+            let flags = || statvfs(place.path()).unwrap().flags();
+            if !seen {
+                assert!(flags().contains(FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_RDONLY), "{:?}", flags());
+            }
+            held.make_writable().unwrap();
+            assert!(flags().contains(FsFlags::ST_NOSUID | FsFlags::ST_NODEV), "{:?}", flags());
+            assert!(!flags().contains(FsFlags::ST_RDONLY));
+            held.release().unwrap();
         }
     }
 }

@@ -591,6 +591,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::devices::scratch::Scratch;
 
     fn bytes(text: &str) -> Content {
         Content::Bytes(text.into())
@@ -685,32 +686,126 @@ mod tests {
 
     #[test]
     fn f20_a_write_that_the_medium_lost_is_noticed() {
-        if !nix::unistd::geteuid().is_root() {
-            return;
-        }
-        let (image, tmp) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
-        image.as_file().set_len(8 << 20).unwrap();
-        let run = |name: &str, args: &[&std::ffi::OsStr]| {
-            let done = crate::base::program::command(name).unwrap().args(args).output().unwrap();
-            assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
-        };
-        run("mke2fs", &["-qF".as_ref(), "-text4".as_ref(), image.path().as_ref()]);
-        crate::devices::held::enter_private_namespace().unwrap();
-        run("mount", &["-oloop".as_ref(), image.path().as_ref(), tmp.path().as_ref()]);
-        let cached = Below::open(tmp.path()).unwrap();
-        let medium = Below::open(tmp.path()).unwrap().from_medium();
+        let Some(disk) = Scratch::ext4(&[]).map(|disk| disk.mount("rw")) else { return };
+        let cached = Below::open(&disk.place()).unwrap();
+        let medium = Below::open(&disk.place()).unwrap().from_medium();
         let (new, old) = ([b'n'; 8192], [b'o'; 8192]);
         cached.apply(&Change::Create { path: "linux".into(), content: Content::Bytes(new.to_vec()) }).unwrap();
         cached.apply(&Change::Barrier).unwrap();
         // As if the write had failed: the medium holds other bytes.
-        let on_medium = std::fs::read(image.path()).unwrap();
+        let on_medium = std::fs::read(disk.image()).unwrap();
         let at = on_medium.windows(new.len()).position(|part| part == new).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(image.as_file(), &old, at as u64).unwrap();
+        let image = File::options().write(true).open(disk.image()).unwrap();
+        image.write_all_at(&old, at as u64).unwrap();
         assert_eq!(cached.hash("linux").unwrap(), Some(blake3::hash(&new)), "the page cache has the new bytes");
         assert_eq!(medium.hash("linux").unwrap(), Some(blake3::hash(&old)));
         assert_eq!(medium.sub("lost+found".as_ref()).unwrap().map(|below| below.from_medium), Some(true));
-        drop((cached, medium));
-        run("umount", &[tmp.path().as_ref()]);
+    }
+
+    /// Each change on a file system of its own: to flush one would flush the others, too.
+    #[test]
+    fn f18_a_flushed_change_outlives_a_cut() {
+        let [new, old] = [b'n', b'o'].map(|byte| vec![byte; 70_000]);
+        let content = Content::Bytes(new.clone());
+        type Apply<'a> = &'a dyn Fn(&Below) -> Result<()>;
+        let changes: [Apply<'_>; 4] = [
+            &|below| {
+                below.apply(&Change::Create { path: "linux".into(), content: content.clone() })?;
+                below.apply(&Change::Barrier)
+            },
+            &|below| below.apply(&Change::Overwrite { path: "linux".into(), bytes: new.clone() }),
+            &|below| below.apply(&Change::Replace { path: "linux".into(), content: content.clone(), like: None }),
+            &|below| below.publish("linux", new.clone()),
+        ];
+        for (number, change) in changes.iter().enumerate() {
+            let Some(disk) = Scratch::ext4(&[]).map(|disk| disk.mount("rw")) else { return };
+            let below = Below::open(&disk.place()).unwrap();
+            below.apply(&Change::Create { path: "linux".into(), content: Content::Bytes(old.clone()) }).unwrap();
+            below.apply(&Change::Barrier).unwrap();
+            change(&below).unwrap();
+            let after = Below::open(&disk.after_a_cut().place()).unwrap();
+            assert_eq!(after.hash("linux").unwrap(), Some(blake3::hash(&new)), "change {number}");
+        }
+    }
+
+    #[test]
+    fn f18_a_new_content_is_on_the_medium_before_it_gets_its_name() {
+        let Some(disk) = Scratch::ext4(&[]).map(|disk| disk.mount("rw")) else { return };
+        let below = Below::open(&disk.place()).unwrap();
+        below.apply(&Change::MakeDir("linux".into())).unwrap();
+        let content = vec![b'n'; 70_000];
+        let replace = Change::Replace { path: "linux".into(), content: Content::Bytes(content.clone()), like: None };
+        // A directory doesn't give way to a file: the rename fails.
+        assert_eq!(below.apply(&replace).unwrap_err().downcast_ref(), Some(&Errno::EISDIR));
+        let after = Below::open(&disk.after_a_cut().place()).unwrap();
+        assert_eq!(after.hash(".dualroot-linux.new").unwrap(), Some(blake3::hash(&content)));
+    }
+
+    #[test]
+    fn f20_a_barrier_that_fails_is_an_error() {
+        // procfs flushes its file system, and none of its directories.
+        let error = Below::open(Path::new("/proc")).unwrap().apply(&Change::Barrier).unwrap_err();
+        assert_eq!(error.downcast_ref(), Some(&Errno::EINVAL), "{error:#}");
+    }
+
+    #[test]
+    fn new_files_and_private_directories_are_closed_to_others() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        let mode = |name: &str| std::fs::metadata(tmp.path().join(name)).unwrap().permissions().mode() & 0o7777;
+        below.make_private("dir".as_ref()).unwrap();
+        below.apply(&Change::Create { path: "file".into(), content: bytes("secret") }).unwrap();
+        assert_eq!((mode("dir"), mode("file")), (0o700, 0o600));
+        below.publish("everybody", b"public".into()).unwrap();
+        assert_eq!(mode("everybody"), 0o644);
+    }
+
+    /// Somebody else makes the name while it is written: another name of a file that must not change.
+    #[test]
+    fn f26_a_file_that_somebody_else_makes_meanwhile_is_not_written_to() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (victim, name) = (tmp.path().join("victim"), tmp.path().join("linux"));
+        std::fs::write(&victim, "kept").unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let relaxed = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                while !done.load(relaxed) {
+                    let _ = std::fs::hard_link(&victim, &name);
+                }
+            });
+            // Until it has happened once that the name was there between its removal and its creation.
+            let met = loop {
+                let result = below.apply(&Change::Create { path: "linux".into(), content: bytes("bad") });
+                if std::fs::read(&victim).unwrap() != b"kept" || result.is_err() {
+                    break result;
+                }
+            };
+            done.store(true, relaxed);
+            assert_eq!(met.unwrap_err().downcast_ref(), Some(&Errno::EEXIST));
+        });
+        assert_eq!(std::fs::read(&victim).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn f26_no_link_is_followed_inside_either() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::create_dir(tmp.path().join("a")).unwrap();
+        std::fs::write(tmp.path().join("a/file"), "kept").unwrap();
+        std::os::unix::fs::symlink("a", tmp.path().join("dir")).unwrap();
+        std::os::unix::fs::symlink("a/file", tmp.path().join("link")).unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        for path in ["link", "dir/file"] {
+            assert!(below.read(path).is_err(), "{path}");
+            assert!(below.apply(&Change::Overwrite { path: path.into(), bytes: b"bad".into() }).is_err(), "{path}");
+        }
+        assert!(below.apply(&Change::Create { path: "dir/new".into(), content: bytes("bad") }).is_err());
+        assert!(below.apply(&Change::Remove("dir/file".into())).is_err());
+        assert!(below.names("dir".as_ref()).is_err());
+        assert!(below.stat("dir/file".as_ref()).unwrap().is_none());
+        assert_eq!(below.list("a").unwrap(), [("file".to_owned(), Kind::File(4))]);
+        assert_eq!(std::fs::read(tmp.path().join("a/file")).unwrap(), b"kept");
     }
 
     #[test]
