@@ -48,16 +48,63 @@ pub fn close(part: &PartUuid) -> Result<()> {
 /// # Errors
 /// Others than root can read it, it is too short, or it isn't a regular file: a refusal.
 pub fn has_key() -> Result<bool> {
-    match fs::symlink_metadata(KEY) {
+    is_key(Path::new(KEY), 0)
+}
+
+/// As [`has_key`], of a key file that this user has to own.
+fn is_key(path: &Path, owner: u32) -> Result<bool> {
+    let shown = path.display();
+    match fs::symlink_metadata(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(refused(format!("{KEY} can't be read: {e}"))),
+        Err(e) => Err(refused(format!("{shown} can't be read: {e}"))),
         Ok(meta) if meta.len() < MIN_KEY_BYTES => Err(refused(format!(
-            "{KEY} has {} bytes, and at least {MIN_KEY_BYTES} are needed. Make a new key, see dualroot(7)",
+            "{shown} has {} bytes, and at least {MIN_KEY_BYTES} are needed. Make a new key, see dualroot(7)",
             meta.len()
         ))),
-        Ok(meta) if meta.is_file() && meta.uid() == 0 && meta.mode() & 0o077 == 0 => Ok(true),
-        Ok(_) => {
-            Err(refused(format!("{KEY} must be a file that only root can read. Run 'chown root {KEY}' and 'chmod 600 {KEY}'")))
+        Ok(meta) if meta.is_file() && meta.uid() == owner && meta.mode() & 0o077 == 0 => Ok(true),
+        Ok(_) => Err(refused(format!(
+            "{shown} must be a file that only root can read. Run 'chown root {shown}' and 'chmod 600 {shown}'"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+    use crate::base::refusal::Refused;
+
+    #[test]
+    fn a_key_that_others_can_read_is_none() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (path, me) = (tmp.path().join("key"), nix::unistd::geteuid().as_raw());
+        let refusal = |path: &Path, owner| {
+            let error = is_key(path, owner).unwrap_err();
+            assert!(error.is::<Refused>(), "{error:#}");
+            error.to_string()
+        };
+        assert!(!is_key(&path, me).unwrap(), "there is none");
+        fs::write(&path, [7; 64]).unwrap();
+        for mode in [0o600, 0o400] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert!(is_key(&path, me).unwrap(), "{mode:o}");
         }
+        assert!(refusal(&path, me + 1).contains("must be a file that only root can read. Run 'chown root "));
+        for mode in [0o640, 0o620, 0o604, 0o602] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert!(refusal(&path, me).contains("must be a file that only root can read"), "{mode:o}");
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let (link, dir) = (tmp.path().join(format!("{:064}", 0)), tmp.path().join("dir"));
+        symlink(&path, tmp.path().join("link")).unwrap();
+        symlink(&link, tmp.path().join("long")).unwrap();
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).unwrap();
+        for other in [tmp.path().join("link"), tmp.path().join("long"), dir, path.join("below")] {
+            refusal(&other, me);
+        }
+        fs::write(&path, [7; 63]).unwrap();
+        assert!(refusal(&path, me).contains("has 63 bytes, and at least 64 are needed"));
     }
 }

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use crate::base::root::Root;
 use crate::boot::files::{Class, classify};
 
 /// Files that package managers lock with fcntl(2) while they work.
@@ -33,12 +34,16 @@ pub struct Fingerprint(blake3::Hash);
 /// # Errors
 /// A directory that can't be read.
 pub fn fingerprint(boot: &[PathBuf]) -> Result<Fingerprint> {
+    fingerprint_in(&Root::new("/"), boot)
+}
+
+fn fingerprint_in(root: &Root, boot: &[PathBuf]) -> Result<Fingerprint> {
     let mut hasher = blake3::Hasher::new();
     for dir in boot {
         add_tree(&mut hasher, dir, dir, 0).with_context(|| format!("{} can't be read", dir.display()))?;
     }
     for path in STATE {
-        add(&mut hasher, Path::new(path))?;
+        add(&mut hasher, &root.path(path))?;
     }
     Ok(Fingerprint(hasher.finalize()))
 }
@@ -48,7 +53,11 @@ pub fn fingerprint(boot: &[PathBuf]) -> Result<Fingerprint> {
 /// # Errors
 /// As [`fingerprint`].
 pub fn unchanged_since(boot: &[PathBuf], before: &Fingerprint) -> Result<bool> {
-    Ok(fingerprint(boot)? == *before && package_manager_lock().is_none())
+    unchanged_since_in(&Root::new("/"), boot, before)
+}
+
+fn unchanged_since_in(root: &Root, boot: &[PathBuf], before: &Fingerprint) -> Result<bool> {
+    Ok(fingerprint_in(root, boot)? == *before && package_manager_lock_in(root).is_none())
 }
 
 fn add(hasher: &mut blake3::Hasher, path: &Path) -> std::io::Result<()> {
@@ -89,7 +98,11 @@ fn is_local(top: &Path, path: &Path) -> bool {
 
 /// The lock of a package manager that runs now, if any.
 pub fn package_manager_lock() -> Option<&'static str> {
-    LOCKED.into_iter().find(|path| is_locked(Path::new(path))).or(PRESENT.into_iter().find(|path| Path::new(path).exists()))
+    package_manager_lock_in(&Root::new("/"))
+}
+
+fn package_manager_lock_in(root: &Root) -> Option<&'static str> {
+    LOCKED.into_iter().find(|path| is_locked(&root.path(path))).or(PRESENT.into_iter().find(|path| root.path(path).exists()))
 }
 
 fn is_locked(path: &Path) -> bool {
@@ -108,19 +121,28 @@ fn short(value: libc::c_int) -> libc::c_short {
 ///
 /// # Errors
 /// A source that isn't quiet after 20 minutes.
-pub fn wait(boot: &[PathBuf], settle: Duration, mut tell: impl FnMut(&str)) -> Result<Fingerprint> {
+pub fn wait(boot: &[PathBuf], settle: Duration, tell: impl FnMut(&str)) -> Result<Fingerprint> {
+    wait_for(|| Ok((fingerprint(boot)?, package_manager_lock())), settle, PATIENCE, tell)
+}
+
+/// As [`wait`], with a function that looks: it returns the fingerprint, and the lock of a package manager that runs.
+fn wait_for(
+    mut look: impl FnMut() -> Result<(Fingerprint, Option<&'static str>)>,
+    settle: Duration,
+    patience: Duration,
+    mut tell: impl FnMut(&str),
+) -> Result<Fingerprint> {
     let begun = Instant::now();
     let mut told = false;
-    let mut before = fingerprint(boot)?;
+    let (mut before, _) = look()?;
     loop {
         thread::sleep(settle);
-        let now = fingerprint(boot)?;
-        let busy = package_manager_lock();
+        let (now, busy) = look()?;
         if now == before && busy.is_none() {
             return Ok(now);
         }
         let reason = busy.map_or("the boot files are being changed".to_owned(), |lock| format!("a package manager holds {lock}"));
-        if begun.elapsed() > PATIENCE {
+        if begun.elapsed() > patience {
             bail!("the booted disk was busy for 20 minutes ({reason}); the spare was left as it is; the next sync tries again");
         }
         if !std::mem::replace(&mut told, true) {
@@ -168,23 +190,96 @@ mod tests {
         assert_eq!(fingerprint(&dirs).unwrap(), first);
     }
 
+    /// A process that has locked a file, until it is dropped.
+    struct Locked(std::process::Child);
+
+    impl Locked {
+        fn new(path: &Path) -> Self {
+            let script = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); \
+                          print('locked', flush=True); sys.stdin.read()";
+            let mut child = std::process::Command::new("python3")
+                .args(["-c", script, path.to_str().unwrap()])
+                .stdin(std::process::Stdio::piped())
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut line = String::new();
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
+            Self(child)
+        }
+    }
+
+    impl Drop for Locked {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
     #[test]
     fn a_lock_of_another_process_is_seen() {
         let tmp = tempfile::NamedTempFile::new().unwrap();
         assert!(!is_locked(tmp.path()));
-        let script = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); \
-                      sys.stdin.read()";
-        let mut child = std::process::Command::new("python3")
-            .args(["-c", script, tmp.path().to_str().unwrap()])
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
+        let locked = Locked::new(tmp.path());
         assert!(is_locked(tmp.path()));
-        drop(child.stdin.take());
-        child.wait().unwrap();
+        drop(locked);
         assert!(!is_locked(tmp.path()));
+    }
+
+    /// A root, and what lies in the files that package managers have.
+    fn root_with_package_managers() -> (tempfile::TempDir, Root) {
+        let tmp = tempfile::tempdir().unwrap();
+        for path in LOCKED {
+            let path = tmp.path().join(&path[1..]);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        fs::create_dir_all(tmp.path().join("var/lib/pacman")).unwrap();
+        let root = Root::new(tmp.path());
+        (tmp, root)
+    }
+
+    #[test]
+    fn f09_where_a_package_manager_is_at_work_nothing_is_as_it_was() {
+        let (_tmp, root) = root_with_package_managers();
+        let before = fingerprint_in(&root, &[]).unwrap();
+        assert!(unchanged_since_in(&root, &[], &before).unwrap(), "files that nobody has locked");
+        for path in LOCKED {
+            let _locked = Locked::new(&root.path(path));
+            assert_eq!(package_manager_lock_in(&root), Some(path));
+            assert!(!unchanged_since_in(&root, &[], &before).unwrap(), "{path}");
+        }
+        fs::write(root.path(PRESENT[0]), "").unwrap();
+        assert!(!unchanged_since_in(&root, &[], &before).unwrap(), "pacman's");
+        fs::remove_file(root.path(PRESENT[0])).unwrap();
+        assert!(unchanged_since_in(&root, &[], &before).unwrap());
+        fs::write(root.path("/var/lib/dpkg/status"), "Package: linux\n").unwrap();
+        assert!(!unchanged_since_in(&root, &[], &before).unwrap(), "it has installed something");
+    }
+
+    #[test]
+    fn f09_what_changes_is_waited_for() {
+        let of = |text: &str| Fingerprint(blake3::hash(text.as_bytes()));
+        let wait = |looks: &[(&str, Option<&'static str>)], patience| {
+            let mut looks = looks.iter();
+            let mut told = Vec::new();
+            let mut look = || looks.next().map(|(text, lock)| (of(text), *lock)).context("it should be quiet by now");
+            let found = wait_for(&mut look, Duration::ZERO, patience, |text| told.push(text.to_owned()));
+            (found, told, looks.count())
+        };
+        for (looks, expected) in [
+            (&[("a", None), ("a", None)][..], &[][..]),
+            (&[("a", None), ("b", None), ("c", None), ("c", None)], &["waiting: the boot files are being changed"]),
+            (&[("c", None), ("c", Some("LOCK")), ("c", None)], &["waiting: a package manager holds LOCK"]),
+            (&[("a", None), ("b", Some("LOCK")), ("c", None), ("c", None)], &["waiting: a package manager holds LOCK"]),
+        ] {
+            let (found, told, left) = wait(looks, PATIENCE);
+            assert_eq!((found.unwrap(), left), (of(looks.last().unwrap().0), 0), "{looks:?}");
+            assert_eq!(told, expected, "{looks:?}");
+        }
+        let (found, told, _) = wait(&[("a", None), ("a", Some("LOCK")), ("a", None)], Duration::ZERO);
+        let error = found.unwrap_err().to_string();
+        assert!(error.contains("was busy for 20 minutes") && error.contains("a package manager holds LOCK"), "{error}");
+        assert!(told.is_empty());
     }
 }
