@@ -177,10 +177,7 @@ fn round(machine: &Machine, options: &Options, status: &mut Status, log: &mut Lo
                 }
             }
             Err(e) => {
-                status.stopped(disk, &e);
-                if !options.dry_run {
-                    left_behind(machine, disk)?;
-                }
+                failed(machine, disk, &e, options, status)?;
                 error = Some(keep_failure(error, e.context(disk.name.to_string()), log));
             }
         }
@@ -225,6 +222,14 @@ fn absent(machine: &Machine, disk: &Disk, options: &Options, status: &mut Status
     Ok(())
 }
 
+fn failed(machine: &Machine, disk: &Disk, error: &anyhow::Error, options: &Options, status: &mut Status) -> Result<()> {
+    status.stopped(disk, error);
+    match options.dry_run {
+        true => Ok(()),
+        false => left_behind(machine, disk),
+    }
+}
+
 /// Notes that the booted disk goes on, and that this spare doesn't get what is new.
 fn left_behind(machine: &Machine, spare: &Disk) -> Result<()> {
     let (esp, mut own) = own_record(machine)?;
@@ -252,5 +257,52 @@ fn one(
     match Written::write(planned, status, log)? {
         Some(written) => Proven::prove(written, status, log).map(|proven| Synced::Proven(proven.faults)),
         None => Ok(Synced::SourceChanged),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::base::root::Root;
+    use crate::devices::held::enter_private_namespace;
+    use crate::devices::scratch::{self, Mounted};
+    use crate::pair::lineage::Record;
+    use crate::pair::machine;
+    use crate::write::below::Below;
+    use crate::write::change::Change;
+
+    /// Booted later, the spare would otherwise overwrite what was done here in the meantime.
+    #[test]
+    fn f07_a_spare_that_a_sync_leaves_behind_is_older_from_then_on() {
+        let boot = Path::new("/boot");
+        if !nix::unistd::geteuid().is_root() || !boot.is_dir() {
+            return;
+        }
+        // The booted disk's ESP.
+        enter_private_namespace().unwrap();
+        scratch::run("mount", &["-ttmpfs", "none", "/boot"]);
+        let _mounted = Mounted::at(boot);
+        let esp = Below::open(boot).unwrap();
+        esp.apply(&Change::MakeDir("EFI".into())).unwrap();
+        let machine = machine::tests::machine(&[1, 2, 3]);
+        let [booted, spare] = machine.config.disks.as_slice() else { panic!() };
+        let run = |is_there: bool, dry_run: bool| {
+            let (mut own, mut of_spare) = (Record::default(), Record::default());
+            own.note_boot(&Root::new("/"), booted.name).unwrap();
+            own.synced(booted.name, spare.name, &mut of_spare);
+            own.save(&esp).unwrap();
+            let (options, mut status) = (Options { dry_run, ..Options::default() }, Status::new(booted));
+            match is_there {
+                true => failed(&machine, spare, &anyhow::anyhow!("a failure"), &options, &mut status).unwrap(),
+                false => absent(&machine, spare, &options, &mut status, &Log::new()).unwrap(),
+            }
+            of_spare.check(spare.name, booted.name, &Record::load(&esp, booted.name).unwrap())
+        };
+        for is_there in [true, false] {
+            assert!(run(is_there, false).unwrap_err().is::<Refused>(), "{is_there}");
+            run(is_there, true).unwrap();
+        }
     }
 }

@@ -169,3 +169,41 @@ impl Machine {
         matches!(self.config.layout(), Layout::OwnRoots)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    fn partuuid(number: u32) -> String {
+        format!("aaaaaaaa-0000-4000-8000-00000000000{number}")
+    }
+
+    /// Partitions of the pair, each with its minor number: 1 and 3 are the ESPs, 2 and 4 the roots.
+    pub(crate) fn inventory(there: &[(u32, u32)]) -> Inventory {
+        let part = |&(number, minor): &(u32, u32)| {
+            let (fstype, kind) = match number % 2 {
+                1 => ("vfat", "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"),
+                _ => ("ext4", "4f68bce3-e8cd-4db1-96e7-fbcaf984b709"),
+            };
+            format!(
+                r#"{{"kname":"x{number}","path":"/dev/x{number}","maj:min":"8:{minor}","fstype":"{fstype}","uuid":null,"label":null,
+                    "partuuid":"{}","partlabel":null,"parttype":"{kind}","log-sec":512}}"#,
+                partuuid(number)
+            )
+        };
+        let lines: Vec<String> = there.iter().map(part).collect();
+        let json = format!(r#"{{"blockdevices":[{}]}}"#, lines.join(","));
+        Inventory::parse(json.as_bytes(), BTreeMap::new(), std::collections::BTreeSet::new()).unwrap()
+    }
+
+    /// A machine that booted disk0, with these partitions of the pair.
+    pub(crate) fn machine(there: &[u32]) -> Machine {
+        let [a, b, c, d] = [1, 2, 3, 4].map(partuuid);
+        let text = format!("[disk0]\nesp={a}\nroot={b}\n[disk1]\nesp={c}\nroot={d}\n");
+        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
+        let inventory = inventory(&there.iter().map(|&number| (number, number)).collect::<Vec<_>>());
+        let booted = config.disks.first().unwrap().clone();
+        let ids = config.disks.iter().map(|disk| inventory.ids(&config, disk).unwrap()).collect();
+        Machine { root: Root::new("/"), config, booted, inventory, ids, loader: None, drafts: Vec::new() }
+    }
+}

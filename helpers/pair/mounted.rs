@@ -72,31 +72,14 @@ fn is_subvolume(dir: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
-
     use super::*;
     use crate::base::refusal::Refused;
-    use crate::conf::Config;
-
-    fn pair() -> (Disk, Inventory) {
-        let part = |kname: &str, number: u32, partuuid: &str, fstype: &str| {
-            format!(
-                r#"{{"kname":"{kname}","path":"/dev/{kname}","maj:min":"8:{number}","fstype":"{fstype}","uuid":null,"label":null,
-                    "partuuid":"{partuuid}","partlabel":null,"parttype":null,"log-sec":512}}"#
-            )
-        };
-        let [a, b, c] = [1, 2, 3].map(|n| format!("aaaaaaaa-0000-4000-8000-00000000000{n}"));
-        let text = format!("[disk0]\nesp={a}\nroot={b}\n[disk1]\nesp={c}\nroot={}4\n", &c[..35]);
-        let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
-        let lines = [part("x1", 1, &a, "vfat"), part("x2", 2, &b, "ext4"), part("x3", 3, &c, "vfat")].join(",");
-        let json = format!(r#"{{"blockdevices":[{lines}]}}"#);
-        let inventory = Inventory::parse(json.as_bytes(), BTreeMap::new(), BTreeSet::new()).unwrap();
-        (config.disks[0].clone(), inventory)
-    }
+    use crate::pair::machine::Machine;
+    use crate::pair::machine::tests::machine;
 
     #[test]
     fn f05_every_partition_has_to_be_mounted_where_it_belongs() {
-        let (booted, inventory) = pair();
+        let Machine { booted, inventory, .. } = machine(&[1, 2, 3]);
         let line = |device: &str, root: &str, at: &str| {
             Mount::parse(&format!("22 1 {device} {root} {at} rw - ext4 /dev/none rw")).unwrap()
         };

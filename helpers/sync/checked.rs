@@ -192,10 +192,31 @@ fn first_content(below: &Below) -> Result<Option<String>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
 
     use super::*;
+
+    /// disk1, of which nothing was read and nothing is mounted. `esp` is that of disk0, which is booted.
+    pub(crate) fn checked(machine: &Machine, esp: Below, is_new: bool, discard: bool) -> Checked<'_> {
+        let disk = machine.config.disks.get(1).unwrap();
+        let parts = machine.inventory.disk(disk).unwrap();
+        // Whatever the root of the machine is that runs the tests.
+        let request = Request { running: None, ..request(machine, disk).unwrap() };
+        Checked {
+            spare: Spare::new(machine, disk, &parts).unwrap(),
+            copier: copy::choose(request, &parts).unwrap(),
+            esp,
+            own: Record::default(),
+            of_spare: Record::default(),
+            is_new,
+            discard,
+            known: Known::default(),
+            before: settle::print(&[]).unwrap(),
+            source: BootContents::new(),
+            there: BootContents::new(),
+        }
+    }
 
     #[test]
     fn f07_a_boot_loader_alone_is_nobodys_system() {

@@ -18,9 +18,9 @@ impl<'a> Planned<'a> {
     /// # Errors
     /// A refusal where something has no room, or would overwrite what no sync has written.
     pub(crate) fn plan(checked: Checked<'a>) -> Result<Self> {
+        checked.check_empty()?;
         let boot = checked.boot_plan()?;
         checked.copier.check_room(&checked.spare.mounted)?;
-        checked.check_empty()?;
         Ok(Self { checked, boot })
     }
 
@@ -45,5 +45,40 @@ impl Checked<'_> {
     /// The plan for the boot partitions, from what is on them by now.
     pub(crate) fn boot_plan(&self) -> Result<BootPlan> {
         BootPlan::make(&self.spare, self.copier.roots(), &self.source, &self.there, &self.known)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::refusal::Refused;
+    use crate::base::types::Role;
+    use crate::boot::files::BootFiles;
+    use crate::pair::machine;
+    use crate::sync::checked;
+    use crate::write::below::Below;
+    use crate::write::change::Change;
+
+    #[test]
+    fn f43_nothing_is_planned_over_files_that_no_sync_has_written() {
+        let tmp = tempfile::tempdir().unwrap();
+        let esp = || Below::open(tmp.path()).unwrap();
+        esp().apply(&Change::MakeDir("loader/entries".into())).unwrap();
+        std::fs::write(tmp.path().join("loader/entries/a.conf"), "linux /linux\n").unwrap();
+        let machine = machine::tests::machine(&[1, 2, 3, 4]);
+        let refusal = |is_new, discard| {
+            let mut checked = checked::tests::checked(&machine, esp(), is_new, discard);
+            checked.there.insert(Role::Esp, BootFiles::scan(&esp()).unwrap());
+            let error = Planned::plan(checked).err().unwrap();
+            assert!(error.is::<Refused>(), "{error:#}");
+            error.to_string()
+        };
+        let said = refusal(true, false);
+        assert!(said.contains("loader/entries/a.conf"), "{said}");
+        // The next thing to be refused: nothing was read of the booted disk.
+        for (is_new, discard) in [(true, true), (false, false)] {
+            let said = refusal(is_new, discard);
+            assert!(said.contains("has no boot loader entry"), "{said}");
+        }
     }
 }

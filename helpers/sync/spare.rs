@@ -129,3 +129,26 @@ impl<'a> Spare<'a> {
         self.root_names.as_ref().is_some_and(|names| !names.foreign(text).is_empty())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::refusal::Refused;
+    use crate::pair::machine::tests::{inventory, machine};
+
+    #[test]
+    fn f06_a_partition_that_is_another_one_by_now_is_not_written() {
+        let machine = machine(&[1, 2, 3, 4]);
+        let disk = machine.config.disks.get(1).unwrap();
+        let parts = machine.inventory.disk(disk).unwrap();
+        let mut spare = Spare::new(&machine, disk, &parts).unwrap();
+        spare.check_devices(&parts, &inventory(&[(1, 1), (2, 2), (3, 3), (4, 4)])).unwrap();
+        for now in [&[(3, 3)][..], &[(3, 3), (4, 5)], &[(3, 4), (4, 3)], &[(3, 3), (4, 4), (4, 5)], &[]] {
+            let error = spare.check_devices(&parts, &inventory(now)).unwrap_err();
+            assert!(error.is::<Refused>(), "{now:?}: {error:#}");
+        }
+        // The machine that runs the tests has none of them.
+        let error = spare.hold(&parts, |_| false).unwrap_err();
+        assert!(error.is::<Refused>(), "{error:#}");
+    }
+}

@@ -106,3 +106,29 @@ impl Checked<'_> {
         self.of_spare.save(self.spare.mounted.below(&Role::Esp)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::root::Root;
+    use crate::pair::lineage::Record;
+    use crate::pair::machine;
+    use crate::sync::checked;
+    use crate::write::below::Below;
+
+    /// Interrupted between the two, the spare counts as level with this disk, and so is left behind by what this disk does next. The other
+    /// way round, that would not be noted.
+    #[test]
+    fn f07_the_booted_disk_s_record_is_saved_before_the_spare_s() {
+        let tmp = tempfile::tempdir().unwrap();
+        let esp = || Below::open(tmp.path()).unwrap();
+        esp().apply(&Change::MakeDir("EFI".into())).unwrap();
+        let machine = machine::tests::machine(&[1, 2, 3, 4]);
+        let mut checked = checked::tests::checked(&machine, esp(), true, false);
+        let (booted, spare) = (machine.booted.name, checked.spare.disk.name);
+        checked.own.note_boot(&Root::new("/"), booted).unwrap();
+        // The spare's can't be saved: it isn't mounted.
+        checked.save_records().unwrap_err();
+        assert!(Record::load(&esp(), booted).unwrap().left_behind(booted, spare));
+    }
+}
