@@ -212,7 +212,7 @@ pub(crate) mod tests {
             is_new,
             discard,
             known: Known::default(),
-            before: settle::print(&[]).unwrap(),
+            before: quiet::fingerprint(&[]).unwrap(),
             source: BootContents::new(),
             there: BootContents::new(),
         }
