@@ -334,6 +334,29 @@ impl Raw {
         }
     }
 
+    /// Notes the keys that a disk's section lacks, by the `roles` that all sections name, each with the section and place of one of them.
+    fn check_keys(
+        &mut self,
+        name: DiskName,
+        place: &Place,
+        values: &BTreeMap<String, Value>,
+        roles: &BTreeMap<&str, (DiskName, &Place)>,
+    ) {
+        if !values.contains_key("esp") {
+            self.faults.push(format!("{place}: expected esp= in section [{name}]"));
+        }
+        for (key, (other, its_place)) in roles {
+            if *key == "esp" || values.contains_key(*key) {
+                continue;
+            }
+            let why = match *key {
+                "root" => "either all disks have root= (each its own root) or none (one shared root)",
+                _ => "all disks must have the same partitions",
+            };
+            self.faults.push(format!("{place}: expected {key}= in section [{name}], as in [{other}] at {its_place}: {why}"));
+        }
+    }
+
     /// The typed sections `[diskN]`; faults in them are added to the others.
     fn disks(&mut self) -> Vec<Disk> {
         let sections = self.sections.clone();
@@ -345,19 +368,7 @@ impl Raw {
         let mut mountpoints_seen = BTreeSet::new();
         let mut disks = Vec::new();
         for (name, (place, values)) in &sections {
-            if !values.contains_key("esp") {
-                self.faults.push(format!("{place}: expected esp= in section [{name}]"));
-            }
-            for (key, (other, its_place)) in &roles {
-                if *key == "esp" || values.contains_key(*key) {
-                    continue;
-                }
-                let why = match *key {
-                    "root" => "either all disks have root= (each its own root) or none (one shared root)",
-                    _ => "all disks must have the same partitions",
-                };
-                self.faults.push(format!("{place}: expected {key}= in section [{name}], as in [{other}] at {its_place}: {why}"));
-            }
+            self.check_keys(*name, place, values, &roles);
             let mut disk = Disk {
                 name: *name,
                 parts: BTreeMap::new(),

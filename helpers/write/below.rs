@@ -605,7 +605,7 @@ mod tests {
         below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("one") }).unwrap();
         below.apply(&Change::Create { path: "a/b/c".into(), content: bytes("two!") }).unwrap();
         assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"two!");
-        assert_eq!(below.list("a/b").unwrap(), [("c".to_owned(), FileFileKind::File(4))]);
+        assert_eq!(below.list("a/b").unwrap(), [("c".to_owned(), FileKind::File(4))]);
         below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"six".into() }).unwrap();
         assert_eq!(below.read("a/b/c").unwrap().unwrap(), b"six!");
         assert!(below.apply(&Change::Overwrite { path: "a/b/c".into(), bytes: b"longer".into() }).is_err());
