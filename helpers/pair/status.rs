@@ -116,13 +116,27 @@ pub struct Seen {
     pub read: Option<Reading>,
 }
 
+/// A section of the configuration, and a disk that had its turn there. Its knowledge waits for the disk's next turn.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Slot {
+    name: DiskName,
+    disk: Seen,
+}
+
+/// The number of disks that are remembered without a turn: the sections of a machine with several spares elsewhere.
+const MOST_AWAY: usize = 32;
+
 /// What the booted disk remembers.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Status {
     /// Who remembers.
     disk: DiskName,
     esp: PartUuid,
+    /// The disks that the sections of the configuration name.
     spares: BTreeMap<DiskName, Seen>,
+    /// Disks whose sections name other disks now, the longest away first.
+    #[serde(default)]
+    away: Vec<Slot>,
     /// The last verification of the booted disk itself.
     pub own: Option<Reading>,
     /// The spares that something was learnt about since it was loaded.
@@ -137,11 +151,11 @@ impl Status {
     /// Nothing.
     pub fn new(booted: &Disk) -> Self {
         let (disk, esp) = (booted.name, booted.esp());
-        Self { disk, esp, spares: BTreeMap::new(), own: None, told: BTreeSet::new(), may_be_older: false }
+        Self { disk, esp, spares: BTreeMap::new(), away: Vec::new(), own: None, told: BTreeSet::new(), may_be_older: false }
     }
 
-    /// What the booted disk remembers; of what is another disk's, or about a disk that isn't configured, nothing. What doesn't parse is
-    /// taken for nothing: the next sync finds it out again.
+    /// Loads what the booted disk remembers. A file that another disk wrote, or that doesn't parse, counts as empty: the next sync finds
+    /// it out again. Knowledge about a disk whose section names another disk now is kept for its next turn there.
     ///
     /// # Errors
     /// A file that is there but can't be read.
@@ -155,8 +169,19 @@ impl Status {
         if (status.disk, status.esp) != (booted.name, booted.esp()) {
             return Self::new(booted);
         }
-        status.spares.retain(|name, seen| config.disks.iter().any(|disk| disk.name == *name && disk.esp() == seen.esp));
+        status.take_turns(config);
         status
+    }
+
+    /// Lets the disks that the configuration names take the places of those that it named when this was saved.
+    fn take_turns(&mut self, config: &Config) {
+        let is_named = |name: DiskName, seen: &Seen| config.disks.iter().any(|disk| (disk.name, disk.esp()) == (name, seen.esp));
+        let all = std::mem::take(&mut self.spares).into_iter().map(|(name, disk)| Slot { name, disk });
+        let all = std::mem::take(&mut self.away).into_iter().chain(all);
+        let (here, away): (Vec<Slot>, Vec<Slot>) = all.partition(|slot| is_named(slot.name, &slot.disk));
+        self.spares = here.into_iter().map(|slot| (slot.name, slot.disk)).collect();
+        let too_many = away.len().saturating_sub(MOST_AWAY);
+        self.away = away.into_iter().skip(too_many).collect();
     }
 
     /// Keeps it, for everybody to read.
@@ -328,6 +353,22 @@ pub(crate) mod tests {
         for damaged in ["", "{", "[]", "{\"disk\":\"disk0\"}", "\u{0}"] {
             assert_eq!(Status::parse(damaged.as_bytes(), &config, booted), Status::new(booted), "{damaged}");
         }
+    }
+
+    #[test]
+    fn a_disk_is_known_when_its_turn_comes_again() {
+        let config = config(PAIR);
+        let (booted, spare) = (&config.disks[0], &config.disks[1]);
+        let other = super::tests::config(&PAIR.replace("bbbbbbbb", "cccccccc"));
+        let mut status = Status::new(booted);
+        status.ended(spare, &[], &wanted(), &found(), Some((booted.name, 7)));
+        let mut status = next(&status, &other, 0);
+        assert!(status.of(spare.name).is_none(), "another disk is in that slot");
+        status.absent(&other.disks[1]);
+        let again = next(&next(&status, &other, 0), &config, 0);
+        assert!(again.of(spare.name).is_some_and(|seen| seen.esp == spare.esp() && seen.proof.is_some()));
+        let other = next(&again, &other, 0);
+        assert!(other.of(spare.name).is_some_and(|seen| seen.absent_since.is_some()));
     }
 
     #[test]
