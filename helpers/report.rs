@@ -72,6 +72,18 @@ pub struct DiskFacts {
     pub own: Option<Reading>,
 }
 
+impl DiskFacts {
+    /// What could not be read of it, although it is there.
+    fn not_seen(&self) -> Vec<String> {
+        let record = match &self.record {
+            Lineage::Unknown(why) if self.present => Some(format!("the record on the ESP of {} ({why})", self.name)),
+            _ => None,
+        };
+        let firmware = self.firmware.is_none().then(|| format!("the firmware's entries for {}", self.name));
+        record.into_iter().chain(firmware).collect()
+    }
+}
+
 /// The record on a disk's ESP.
 #[derive(Clone, Debug)]
 pub enum Lineage {
@@ -207,6 +219,8 @@ pub struct Report {
     pub exit: Exit,
     /// The warnings of the configuration.
     pub warnings: Vec<String>,
+    /// The facts that could not be seen, and why.
+    pub not_seen: Vec<String>,
     /// Every disk.
     pub disks: Vec<DiskReport>,
 }
@@ -336,6 +350,7 @@ impl Report {
             running: false,
             exit: Exit::Refused,
             warnings: Vec::new(),
+            not_seen: Vec::new(),
             disks: Vec::new(),
         }
     }
@@ -372,6 +387,7 @@ impl Report {
             running: facts.running,
             exit: standing.exit(),
             warnings: facts.warnings.clone(),
+            not_seen: facts.disks.iter().flat_map(DiskFacts::not_seen).collect(),
             disks,
         }
     }

@@ -70,7 +70,8 @@ fn as_nobody(path: &str, args: &[&str]) -> (Option<i32>, String) {
     let dir = tempfile::tempdir_in("/tmp").unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join(Path::new(path).file_name().unwrap());
-    fs::copy(path, &program).unwrap();
+    // By another process: a child of another test would inherit the open file, which nobody can run meanwhile.
+    assert!(Command::new("cp").args([Path::new(path), &program]).status().unwrap().success());
     let mut command = match is_root {
         true => Command::new("setpriv"),
         false => Command::new(&program),
@@ -190,5 +191,23 @@ fn metrics_are_written_where_nothing_is_known() {
         let found = fs::read_to_string(&file).unwrap();
         assert!(status == Some(3) && found.contains("\ndualroot_configured 0\n"), "{text}: {status:?}: {err}{found}");
         assert!(!found.contains("dualroot_spare_boots{"), "{text}: {found}");
+    }
+}
+
+/// Without a configuration, a dry run needs no root; dualroot-clone's reads the disks anyway.
+#[test]
+fn dry_runs_go_as_far_as_they_can_without_root() {
+    for (program, args, expected, code) in [
+        ("dualroot-sync", &["--dry-run"][..], "dualroot is not configured", 0),
+        ("dualroot-sync", &["--dry-run", "--boot-next", "disk1"], "dualroot is not configured", 0),
+        ("dualroot-entries", &["--dry-run"], "dualroot is not configured", 0),
+        ("dualroot-clone", &["--dry-run", "/dev/null"], "only root may read the partitions and file systems of the disks", 3),
+    ] {
+        if Path::new("/etc/dualroot.conf").exists() {
+            return;
+        }
+        let path = PROGRAMS.iter().find(|(name, _)| *name == program).unwrap().1;
+        let (status, said) = as_nobody(path, args);
+        assert!(status == Some(code) && said.contains(expected), "{program} {args:?}: {status:?}: {said}");
     }
 }

@@ -44,16 +44,20 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
         File::create(MARK).with_context(|| format!("{MARK} can't be made"))?;
     }
     let Some(machine) = Machine::probe(log)? else { return Ok(Exit::Good) };
-    let rewrites = entries::plan(&machine)?;
-    for rewrite in &rewrites {
+    let plan = entries::plan(&machine)?;
+    for rewrite in &plan.rewrites {
         let line = format!("{}: {}", rewrite.dir.display(), rewrite.change);
         match arguments.dry_run {
             true => println!("{line}"),
             false => log.info(&line),
         }
     }
+    if !plan.not_seen.is_empty() {
+        let dirs: Vec<String> = plan.not_seen.iter().map(|dir| dir.display().to_string()).collect();
+        return Err(privilege::not_seen("dualroot-entries", &dirs));
+    }
     if !arguments.dry_run {
-        entries::apply(&rewrites)?;
+        entries::apply(&plan.rewrites)?;
     }
     Ok(Exit::Good)
 }

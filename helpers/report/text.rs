@@ -77,8 +77,11 @@ impl Report {
         };
         let blocks: Vec<String> = self.disks.iter().map(|disk| block(disk, &names(disk))).collect();
         text.push_str(&blocks.join("\n"));
-        if !self.warnings.is_empty() {
+        if !self.warnings.is_empty() || !self.not_seen.is_empty() {
             text.push('\n');
+        }
+        if !self.not_seen.is_empty() {
+            let _ = writeln!(text, "not seen: {}", self.not_seen.join("; "));
         }
         for warning in &self.warnings {
             let _ = writeln!(text, "warning: {warning}");

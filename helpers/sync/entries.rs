@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::boot::entry;
+use crate::base::privilege;
+use crate::boot::entry::{self, Titles};
 use crate::names::files;
+use crate::names::ident::Rewriter;
 use crate::pair::machine::Machine;
 use crate::write::below::{Below, FileKind};
 use crate::write::change::Change;
@@ -26,33 +28,61 @@ pub struct Rewrite {
     pub change: Change,
 }
 
-/// What has to be rewritten on the booted disk; nothing if all is right already. A shared root's files belong to every disk, and stay.
+/// The changes that the booted disk needs.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// The changes; none if all is right already.
+    pub rewrites: Vec<Rewrite>,
+    /// The mount points below which only root may read. Nothing is known of their files.
+    pub not_seen: Vec<PathBuf>,
+}
+
+impl Plan {
+    /// Adds the changes below a mount point. A lack of rights is no error for somebody who isn't root, who can't apply the plan anyway.
+    fn add(&mut self, dir: &Path, found: Result<Vec<Change>>, is_root: bool) -> Result<()> {
+        match found {
+            Err(e) if !is_root && privilege::is_denied(&e) => self.not_seen.push(dir.to_owned()),
+            found => self.rewrites.extend(found?.into_iter().map(|change| Rewrite { dir: dir.to_owned(), change })),
+        }
+        Ok(())
+    }
+}
+
+/// Plans the changes to the booted disk's files that name another disk. A shared root's files belong to every disk, and stay.
 ///
 /// # Errors
 /// Files that can't be read; identifiers that can't be told apart.
-pub fn plan(machine: &Machine) -> Result<Vec<Rewrite>> {
+pub fn plan(machine: &Machine) -> Result<Plan> {
+    let is_root = privilege::is_root();
     let rewriter = machine.rewriter(&machine.booted)?;
     let titles = machine.titles(&machine.booted);
-    let mut changes = Vec::new();
+    let mut plan = Plan::default();
     if machine.own_roots() {
-        for file in files::rewritten(&machine.root, &rewriter, None, |dir| machine.belongs_to_other_disk(dir))? {
-            changes.push(Rewrite { dir: ETC.into(), change: file.change(ETC, &machine.root) });
-        }
+        let files = files::rewritten(&machine.root, &rewriter, None, |dir| machine.belongs_to_other_disk(dir));
+        let changes = files.map(|files| files.iter().map(|file| file.change(ETC, &machine.root)).collect());
+        plan.add(Path::new(ETC), changes, is_root)?;
     }
     for dir in machine.boot_dirs() {
-        let below = Below::open(&dir)?;
-        let mut texts = vec![LOADER_CONF.to_owned()];
-        for (name, kind) in below.list(ENTRIES)? {
-            if matches!(kind, FileKind::File(_)) && name.to_lowercase().ends_with(".conf") {
-                texts.push(format!("{ENTRIES}/{name}"));
-            }
+        plan.add(&dir, boot_partition(&dir, &rewriter, &titles), is_root)?;
+    }
+    Ok(plan)
+}
+
+/// The changes to the entries, and to the boot loader's configuration, on a boot partition.
+fn boot_partition(dir: &Path, rewriter: &Rewriter, titles: &Titles) -> Result<Vec<Change>> {
+    let below = Below::open(dir)?;
+    let mut texts = vec![LOADER_CONF.to_owned()];
+    for (name, kind) in below.list(ENTRIES)? {
+        if matches!(kind, FileKind::File(_)) && name.to_lowercase().ends_with(".conf") {
+            texts.push(format!("{ENTRIES}/{name}"));
         }
-        for path in texts {
-            let Some(old) = below.read(&path)? else { continue };
-            let new = if path == LOADER_CONF { rewriter.rewrite(&old) } else { entry::rewrite(&old, &rewriter, &titles) };
-            if new.trim_ascii_end() != old.trim_ascii_end() {
-                changes.push(Rewrite { dir: dir.clone(), change: text_change(&path, Some(old.len() as u64), &new) });
-            }
+    }
+    let mut changes = Vec::new();
+    for path in texts {
+        let Some(old) = below.read(&path)? else { continue };
+        let new = if path == LOADER_CONF { rewriter.rewrite(&old) } else { entry::rewrite(&old, rewriter, titles) };
+        if new.trim_ascii_end() != old.trim_ascii_end() {
+            changes.push(text_change(&path, Some(old.len() as u64), &new));
         }
     }
     Ok(changes)
@@ -68,4 +98,21 @@ pub fn apply(rewrites: &[Rewrite]) -> Result<()> {
         Below::open(path)?.apply(&rewrite.change).with_context(|| format!("rewriting below {}", path.display()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_root_may_read_is_named_in_a_dry_run_and_fails_otherwise() {
+        let denied = || Err::<Vec<Change>, _>(nix::Error::EACCES).context("/boot can't be opened");
+        let mut plan = Plan::default();
+        plan.add(Path::new("/boot"), denied(), false).unwrap();
+        plan.add(Path::new("/etc"), Ok(vec![Change::Barrier]), false).unwrap();
+        assert_eq!((plan.not_seen, plan.rewrites.len()), (vec![PathBuf::from("/boot")], 1));
+        let mut plan = Plan::default();
+        assert!(plan.add(Path::new("/boot"), denied(), true).is_err(), "root can do without no right");
+        assert!(plan.add(Path::new("/boot"), Err(anyhow::anyhow!("EIO")), false).is_err());
+    }
 }
