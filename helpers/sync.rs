@@ -12,6 +12,7 @@ mod planned;
 mod proven;
 pub mod session;
 pub(crate) mod spare;
+mod without_root;
 mod written;
 
 use anyhow::{Result, bail};

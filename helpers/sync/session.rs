@@ -13,7 +13,7 @@ use crate::conf::Disk;
 use crate::devices::{held, mounts};
 use crate::pair::machine::Machine;
 use crate::pair::{booted, heal, lock};
-use crate::sync::{self, Done, Options, Outcome};
+use crate::sync::{self, Done, Options, Outcome, without_root};
 
 /// The task of a run.
 #[derive(Clone, Debug)]
@@ -66,9 +66,10 @@ pub fn run(task: &Task, log: &mut Log) -> Result<Outcome> {
             booted::note(&root).map(|()| Outcome::Whole)
         }
         Task::BootNext { disk, dry_run } => {
-            let _lock = lock::take(false)?;
+            let _lock = if *dry_run { None } else { Some(lock::take(false)?) };
             boot_next(*disk, *dry_run, log)
         }
+        Task::Sync(_) if !privilege::is_root() => without_root::dry_run(log),
         Task::Sync(options) => sync(&root, options, log),
     }
 }
