@@ -486,6 +486,46 @@ mod tests {
     }
 
     #[test]
+    fn f18_an_entry_without_its_kernel_goes_before_the_kernel_comes() {
+        let disks = Disks::new(
+            &[("vmlinuz-linux", "2 new"), ("initramfs-linux.img", "2 new"), (ENTRY, FIXED)],
+            &[("initramfs-linux.img", "1 old"), (ENTRY, FIXED), ("whole", "1"), ("loader/entries/b.conf", "linux /whole\n")],
+        );
+        let steps: Vec<Change> = disks.plan().into_iter().map(|step| step.change).collect();
+        assert_eq!(steps[..2], [Change::Remove(ENTRY.into()), Change::Barrier], "{steps:#?}");
+    }
+
+    #[test]
+    fn f19_leftovers_go_first() {
+        let left = ".dualroot-0-linux";
+        let disks = Disks::new(&[("linux", "1"), (ENTRY, "linux /linux\n")], &[(left, "1")]);
+        let steps: Vec<Change> = disks.sync().into_iter().map(|step| step.change).collect();
+        assert_eq!(steps[..2], [Change::Remove(left.into()), Change::Barrier], "{steps:#?}");
+        // Something boots by it.
+        let disks =
+            Disks::new(&[("linux", "1"), (ENTRY, "linux /linux\n")], &[(left, "1"), (ENTRY, "linux /.dualroot-0-linux\n")]);
+        let removed = Change::Remove(left.into());
+        let steps: Vec<Change> = disks.plan().into_iter().map(|step| step.change).collect();
+        assert!(steps.iter().position(|step| *step == removed) > Some(2), "{steps:#?}");
+    }
+
+    #[test]
+    fn f19_a_whole_unified_image_boots_meanwhile() {
+        let disks = Disks::new(
+            &[("EFI/Linux/a.efi", "1"), ("EFI/Linux/b.efi", "2")],
+            &[("EFI/Linux/a.efi", "1"), ("EFI/Linux/c.efi", "3")],
+        );
+        let spare = disks.scan("spare");
+        let wanted =
+            wanted_files(&disks.scan("source"), &disks.tmp.path().join("source"), &spare, |_, text| text.to_vec()).unwrap();
+        let plan = |path: &str| {
+            let wanted = wanted.iter().filter(|w| w.path == path).cloned().collect();
+            plan_for_little_room(&[BootPartition { role: Role::Esp, wanted, spare: &spare, known: &disks.known }]).unwrap()
+        };
+        assert!(plan("EFI/Linux/a.efi").is_some() && plan("EFI/Linux/b.efi").is_none());
+    }
+
+    #[test]
     fn f18_the_firmware_s_fallback_is_the_last_boot_loader() {
         let files = |n: &'static str| {
             [("EFI/BOOT/BOOTX64.EFI", n), ("EFI/systemd/systemd-bootx64.efi", n), ("linux", "1"), (ENTRY, "linux /linux\n")]

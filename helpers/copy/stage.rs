@@ -452,6 +452,18 @@ mod tests {
     }
 
     #[test]
+    fn f18_each_line_of_a_plan_is_read_as_it_was_written() {
+        let path = || OsString::from("a b/c");
+        let mut ops = vec![Op::Dress { path: path(), time: (-1, 999_999_999) }, Op::Dress { path: ".".into(), time: (5, 0) }];
+        for directory in [false, true] {
+            ops.extend([Op::Put { path: path(), directory }, Op::Remove { path: path(), directory }]);
+        }
+        for op in ops {
+            assert_eq!(Op::parse(&op.line()), Some(op));
+        }
+    }
+
+    #[test]
     fn what_is_staged_is_seen_by_nobody_else() {
         use std::os::unix::fs::PermissionsExt;
         let tmp = tempfile::tempdir().unwrap();

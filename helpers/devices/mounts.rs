@@ -111,23 +111,30 @@ pub fn stop(mounts: &[&Mount]) -> Result<()> {
 
 /// Starts the spares' mount units that could not start at boot because their mount point was missing.
 pub fn start_spares(log: &Log) {
-    let Ok(units) = fs::read_dir("/run/systemd/generator") else { return };
-    let table = table().unwrap_or_default();
-    for unit in units.flatten() {
+    for name in unstarted(Path::new("/run/systemd/generator"), &table().unwrap_or_default()) {
+        if let Err(e) = program::output("systemctl", ["start", "--no-block", &name].map(Into::into)) {
+            log.warning(&format!("{name} can't be started: {e:#}"));
+        }
+    }
+}
+
+/// The spares' mount units in a directory whose devices exist, and whose mount points have nothing mounted.
+fn unstarted(units: &Path, table: &[Mount]) -> Vec<String> {
+    let mut found = Vec::new();
+    for unit in fs::read_dir(units).into_iter().flatten().flatten() {
         let name = unit.file_name();
         let Some(name) = name.to_str().filter(|n| n.starts_with("mnt-root") && n.ends_with(".mount")) else { continue };
         let text = fs::read_to_string(unit.path()).unwrap_or_default();
         let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key));
         // For an absent spare, systemd would wait for the device.
-        if !values("What=").all(|device| Path::new(device).exists())
-            || values("Where=").any(|dir| at(&table, Path::new(dir)).is_some())
+        if values("What=").all(|device| Path::new(device).exists())
+            && !values("Where=").any(|dir| at(table, Path::new(dir)).is_some())
         {
-            continue;
-        }
-        if let Err(e) = program::output("systemctl", ["start", "--no-block", name].map(Into::into)) {
-            log.warning(&format!("{name} can't be started: {e:#}"));
+            found.push(name.to_owned());
         }
     }
+    found.sort();
+    found
 }
 
 /// The visible mount on a directory: the last one that was made there.
@@ -179,5 +186,39 @@ mod tests {
         let table = [line(1, "/dev/a"), line(2, "/dev/b")];
         assert_eq!(at(&table, Path::new("/boot")).unwrap().source, "/dev/b");
         assert!(at(&table, Path::new("/efi")).is_none());
+    }
+    #[test]
+    fn f14_only_mounts_of_spares_that_are_there_are_started() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (there, absent) = (tmp.path().join("device"), tmp.path().join("absent"));
+        for (name, device, place) in [
+            ("mnt-root1.mount", &there, "/mnt/root1"),
+            ("mnt-root1-boot.mount", &absent, "/mnt/root1/boot"),
+            ("mnt-root1-home.mount", &there, "/mnt/root1/home"),
+            ("mnt-root2.mount", &there, "/mnt/root2"),
+            ("mnt-root2.automount", &there, "/mnt/root2"),
+            ("boot.mount", &there, "/boot"),
+        ] {
+            let text = format!("[Mount]\nWhat={}\nWhere={place}\n", device.display());
+            fs::write(tmp.path().join(name), text).unwrap();
+        }
+        fs::write(&there, "").unwrap();
+        let table = [Mount::parse("36 35 98:0 / /mnt/root2 ro - ext4 /dev/sdb2 ro").unwrap()];
+        assert_eq!(unstarted(tmp.path(), &table), ["mnt-root1-home.mount", "mnt-root1.mount"]);
+        assert!(unstarted(&absent, &table).is_empty());
+    }
+
+    #[test]
+    fn swap_files_on_btrfs_are_found() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir_all(tmp.path().join("proc/thread-self")).unwrap();
+        let mounts = "30 1 0:30 /@ / rw - btrfs /dev/sda2 rw\n31 30 8:3 / /data rw - ext4 /dev/sda3 rw\n";
+        fs::write(tmp.path().join("proc/thread-self/mountinfo"), mounts).unwrap();
+        let root = Root::new(tmp.path());
+        assert!(swap_files_on_btrfs(&root).unwrap().is_empty(), "a kernel without swap");
+        let swaps = "Filename Type Size Used Priority\n/dev/sda4 partition 1 0 -2\n/data/swap file 1 0 -3\n\
+                     /var/swap\\040file file 1 0 -4\n";
+        fs::write(tmp.path().join("proc/swaps"), swaps).unwrap();
+        assert_eq!(swap_files_on_btrfs(&root).unwrap(), [Path::new("/var/swap file")]);
     }
 }

@@ -749,6 +749,74 @@ mod tests {
     }
 
     #[test]
+    fn temporary_names_are_known() {
+        for name in [".dualroot-linux.new", ".DUALROOT-LINUX.NEW", "DUALRO~1", "dualro~2.new", "FSCK0000.REC", "fsck0012.003"] {
+            assert!(is_temporary(name), "{name}");
+        }
+        for name in [
+            "linux",
+            "dualroot",
+            "dualroot-x",
+            ".dualroo",
+            "fsck",
+            "fsck.fat",
+            "fsck000.rec",
+            "fsck0000.re",
+            "fsck0000.txt",
+            "fsck0000.0000",
+            "fsckabcd.rec",
+            "fsckabcd.000",
+            "FSCK00000.REC",
+        ] {
+            assert!(!is_temporary(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_handle_is_of_a_directory_and_stays_in_this_process() {
+        use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::write(tmp.path().join("file"), "").unwrap();
+        std::fs::create_dir(tmp.path().join("dir")).unwrap();
+        assert!(Below::open(&tmp.path().join("file")).is_err());
+        let below = Below::open(tmp.path()).unwrap();
+        assert!(below.sub("file".as_ref()).unwrap().is_none() && below.sub("absent".as_ref()).unwrap().is_none());
+        assert!(below.file("absent").unwrap().is_none() && below.file("file/below").unwrap().is_none());
+        let (dir, file) = (below.sub("dir".as_ref()).unwrap().unwrap(), below.file("file").unwrap().unwrap());
+        for fd in [below.fd(), dir.fd(), file.as_fd()] {
+            let flags = FdFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFD).unwrap());
+            assert!(flags.contains(FdFlag::FD_CLOEXEC), "a program that is started would get it");
+        }
+        assert_eq!(below.device().unwrap(), std::fs::metadata(tmp.path()).unwrap().dev());
+        assert_eq!(std::fs::canonicalize(dir.proc_path()).unwrap(), tmp.path().join("dir").canonicalize().unwrap());
+    }
+
+    #[test]
+    fn f19_free_bytes_and_clusters_are_those_of_the_file_system() {
+        let Some(disk) = Scratch::ext4(&["-b2048"]).map(|disk| disk.mount("rw")) else { return };
+        let below = Below::open(&disk.place()).unwrap();
+        let (before, cluster) = below.free().unwrap();
+        assert!(cluster == 2048 && (4 << 20..8 << 20).contains(&before), "{before} {cluster}");
+        below.apply(&Change::Create { path: "linux".into(), content: Content::Bytes(vec![1; 1 << 20]) }).unwrap();
+        below.apply(&Change::Barrier).unwrap();
+        assert_eq!(before - below.free().unwrap().0, 1 << 20);
+    }
+
+    #[test]
+    fn f26_neither_large_files_nor_pipes_are_waited_for() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        let file = File::create(tmp.path().join("file")).unwrap();
+        file.set_len(4 << 20).unwrap();
+        assert_eq!(below.read("file").unwrap().unwrap().len(), 4 << 20);
+        file.set_len((4 << 20) + 1).unwrap();
+        assert!(below.read("file").is_err());
+        nix::unistd::mkfifo(&tmp.path().join("pipe"), Mode::S_IRWXU).unwrap();
+        assert_eq!(below.read("pipe").unwrap().unwrap(), b"");
+        assert_eq!(below.list(".").unwrap().last(), Some(&("pipe".to_owned(), FileKind::Other)));
+    }
+
+    #[test]
     fn new_files_and_private_directories_are_closed_to_others() {
         let tmp = tempfile::tempdir().unwrap();
         let below = Below::open(tmp.path()).unwrap();
