@@ -42,6 +42,9 @@ pub struct Settings {
     pub device_timeout: Duration,
 }
 
+/// The keys of `[dualroot]`, except `exclude=`, which may be there several times. Each has its arm in `Raw::settings`.
+const SETTINGS: [&str; 6] = ["spare-mount", "settle", "generations", "efi-entries", "luks", "device-timeout"];
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
@@ -256,9 +259,7 @@ impl Raw {
             Section::Settings => match key {
                 "exclude" if value.text.is_empty() => self.exclude.clear(),
                 "exclude" => self.exclude.push(value),
-                "spare-mount" | "settle" | "generations" | "efi-entries" | "luks" | "device-timeout" => {
-                    set(&mut self.settings, key, value)
-                }
+                _ if SETTINGS.contains(&key) => set(&mut self.settings, key, value),
                 _ => self.unknown("dualroot", key, &value.place),
             },
             Section::Disk(disk) => {
@@ -307,10 +308,11 @@ impl Raw {
                 .map(|number| settings.generations = number),
                 "efi-entries" => boolean(text).map(|yes| settings.efi_entries = yes),
                 "luks" => trees(text).map(|roles| settings.luks = roles),
-                _ => match time_span(text) {
+                "device-timeout" => match time_span(text) {
                     Ok(span) if span.is_zero() => Err(anyhow::anyhow!("expected a time longer than 0, found '{text}'")),
                     span => span.map(|span| settings.device_timeout = span),
                 },
+                _ => Err(anyhow::anyhow!("this version reads no such key")),
             };
             self.check(&key, &value, result);
         }
@@ -688,6 +690,14 @@ mod tests {
         );
         let error = bad(&shared(&format!("home={A}2\nsrv={A}2"), &format!("home={A}3\nsrv={A}4")));
         assert!(error.contains("srv= of [disk0] names the partition"), "{error}");
+    }
+
+    #[test]
+    fn each_setting_that_is_listed_is_read() {
+        for key in SETTINGS {
+            let error = bad(&format!("{PAIR}[dualroot]\n{key}=\u{1b}\n"));
+            assert!(error.contains(&format!("{key}=: ")) && !error.contains("no such key"), "{error}");
+        }
     }
 
     #[test]

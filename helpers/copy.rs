@@ -1,8 +1,8 @@
 //! How the trees of the booted disk get to a spare.
 //!
-//! A [`Copier`] is one kind of copy. It gets all trees of a spare at once, and commits once, when all of them are filled: one that fails
-//! leaves all of them as they were. A sync calls its steps in the order in which the trait lists them, and asks nothing about its kind.
-//! A new kind is a new file in this room, and a line in [`choose`].
+//! A [`Copier`] is one kind of copy. It gets all trees of a spare at once, and commits once, when all of them are filled: where one tree
+//! can't be filled, all of them stay as they were. The trait lists first what a sync asks, then the steps that write, in the order in
+//! which a sync calls them. A sync doesn't ask which kind of copy it is. A new kind is a new file in this room, and a line in [`choose`].
 
 pub(crate) mod changes;
 pub(crate) mod generation;
@@ -64,7 +64,7 @@ pub struct BootedRoot {
 pub struct Target<'a> {
     /// Its mounted partitions.
     pub mounted: &'a Mounted,
-    /// The roots that its menu entries boot.
+    /// The roots that the spare's menu entries boot.
     pub booted: &'a [BootedRoot],
     /// Whether no sync has ever written it, so that nothing on it is worth keeping.
     pub is_new: bool,
@@ -72,7 +72,8 @@ pub struct Target<'a> {
     pub files: &'a dyn Fn(Option<Generation>) -> Result<Vec<Rewritten>>,
 }
 
-/// The roots of a spare that its menu entries and files name. All empty where its root has no generations: then they name partitions only.
+/// The roots of a spare that its menu entries and files name. Where its root has no generations, all fields are empty: entries and files
+/// then name partitions only.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Roots {
     /// The directory of the booted root's file system that runs: entries that boot another one are not copied.
@@ -91,13 +92,13 @@ pub trait Copier {
     /// Those of mount(2).
     fn prepare(&mut self) -> Result<()>;
 
-    /// Compares, and decides what will be done. Nothing is written.
+    /// Decides what will be done, as far as that can be known without writing anything.
     ///
     /// # Errors
     /// The spare or the booted disk can't be read.
     fn look(&mut self, target: &Target<'_>) -> Result<()>;
 
-    /// Whether the trees fit on the spare at all.
+    /// Whether the trees fit on the spare at all. A tree that shares room with an older copy of itself is checked while it is filled.
     ///
     /// # Errors
     /// A refusal with the partition that is too small.
@@ -133,7 +134,7 @@ pub trait Copier {
     /// A file can't be read or written.
     fn fill(&mut self, spare: &Mounted, tell: &dyn Fn(&str)) -> Result<()>;
 
-    /// Writes [`Copier::files`] into the copy; where it isn't a tree of its own yet, [`Copier::commit`] does that.
+    /// Writes [`Copier::files`] into the copy. A kind whose copy has no place of its own writes them in [`Copier::commit`].
     ///
     /// # Errors
     /// The spare can't be written.
@@ -145,7 +146,7 @@ pub trait Copier {
     /// The spare can't be written.
     fn commit(&mut self, spare: &Mounted) -> Result<()>;
 
-    /// Removes what only the spare's old kernels needed, after its entries have been written.
+    /// Removes the modules of kernels that have gone, after the entries have been written.
     ///
     /// # Errors
     /// The spare can't be written.
@@ -163,7 +164,7 @@ pub trait Copier {
     /// The spare can't be written.
     fn remove(&self, spare: &Mounted, expired: &[Generation]) -> Result<Vec<String>>;
 
-    /// Makes the spare's mounts, which are in these directories, show the root that it boots.
+    /// Makes the mounts of the spare's root show the generation that it boots. `dirs` are their mount points.
     ///
     /// # Errors
     /// A mount can't be taken away.
@@ -181,7 +182,8 @@ pub trait Copier {
     /// The spare can't be read.
     fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Fault>>;
 
-    /// Whether a mount of this subvolume of the spare's root, a path from the top of the file system, would find it.
+    /// Whether this subvolume, a path from the top of the file system, is in the spare's root. A root that isn't btrfs has none that could
+    /// be missing.
     fn has_subvolume(&self, spare: &Mounted, path: &str) -> bool;
 
     /// Lets go of the source, after the spare was proved.

@@ -1,8 +1,8 @@
 //! Making every spare a bootable copy of the booted disk.
 //!
 //! A sync of a spare goes through phases, each of which takes the one before it by value: [`checked`] (may it be written?), [`planned`]
-//! (the plan, as data), [`written`] (trees first; then the boot partitions, in the order of [`crate::boot::order`]; then what nothing
-//! needs any more goes) and [`proven`] (it is read again). So nothing is written that wasn't checked, and nothing is called bootable that
+//! (the plan, as data), [`written`] (room is made; then trees, then the boot partitions in the order of [`crate::boot::order`], then what
+//! nothing needs any more goes) and [`proven`] (it is read again). So nothing is written that wasn't checked, and nothing is called bootable that
 //! wasn't read. [`session`] is a whole run of the program.
 
 mod boot_partitions;
@@ -89,12 +89,12 @@ pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mu
         log.warning(&format!("{e:#}; it is made anew"));
         Status::new(&machine.booted)
     });
-    // They stay open, as spares stay mounted.
+    // Containers stay open, as spares stay mounted.
     let noted = match containers::open_spares(machine, log) {
         true => noted.and_then(|()| machine.refresh()),
         false => noted,
     };
-    // Before anything is copied, as spares get it, too. A disk that isn't configured yet is not kept.
+    // The layouts are saved before anything is copied, as spares get them, too; not during a clone, whose disk isn't configured yet.
     if !options.dry_run
         && machine.drafts.is_empty()
         && let Err(e) = gpt::save(&machine.root, &machine.config, &machine.inventory)
@@ -192,7 +192,7 @@ fn prepare(machine: &Machine, log: &Log) -> Result<()> {
         idstore::save(&machine.ids)?;
     }
     for (dir, tree) in stage::left_here(Some(&machine.config))? {
-        // It is older than what has been done here since.
+        // The staged files are older than what has been done on this disk since.
         log.warning(&format!(
             "{}: a copy to this disk was interrupted, and was not completed while it booted. Its staged files are removed; files of \
              two generations may be there",

@@ -22,7 +22,7 @@ use crate::conf::{Config, Disk};
 use crate::write::below::Below;
 use crate::write::state;
 
-/// What is no other disk's business; see [`crate::copy::tree`].
+/// What is no other disk's business; see [`crate::copy::rules`].
 pub const DIRECTORY: &str = "/var/lib/dualroot/own";
 const FILE: &str = "/var/lib/dualroot/own/status.json";
 const NAME: &str = "status.json";

@@ -66,7 +66,6 @@ impl<'a> Checked<'a> {
         let of_spare = spare_record(machine.booted.name, &spare, &own, discard)?;
         let is_new = of_spare.as_ref().is_some_and(Record::is_new);
         let known = Known::load(&machine.root)?;
-        // Whatever doesn't fit is refused before the first byte is written.
         let before = quiet::fingerprint(&machine.boot_dirs())?;
         let mut source = spare.source()?;
         let there = spare.boot_files(source.keys())?;
@@ -144,7 +143,8 @@ fn warn_of_what_is_left_out(spare: &Spare<'_>, copier: &dyn Copier, log: &Log) -
 }
 
 impl Checked<'_> {
-    /// What lies on a disk that no sync has written yet is somebody's: entries are, but not a boot loader that was just installed.
+    /// Refuses a disk that no sync has written yet, but that holds something: an entry, or a file in a tree. A boot loader that was just
+    /// installed is no content.
     ///
     /// # Errors
     /// A refusal that names what was found.

@@ -29,7 +29,7 @@ impl<'a> Planned<'a> {
         let (name, copier) = (self.checked.spare.disk.name, &self.checked.copier);
         let mut lines: Vec<String> = copier.describe().into_iter().map(|change| format!("{name} root: {change}")).collect();
         for tree in copier.trees() {
-            // It changes nothing, and prints what the copy would change.
+            // This rsync changes nothing. It prints what the copy would change.
             let arguments: Vec<_> = tree.shown_comparison().iter().map(|a| a.to_string_lossy().into_owned()).collect();
             lines.push(format!("{name} {}: rsync {}", tree.role, arguments.join(" ")));
         }

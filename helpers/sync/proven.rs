@@ -1,4 +1,4 @@
-//! The last phase of a sync: the spare is read again, and held against the booted disk.
+//! The last phase of a sync: the spare is read again, and held against the booted disk. Generations that no entry names any more go.
 
 use std::path::PathBuf;
 
@@ -35,7 +35,7 @@ impl Proven {
         if writes > 0 {
             checked.there = checked.spare.boot_files(checked.source.keys())?;
         }
-        // The spare boots without these.
+        // A failure of these two is no reason why the spare would not boot.
         for done in [checked.show_root(), checked.drop_expired(log)] {
             if let Err(error) = done {
                 log.warning(&format!("{}: {error:#}", disk.name));

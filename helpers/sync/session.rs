@@ -102,7 +102,6 @@ fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
     let Some(mut machine) = Machine::probe(log)? else { return Ok(Outcome::Whole) };
     check_discard(&machine, options)?;
     held::enter_private_namespace()?;
-    // The root's two halves are one matter, the boot partitions another.
     let state = heal::probe(&machine.root, &machine.config)?;
     report_shared_root(state, options, log)?;
     let done = sync::run(&mut machine, options, noted, log);
@@ -138,7 +137,7 @@ fn note_degraded(root: &Root, log: &Log) {
     }
 }
 
-/// What is given up is a spare's.
+/// Refuses to give up the content of a disk that is no spare.
 fn check_discard(machine: &Machine, options: &Options) -> Result<()> {
     for name in &options.discard {
         named(machine, *name)?;
