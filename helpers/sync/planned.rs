@@ -60,7 +60,7 @@ mod tests {
     use crate::write::change::Change;
 
     #[test]
-    fn f43_nothing_is_planned_over_files_that_no_sync_has_written() {
+    fn f07_nothing_is_planned_over_files_that_no_sync_has_written() {
         let tmp = tempfile::tempdir().unwrap();
         let esp = || Below::open(tmp.path()).unwrap();
         esp().apply(&Change::MakeDir("loader/entries".into())).unwrap();
