@@ -26,7 +26,6 @@ use crate::base::root::Root;
 use crate::base::types::Role;
 use crate::copy::generations::Generations;
 use crate::copy::staged::Staged;
-use crate::copy::tree::Tree;
 use crate::devices::held::Mounted;
 use crate::devices::inventory::Partition;
 use crate::names::files::Rewritten;
@@ -104,8 +103,8 @@ pub trait Copier {
     /// A refusal with the partition that is too small.
     fn check_room(&self, spare: &Mounted) -> Result<()>;
 
-    /// The trees that are copied.
-    fn trees(&self) -> Vec<&Tree>;
+    /// The roles of the partitions that are copied to.
+    fn roles(&self) -> Vec<&Role>;
 
     /// The files that are written with other bytes than the booted disk's.
     fn files(&self) -> &[Rewritten];
@@ -113,7 +112,7 @@ pub trait Copier {
     /// The roots that menu entries name.
     fn roots(&self) -> &Roots;
 
-    /// The steps that only this kind of copy has, a line each, for `--dry-run`.
+    /// What will be done to each tree, a line each with its role in front, for `--dry-run`.
     fn describe(&self) -> Vec<String>;
 
     /// Paths of the booted root's file system that are not copied although they hold something.

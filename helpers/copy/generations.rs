@@ -124,8 +124,8 @@ impl Copier for Generations {
         self.others.check_room(spare)
     }
 
-    fn trees(&self) -> Vec<&Tree> {
-        [vec![&self.tree], self.others.trees()].concat()
+    fn roles(&self) -> Vec<&Role> {
+        [vec![&self.tree.role], self.others.roles()].concat()
     }
 
     fn files(&self) -> &[Rewritten] {
@@ -137,7 +137,8 @@ impl Copier for Generations {
     }
 
     fn describe(&self) -> Vec<String> {
-        self.plan.iter().flat_map(Plan::changes).collect()
+        let changes = self.plan.iter().flat_map(Plan::changes).map(|change| format!("{}: {change}", self.tree.role));
+        changes.chain([self.tree.describe()]).chain(self.others.describe()).collect()
     }
 
     fn left_out(&self) -> Result<Vec<String>> {

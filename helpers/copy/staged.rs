@@ -92,8 +92,8 @@ impl Copier for Staged {
         Ok(())
     }
 
-    fn trees(&self) -> Vec<&Tree> {
-        self.trees.iter().collect()
+    fn roles(&self) -> Vec<&Role> {
+        self.trees.iter().map(|tree| &tree.role).collect()
     }
 
     fn files(&self) -> &[Rewritten] {
@@ -105,7 +105,7 @@ impl Copier for Staged {
     }
 
     fn describe(&self) -> Vec<String> {
-        Vec::new()
+        self.trees.iter().map(Tree::describe).collect()
     }
 
     fn left_out(&self) -> Result<Vec<String>> {

@@ -72,9 +72,11 @@ impl Tree {
         self.run(all.map(Into::into), "./")
     }
 
-    /// The same arguments for people: the source is where the running system has it.
-    pub fn shown_comparison(&self) -> Vec<OsString> {
-        Self { from: None, ..self.clone() }.comparison()
+    /// The rsync command that prints what a copy would change, and changes nothing. It reads the source where the running system has it.
+    pub fn describe(&self) -> String {
+        let arguments = Self { from: None, ..self.clone() }.comparison();
+        let arguments: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
+        format!("{}: rsync {}", self.role, arguments.join(" "))
     }
 
     /// rsync's arguments for staging what is listed on standard input. What is listed but hasn't changed, the other names of

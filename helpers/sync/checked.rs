@@ -159,12 +159,11 @@ impl Checked<'_> {
                  booted; make a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {name}'"
             )));
         }
-        for tree in self.copier.trees() {
-            if let Some(content) = first_content(self.spare.mounted.below(&tree.role)?)? {
+        for role in self.copier.roles() {
+            if let Some(content) = first_content(self.spare.mounted.below(role)?)? {
                 return Err(refused(format!(
-                    "{name} was never synced, but its {}= partition is not empty (it has '{}'), and a sync would remove what is there; \
+                    "{name} was never synced, but its {role}= partition is not empty (it has '{}'), and a sync would remove what is there; \
                      make a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {name}'",
-                    tree.role,
                     content.escape_debug()
                 )));
             }

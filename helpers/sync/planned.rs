@@ -27,12 +27,7 @@ impl<'a> Planned<'a> {
     /// The plan, a line for each change.
     pub(crate) fn lines(&self) -> Vec<String> {
         let (name, copier) = (self.checked.spare.disk.name, &self.checked.copier);
-        let mut lines: Vec<String> = copier.describe().into_iter().map(|change| format!("{name} root: {change}")).collect();
-        for tree in copier.trees() {
-            // This rsync changes nothing. It prints what the copy would change.
-            let arguments: Vec<_> = tree.shown_comparison().iter().map(|a| a.to_string_lossy().into_owned()).collect();
-            lines.push(format!("{name} {}: rsync {}", tree.role, arguments.join(" ")));
-        }
+        let mut lines: Vec<String> = copier.describe().into_iter().map(|line| format!("{name} {line}")).collect();
         for file in copier.files() {
             lines.push(format!("{name} root: replace {} ({} bytes)", file.path, file.bytes.len()));
         }
