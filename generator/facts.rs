@@ -4,13 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 
 use anyhow::{Context, Result};
+use dualroot::base::log::Level;
 use dualroot::base::root::Root;
 use dualroot::base::types::{DirPath, DiskName};
 use dualroot::boot::efi::{self, EfiVars};
 use dualroot::conf::{Config, Layout};
 use dualroot::names::fstab;
-
-use crate::log::Level;
 
 /// The directories of units that have precedence over a generator's.
 const UNIT_DIRS: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];

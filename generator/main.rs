@@ -7,7 +7,6 @@
 #![cfg_attr(not(test), deny(clippy::string_slice))]
 
 mod facts;
-mod log;
 mod plan;
 mod units;
 
@@ -17,10 +16,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use dualroot::base::exit::Exit;
+use dualroot::base::log::{Level, Log};
 use dualroot::base::root::Root;
 
 use crate::facts::FactsOrReason;
-use crate::log::{Level, Log};
 
 /// The text of `--help`.
 const HELP: &str = "\
@@ -61,8 +60,8 @@ fn main() -> ExitCode {
         }
     };
     let root = Root::from_env();
-    let mut log = Log::open(&root);
-    match run(&root, &normal, &mut log) {
+    let log = Log::to_kernel(&root, "dualroot-generator");
+    match run(&root, &normal, &log) {
         Ok(()) => Exit::Good.into(),
         Err(e) => {
             log.line(Level::Error, &format!("{e:#}"));
@@ -91,7 +90,7 @@ fn parse(args: &[OsString]) -> Result<Call, String> {
 }
 
 /// Reads facts, plans and writes. If there is nothing to do, it writes nothing and succeeds.
-fn run(root: &Root, normal: &Path, log: &mut Log) -> Result<()> {
+fn run(root: &Root, normal: &Path, log: &Log) -> Result<()> {
     let env = |name: &str| std::env::var_os(name);
     let facts = match facts::read(root, env, |warning| log.line(Level::Warning, warning))? {
         FactsOrReason::Reason(level, reason) => {

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result};
+use dualroot::base::log::Level;
 use dualroot::base::types::{DirPath, PartUuid, Role, UnitName};
 use dualroot::conf::{Disk, Layout, SpareMount};
 
 use crate::facts::Facts;
-use crate::log::Level;
 
 /// The units to be made.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -1,6 +1,7 @@
 //! Messages of the programs: to people on a terminal, to the journal with levels and fields, and to systemd as the unit's status.
 
 use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
@@ -11,6 +12,7 @@ use nix::sys::stat::fstat;
 
 use crate::base::fault::{Code, Fault};
 use crate::base::refusal::Refused;
+use crate::base::root::Root;
 use crate::base::types::DiskName;
 
 /// Where journald takes entries with fields (systemd.io, Native Journal Protocol).
@@ -72,6 +74,56 @@ impl Subject {
     }
 }
 
+/// Levels as in syslog(3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Level {
+    /// The run fails, or a part of it.
+    Error = 3,
+    /// Something that should be fixed.
+    Warning = 4,
+    /// A change, or a fact that explains the result.
+    Info = 6,
+    /// A detail.
+    Debug = 7,
+}
+
+/// The longest message in one record of the kernel's log, in bytes: the kernel refuses records of more than about 1000 bytes.
+const LONGEST: usize = 900;
+
+/// The kernel's log, for a program that runs before journald does.
+struct Kernel {
+    /// The name of the program.
+    name: &'static str,
+    /// None if it can't be written; then standard error gets the records.
+    kmsg: Option<File>,
+}
+
+impl Kernel {
+    /// Writes one message. Errors are ignored.
+    fn write(&self, level: Level, text: &str) {
+        for part in chunks(text) {
+            let record = format!("<{}>{}[{}]: {part}\n", level as u8, self.name, std::process::id());
+            // One write is one record.
+            if self.kmsg.as_ref().is_none_or(|mut kmsg| kmsg.write_all(record.as_bytes()).is_err()) {
+                let _ = io::stderr().write_all(record.as_bytes());
+            }
+        }
+    }
+}
+
+/// The text in parts of at most [`LONGEST`] bytes.
+fn chunks(mut text: &str) -> Vec<&str> {
+    let mut parts = Vec::new();
+    while text.len() > LONGEST {
+        let end = (0..=LONGEST).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(text.len());
+        let (part, rest) = text.split_at(end);
+        parts.push(part);
+        text = rest;
+    }
+    parts.push(text);
+    parts
+}
+
 /// The reader of standard error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Reader {
@@ -90,6 +142,8 @@ pub struct Log {
     reader: Reader,
     /// journald's socket.
     socket: PathBuf,
+    /// The kernel's log, which gets all messages where it is there.
+    kernel: Option<Kernel>,
 }
 
 impl Log {
@@ -101,7 +155,7 @@ impl Log {
             false if is_stream(std::env::var_os("JOURNAL_STREAM").as_deref(), &stderr) => Reader::Journal,
             false => Reader::Other,
         };
-        Self { reader, socket: SOCKET.into() }
+        Self { reader, socket: SOCKET.into(), kernel: None }
     }
 
     /// Messages have levels in front whoever reads them.
@@ -109,8 +163,20 @@ impl Log {
         Self { reader: Reader::Levels, ..Self::new() }
     }
 
-    fn line(&self, level: u8, text: &str) {
+    /// Messages of the program `name` go to the kernel's log, because neither journald nor syslog runs yet. They go to standard error
+    /// if it can't be written, or if `root` isn't this machine's.
+    pub fn to_kernel(root: &Root, name: &'static str) -> Self {
+        let kmsg = root.is_host().then(|| OpenOptions::new().write(true).open("/dev/kmsg").ok()).flatten();
+        Self { reader: Reader::Other, socket: SOCKET.into(), kernel: Some(Kernel { name, kmsg }) }
+    }
+
+    /// Writes one message. Errors are ignored.
+    pub fn line(&self, level: Level, text: &str) {
         let text = one_line(text);
+        if let Some(kernel) = &self.kernel {
+            return kernel.write(level, &text);
+        }
+        let level = level as u8;
         // Nobody who reads is no error.
         let _ = match self.reader {
             Reader::Journal | Reader::Levels => writeln!(io::stderr(), "<{level}>{text}"),
@@ -119,13 +185,13 @@ impl Log {
     }
 
     /// An entry with fields for the journal, and a line for everybody else, also where journald takes no entries.
-    fn entry(&self, level: u8, subject: &Subject, text: &str) {
+    fn entry(&self, level: Level, subject: &Subject, text: &str) {
         let fields = subject.fields();
         let sent = self.reader == Reader::Journal && {
             let name = std::env::args_os().next().unwrap_or_default();
             let name = Path::new(&name).file_name().unwrap_or_default().to_string_lossy().into_owned();
             let (name, text) = (one_line(&name), one_line(text));
-            let entry = format!("MESSAGE={text}\nPRIORITY={level}\nSYSLOG_IDENTIFIER={name}\n{fields}");
+            let entry = format!("MESSAGE={text}\nPRIORITY={}\nSYSLOG_IDENTIFIER={name}\n{fields}", level as u8);
             send(&self.socket, &entry).is_ok()
         };
         if !sent {
@@ -135,12 +201,12 @@ impl Log {
 
     /// A message that makes the run a failure.
     pub fn error(&self, text: &str) {
-        self.line(3, text);
+        self.line(Level::Error, text);
     }
 
     /// As [`Log::error`], about a fault.
     pub fn error_about(&self, subject: &Subject, text: &str) {
-        self.entry(3, subject, text);
+        self.entry(Level::Error, subject, text);
     }
 
     /// The error that a run, or a spare's part of it, ended with.
@@ -155,17 +221,17 @@ impl Log {
 
     /// Something to look at.
     pub fn warning(&self, text: &str) {
-        self.line(4, text);
+        self.line(Level::Warning, text);
     }
 
     /// As [`Log::warning`], about a fault.
     pub fn warning_about(&self, subject: &Subject, text: &str) {
-        self.entry(4, subject, text);
+        self.entry(Level::Warning, subject, text);
     }
 
     /// A change that was made.
     pub fn info(&self, text: &str) {
-        self.line(6, text);
+        self.line(Level::Info, text);
     }
 
     /// The step that has begun: the unit's status line, and a line on a terminal.
@@ -227,13 +293,23 @@ mod tests {
         let socket = tmp.path().join("socket");
         let journald = UnixDatagram::bind(&socket).unwrap();
         journald.set_nonblocking(true).unwrap();
-        (tmp, journald, Log { reader: Reader::Journal, socket })
+        (tmp, journald, Log { reader: Reader::Journal, socket, kernel: None })
     }
 
     fn received(journald: &UnixDatagram) -> String {
         let mut entry = [0; 4096];
         let length = journald.recv(&mut entry).unwrap();
         String::from_utf8(entry[..length].to_vec()).unwrap()
+    }
+
+    #[test]
+    fn long_messages_come_in_parts() {
+        assert_eq!(chunks(""), [""]);
+        let text = format!("a{}", "é".repeat(1000));
+        let parts = chunks(&text);
+        assert_eq!(parts.len(), 3);
+        assert!(parts.iter().all(|part| part.len() <= LONGEST));
+        assert_eq!(parts.concat(), text);
     }
 
     #[test]
