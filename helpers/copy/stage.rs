@@ -358,7 +358,7 @@ mod tests {
 
     #[test]
     fn f26_a_plan_that_is_none_is_not_carried_out() {
-        let plans: [&[u8]; 16] = [
+        let plans: [&[u8]; 17] = [
             b"",
             b"dualroot 1",
             b"dualroot 1\0F file",
@@ -369,6 +369,7 @@ mod tests {
             b"dualroot 1\0F file\0f link/../../outside/file\0.",
             b"dualroot 1\0F file\0d ..\0.",
             b"dualroot 1\0F file\0d .\0.",
+            b"dualroot 1\0F file\0D .\0.",
             b"dualroot 1\0F file\0f \0.",
             b"dualroot 1\0F file\0f .dualroot/new\0.",
             b"dualroot 1\0F file\0D a//b\0.",
@@ -449,6 +450,21 @@ mod tests {
         }
         assert_eq!(read(&tree, "file"), "kept");
         assert!(tmp.path().join("outside/new/deep").exists() && tmp.path().join("outside/plan").exists());
+    }
+
+    #[test]
+    fn f18_a_link_comes_after_what_it_may_lead_to() {
+        let tmp = tempfile::tempdir().unwrap();
+        let below = Below::open(tmp.path()).unwrap();
+        begin(&below).unwrap();
+        symlink("z", tmp.path().join(NEW).join("a")).unwrap();
+        fs::write(tmp.path().join("m"), "old").unwrap();
+        for name in ["m", "z"] {
+            fs::write(tmp.path().join(NEW).join(name), "new").unwrap();
+        }
+        seal(&below, &["gone".into()], &File::open(tmp.path()).unwrap()).unwrap();
+        let ops: Vec<Vec<u8>> = load(&below).unwrap().unwrap().ops.iter().map(Op::line).collect();
+        assert_eq!(ops[..4], [&b"F z"[..], b"F m", b"F a", b"f gone"], "new names, then changed files, then links");
     }
 
     #[test]
