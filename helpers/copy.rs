@@ -1,8 +1,8 @@
-//! How the trees of the booted disk get to a spare.
+//! Copying the trees of the booted disk to a spare.
 //!
-//! A [`Copier`] is one kind of copy. It gets all trees of a spare at once, and commits once, when all of them are filled: where one tree
-//! can't be filled, all of them stay as they were. The trait lists first what a sync asks, then the steps that write, in the order in
-//! which a sync calls them. A sync doesn't ask which kind of copy it is. A new kind is a new file in this room, and a line in [`choose`].
+//! A [`Copier`] is one kind of copy. It copies all trees of a spare, and commits them together after all were filled: if one tree can't be
+//! filled, all of them stay unchanged. The trait lists the questions of a sync first, then the steps that write, in the order in which a sync
+//! calls them. A sync doesn't ask which kind of copy it is. A new kind is a new file in this room, and a line in [`choose`].
 
 pub(crate) mod changes;
 pub(crate) mod generation;
@@ -31,12 +31,12 @@ use crate::devices::inventory::Partition;
 use crate::names::files::Rewritten;
 use crate::names::generation::Generation;
 
-/// What is to be copied, and how.
+/// The trees to copy, and the settings for the copy.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The booted system's root.
     pub root: Root,
-    /// The directory of its file system that is the booted root, where that is btrfs.
+    /// The directory of the file system that is the booted root; None where that isn't btrfs.
     pub running: Option<String>,
     /// The roles of the disks' partitions that hold trees.
     pub roles: Vec<Role>,
@@ -51,113 +51,113 @@ pub struct Request {
 pub struct BootedRoot {
     /// The boot partition that the entry is on.
     pub role: Role,
-    /// Its path there.
+    /// The entry's path on that partition.
     pub path: String,
-    /// The subvolume that it names, as a path from the top of the file system.
+    /// The subvolume that the entry names, as a path from the top of the file system.
     pub subvolume: Option<String>,
-    /// Whether it is there for an older generation only.
+    /// Whether the entry was made for an older generation.
     pub is_older: bool,
 }
 
-/// The spare as a copier finds it.
+/// The state of the spare before the copy.
 pub struct Target<'a> {
     /// Its mounted partitions.
     pub mounted: &'a Mounted,
     /// The roots that the spare's menu entries boot.
     pub booted: &'a [BootedRoot],
-    /// Whether no sync has ever written it, so that nothing on it is worth keeping.
+    /// Whether no sync has ever written the spare, so that nothing on it is worth keeping.
     pub is_new: bool,
     /// The files of the booted root that need other bytes on the spare, where its root is of this generation.
     pub files: &'a dyn Fn(Option<Generation>) -> Result<Vec<Rewritten>>,
 }
 
-/// The roots of a spare that its menu entries and files name. Where its root has no generations, all fields are empty: entries and files
-/// then name partitions only.
+/// The roots that the spare's menu entries and files name. For a root without generations, all fields are empty: entries and files name
+/// partitions only.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Roots {
-    /// The directory of the booted root's file system that runs: entries that boot another one are not copied.
+    /// The directory of the file system that is the booted root. Entries that boot another directory are not copied.
     pub running: Option<String>,
     /// The generation that the entries name after the sync.
     pub current: Option<Generation>,
-    /// Older generations that stay, and get menu entries of their own.
+    /// The older generations that stay. Each gets menu entries of its own.
     pub kept: Vec<Generation>,
 }
 
 /// One kind of copy of a spare's trees.
 pub trait Copier {
-    /// Makes the source ready: each tree is seen without the file systems that are mounted in it.
+    /// Mounts each tree of the source without the file systems that are mounted in it.
     ///
     /// # Errors
     /// Those of mount(2).
     fn prepare(&mut self) -> Result<()>;
 
-    /// Decides what will be done, as far as that can be known without writing anything.
+    /// Plans the copy, without writing anything.
     ///
     /// # Errors
     /// The spare or the booted disk can't be read.
-    fn look(&mut self, target: &Target<'_>) -> Result<()>;
+    fn decide(&mut self, target: &Target<'_>) -> Result<()>;
 
-    /// Whether the trees fit on the spare at all. A tree that shares room with an older copy of itself is checked while it is filled.
+    /// Checks that the trees fit on the spare. A tree that shares its files with an older copy is checked while it is filled.
     ///
     /// # Errors
-    /// A refusal with the partition that is too small.
+    /// A refusal that names the partition that is too small.
     fn check_room(&self, spare: &Mounted) -> Result<()>;
 
-    /// The roles of the partitions that are copied to.
+    /// The roles of the trees that are copied.
     fn roles(&self) -> Vec<&Role>;
 
     /// The files that are written with other bytes than the booted disk's.
     fn files(&self) -> &[Rewritten];
 
-    /// The roots that menu entries name.
+    /// The roots that the spare's menu entries name.
     fn roots(&self) -> &Roots;
 
-    /// What will be done to each tree, a line each with its role in front, for `--dry-run`.
+    /// Descriptions of the changes to each tree, a line each that begins with the tree's role, for `--dry-run`.
     fn describe(&self) -> Vec<String>;
 
-    /// Paths of the booted root's file system that are not copied although they hold something.
+    /// Directories of the booted root's file system that hold files, but are not copied.
     ///
     /// # Errors
-    /// What is mounted can't be read.
+    /// The mounts can't be read.
     fn left_out(&self) -> Result<Vec<String>>;
 
-    /// Makes the places that the trees are copied to.
+    /// Makes the directories that the trees are copied to.
     ///
     /// # Errors
     /// The spare can't be written.
     fn begin(&mut self, spare: &Mounted) -> Result<()>;
 
-    /// Copies the trees, where a boot of the spare doesn't find the copies yet. `tell` is given the directory of each before it is copied.
+    /// Copies the trees to where a boot of the spare doesn't use them yet. `report` is called with the directory of each tree first.
     ///
     /// # Errors
     /// A file can't be read or written.
-    fn fill(&mut self, spare: &Mounted, tell: &dyn Fn(&str)) -> Result<()>;
+    fn fill(&mut self, spare: &Mounted, report: &dyn Fn(&str)) -> Result<()>;
 
-    /// Writes [`Copier::files`] into the copy. A kind whose copy has no place of its own writes them in [`Copier::commit`].
+    /// Writes [`Copier::files`] into the copy. A kind that copies into the spare's own tree writes them in [`Copier::commit`].
     ///
     /// # Errors
     /// The spare can't be written.
     fn rewrite(&mut self, spare: &Mounted) -> Result<()>;
 
-    /// Makes the copy the one that a boot of the spare finds, once its entries name it.
+    /// Moves the copy to its place. A boot of the spare uses it once the spare's entries name it.
     ///
     /// # Errors
     /// The spare can't be written.
     fn commit(&mut self, spare: &Mounted) -> Result<()>;
 
-    /// Removes the modules of kernels that have gone, after the entries have been written.
+    /// Removes the modules of removed kernels. This follows the writing of the entries.
     ///
     /// # Errors
     /// The spare can't be written.
     fn retire(&mut self, spare: &Mounted) -> Result<()>;
 
-    /// The generations that can be removed now, as no entry in `booted` needs them.
+    /// The generations that can be removed now, because no entry in `booted` needs them.
     ///
     /// # Errors
     /// The spare can't be read.
     fn expired(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Generation>>;
 
-    /// Removes these generations. Returns subvolumes in them that hold something that was never copied; their generation stays.
+    /// Removes these generations. Returns the subvolumes in them that hold files and were never copied; a generation with one stays.
     ///
     /// # Errors
     /// The spare can't be written.
@@ -166,30 +166,29 @@ pub trait Copier {
     /// Makes the mounts of the spare's root show the generation that it boots. `dirs` are their mount points.
     ///
     /// # Errors
-    /// A mount can't be taken away.
+    /// A mount can't be removed.
     fn show(&self, spare: &Mounted, dirs: &[PathBuf]) -> Result<()>;
 
-    /// The directory in which the spare's root is seen; None where the disks share one.
+    /// The directory of the spare's root; None where the disks share a root.
     ///
     /// # Errors
     /// The root isn't mounted.
     fn root(&self, spare: &Mounted) -> Result<Option<PathBuf>>;
 
-    /// The reasons why entries in `booted` boot no root, or another one than was copied.
+    /// The reasons why entries in `booted` boot no root, or not the copy.
     ///
     /// # Errors
     /// The spare can't be read.
     fn prove(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Fault>>;
 
-    /// Whether this subvolume, a path from the top of the file system, is in the spare's root. A root that isn't btrfs has none that could
-    /// be missing.
+    /// Whether the spare's root has this subvolume, a path from the top of the file system. Always true for a root that isn't btrfs.
     fn has_subvolume(&self, spare: &Mounted, path: &str) -> bool;
 
-    /// Lets go of the source, after the spare was proved.
+    /// Unmounts the source, after the spare was proved.
     fn end(&mut self) {}
 }
 
-/// The copier for a spare, from its partitions. The disks share the root where it has none.
+/// The copier for a spare with these partitions. A spare without a root partition shares its root with the booted disk.
 ///
 /// # Errors
 /// A refusal where one of the two roots is btrfs and the other isn't.

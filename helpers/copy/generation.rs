@@ -1,6 +1,6 @@
-//! Generations of a spare's root. Where that is btrfs, a sync that changes it makes a new subvolume of it, a snapshot of the last one
-//! that was brought up to date, and has the entries name that (`rootflags=subvol=`). So no entry ever leads to half a root: root and
-//! kernel change together, with the entry. The last few stay, and are offered in the boot menu.
+//! Generations of a spare's btrfs root. Where the root has changed, a sync makes a new subvolume: a snapshot of the last generation, brought
+//! up to date. Then it makes the menu entries name the new subvolume (`rootflags=subvol=`). So no entry ever boots half a root: root and
+//! kernel change together, with the entry. The last few generations stay, and have menu entries of their own.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,44 +14,44 @@ use crate::names::generation::{DIRECTORY, Generation};
 use crate::write::below::Below;
 use crate::write::change::Change;
 
-/// Where one is that is being made. No entry names it.
+/// The directory of a generation that is being made. No entry names it.
 const NEW: &str = "dualroot/new";
 
-/// What becomes of a spare's generations in a sync.
+/// The changes that a sync makes to a spare's generations.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Plan {
-    /// The one that the entries name in the end.
+pub struct GenerationPlan {
+    /// The generation that the entries name after the sync.
     pub current: Generation,
-    /// The subvolume that it is made of, as a path from the top; None where it is there already.
-    pub made_of: Option<Base>,
-    /// Older ones that stay.
+    /// The content that it starts with; None where it exists already.
+    pub base: Option<Base>,
+    /// The older generations that stay.
     pub kept: Vec<Generation>,
-    /// Those that go once no entry names them.
-    pub gone: Vec<Generation>,
+    /// The generations that are removed once no entry names them.
+    pub expired: Vec<Generation>,
 }
 
-impl Plan {
-    /// Those that can go now, of those that are found: not what an entry boots, nor what the next one is yet to be made of.
-    pub fn gone_of(&self, found: &[Generation], booted: &BTreeSet<Generation>) -> Vec<Generation> {
-        let base = self.made_of.as_ref().filter(|_| !found.contains(&self.current));
+impl GenerationPlan {
+    /// The generations in `found` that can be removed now: no entry boots them, and no snapshot is still to be made of them.
+    pub fn removable(&self, found: &[Generation], booted: &BTreeSet<Generation>) -> Vec<Generation> {
+        let base = self.base.as_ref().filter(|_| !found.contains(&self.current));
         let is_base = |one: &Generation| matches!(base, Some(Base::Snapshot(of)) if *of == one.subvolume());
-        self.gone.iter().copied().filter(|one| found.contains(one) && !booted.contains(one) && !is_base(one)).collect()
+        self.expired.iter().copied().filter(|one| found.contains(one) && !booted.contains(one) && !is_base(one)).collect()
     }
 
-    /// What is done, a line each, for people.
+    /// A line for each change, for people.
     pub fn changes(&self) -> impl Iterator<Item = String> {
-        let made = self.made_of.as_ref().map(|base| match base {
+        let made = self.base.as_ref().map(|base| match base {
             Base::Empty => format!("make {}", self.current.subvolume()),
             Base::Snapshot(of) => format!("make {} of {of}", self.current.subvolume()),
         });
-        made.into_iter().chain(self.gone.iter().map(|generation| format!("remove {}", generation.subvolume())))
+        made.into_iter().chain(self.expired.iter().map(|generation| format!("remove {}", generation.subvolume())))
     }
 }
 
-/// What a new generation begins as.
+/// The content that a new generation starts with.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Base {
-    /// Nothing: all is copied.
+    /// Nothing: every file is copied.
     Empty,
     /// A snapshot of this subvolume, given as a path from the top of the file system.
     Snapshot(String),
@@ -70,9 +70,9 @@ pub fn found(top: &Below) -> Result<Vec<Generation>> {
     Ok(found)
 }
 
-/// What the next generation is compared with, and made of: the last one, or what the spare's entries boot, as after a failover from a
-/// disk that was installed otherwise, or what is mounted where they don't say. `named` are the subvolumes that its entries name, as paths
-/// from the top; `is_new` says that nothing on the disk is worth keeping.
+/// The content that the next generation starts with: the last generation. Where there is none, such as on a disk that was installed without
+/// dualroot, it is the subvolume that the spare's entries boot, or else the default one. `named` are the subvolumes that the entries name, as
+/// paths from the top; `is_new` means that nothing on the disk is worth keeping.
 ///
 /// # Errors
 /// Those of btrfs(8).
@@ -93,10 +93,10 @@ pub fn base(top: &Below, found: &[Generation], mut named: impl Iterator<Item = S
     }))
 }
 
-/// Decides: a new generation where something has changed, and of the others `keep` less one stay, first of all those that are `booted`
-/// by an entry, and then the last.
-pub fn plan(found: &[Generation], booted: &BTreeSet<Generation>, base: Base, changed: bool, keep: usize) -> Plan {
-    let (current, made_of) = match found.last() {
+/// Plans a new generation where the root has changed. `keep` generations stay, including the current one: those that an entry boots
+/// (`booted`) are kept first, then the newest.
+pub fn plan(found: &[Generation], booted: &BTreeSet<Generation>, base: Base, changed: bool, keep: usize) -> GenerationPlan {
+    let (current, base) = match found.last() {
         Some(last) if !changed => (*last, None),
         last => (Generation::after(last.copied()), Some(base)),
     };
@@ -104,11 +104,11 @@ pub fn plan(found: &[Generation], booted: &BTreeSet<Generation>, base: Base, cha
     others.sort_by_key(|one| (booted.contains(one), *one));
     let mut kept = others.split_off((others.len() + 1).saturating_sub(keep.max(1)).min(others.len()));
     kept.sort();
-    Plan { current, made_of, kept, gone: others }
+    GenerationPlan { current, base, kept, expired: others }
 }
 
-/// Begins a generation: what an interrupted sync has left goes, and then there is one that nothing names yet. `place` is where the top of
-/// the file system is mounted.
+/// Begins a generation: removes the one that an interrupted sync has left, and makes a new one that no entry names yet. `place` is the
+/// mount point of the top of the file system.
 ///
 /// # Errors
 /// Those of btrfs(8).
@@ -128,7 +128,7 @@ pub fn begin(top: &Below, place: &Path, generation: Generation, base: &Base) -> 
     };
     let made = Below::open(&place.join(path))?;
     if let Base::Snapshot(of) = base {
-        // What was another subvolume is a directory now in which nobody can make anything.
+        // A snapshot has an empty directory for each inner subvolume, and nobody can make a file in it.
         for stub in subvolumes_in(top, of)? {
             made.unlink(stub.as_ref(), true)?;
         }
@@ -136,7 +136,7 @@ pub fn begin(top: &Below, place: &Path, generation: Generation, base: &Base) -> 
     Ok(made)
 }
 
-/// Puts the generation that was made where it belongs, once all of it is on the medium.
+/// Moves the new generation to its place, after flushing all of it to the medium.
 ///
 /// # Errors
 /// Those of writing.
@@ -148,7 +148,7 @@ pub fn finish(top: &Below, generation: Generation) -> Result<()> {
     top.apply(&Change::Barrier)
 }
 
-/// Has mounts of the file system that don't name a subvolume show this generation.
+/// Makes mounts of the file system that don't name a subvolume show this generation.
 ///
 /// # Errors
 /// Those of btrfs(8).
@@ -156,14 +156,14 @@ pub fn show(top: &Below, generation: Generation) -> Result<()> {
     btrfs(top, &["subvolume", "set-default", &generation.subvolume()]).map(|_| ())
 }
 
-/// Removes generations, but those with something in other subvolumes in them, which nobody has copied: these are returned, as paths from
-/// the top. Empty ones are no reason; systemd-tmpfiles(8) makes some.
+/// Removes generations, except those that contain other subvolumes with files in them, which no sync has copied. Returns these subvolumes,
+/// as paths from the top. Empty ones, such as systemd-tmpfiles(8) makes, are removed.
 ///
 /// # Errors
 /// Those of btrfs(8).
-pub fn remove(top: &Below, gone: &[Generation]) -> Result<Vec<String>> {
+pub fn remove(top: &Below, expired: &[Generation]) -> Result<Vec<String>> {
     let mut kept = Vec::new();
-    for generation in gone {
+    for generation in expired {
         let path = generation.subvolume();
         let mut full = Vec::new();
         for inner in subvolumes_in(top, &path)? {
@@ -179,20 +179,20 @@ pub fn remove(top: &Below, gone: &[Generation]) -> Result<Vec<String>> {
         }
         kept.append(&mut full);
     }
-    if !gone.is_empty() {
+    if !expired.is_empty() {
         wait_until_freed(top)?;
     }
     Ok(kept)
 }
 
-/// The reasons why entries boot no root, or not `current`, with `top` the top of the file system of the spare's root.
+/// The reasons why entries boot no root, or why none boots `current`. `top` is the top of the file system of the spare's root.
 pub fn prove(top: &Below, booted: &[BootedRoot], current: Generation) -> Vec<Fault> {
-    let lost = |entry: &BootedRoot| {
+    let missing = |entry: &BootedRoot| {
         let subvolume = entry.subvolume.as_deref().filter(|path| !is_subvolume(top, path))?;
         let text = format!("{}: {} boots the subvolume {subvolume}, which doesn't exist", entry.role, entry.path);
         Some(Fault::new(Code::F18, text).on(&entry.role).at(&entry.path))
     };
-    let mut faults: Vec<Fault> = booted.iter().filter_map(lost).collect();
+    let mut faults: Vec<Fault> = booted.iter().filter_map(missing).collect();
     let is_current = |entry: &BootedRoot| !entry.is_older && entry.subvolume.as_deref() == Some(&current.subvolume());
     if !booted.iter().any(is_current) {
         let text = format!("no menu entry boots {}, the new copy of the root", current.subvolume());
@@ -212,8 +212,8 @@ mod tests {
     use crate::names::generation::tests::{nth, numbers};
 
     #[test]
-    fn a_new_generation_is_made_where_something_has_changed() {
-        for (found, booted, changed, keep, current, kept, gone) in [
+    fn a_changed_root_gets_a_new_generation() {
+        for (found, booted, changed, keep, current, kept, expired) in [
             (&[][..], &[][..], true, 2, 1, &[][..], &[][..]),
             (&[1], &[1], true, 2, 2, &[1], &[]),
             (&[1, 2], &[2], true, 2, 3, &[2], &[1]),
@@ -221,13 +221,13 @@ mod tests {
             (&[1, 2, 5], &[5], false, 2, 5, &[2], &[1]),
             (&[1, 2, 5], &[5], true, 1, 6, &[], &[1, 2, 5]),
             (&[1, 2, 5], &[5], true, 9, 6, &[1, 2, 5], &[]),
-            // A cut came before entries named the last one.
+            // A sync was interrupted before entries named the last one.
             (&[1, 2, 3], &[2], true, 2, 4, &[2], &[1, 3]),
             (&[1, 2, 3], &[2], true, 3, 4, &[2, 3], &[1]),
         ] {
             let plan = plan(&numbers(found), &numbers(booted).into_iter().collect(), Base::Empty, changed, keep);
-            let expected =
-                Plan { current: nth(current), made_of: changed.then_some(Base::Empty), kept: numbers(kept), gone: numbers(gone) };
+            let base = changed.then_some(Base::Empty);
+            let expected = GenerationPlan { current: nth(current), base, kept: numbers(kept), expired: numbers(expired) };
             assert_eq!(plan, expected, "{found:?}, {changed}, {keep}");
         }
         let two = Base::Snapshot("dualroot/2".to_owned());
@@ -236,11 +236,11 @@ mod tests {
     }
 
     #[test]
-    fn f18_what_is_needed_yet_does_not_go() {
+    fn f18_a_generation_that_is_still_needed_stays() {
         let booted = |booted: &[u32]| numbers(booted).into_iter().collect();
         for (found, entries, keep, first, then) in [
             (&[1, 2][..], &[2][..], 2, &[1][..], &[1][..]),
-            // Cuts came before entries named what was made.
+            // Syncs were interrupted before entries named the new generations.
             (&[1, 2, 3], &[2], 2, &[1], &[1, 3]),
             (&[1, 2], &[1], 1, &[], &[2]),
             (&[1], &[], 1, &[], &[1]),
@@ -248,9 +248,9 @@ mod tests {
             let found = numbers(found);
             let base = Base::Snapshot(found.last().unwrap().subvolume());
             let plan = plan(&found, &booted(entries), base, true, keep);
-            assert_eq!(plan.gone_of(&found, &booted(entries)), numbers(first), "{found:?}");
+            assert_eq!(plan.removable(&found, &booted(entries)), numbers(first), "{found:?}");
             let made = [found.as_slice(), &[plan.current]].concat();
-            assert_eq!(plan.gone_of(&made, &booted(entries)), numbers(then), "{found:?}, made");
+            assert_eq!(plan.removable(&made, &booted(entries)), numbers(then), "{found:?}, made");
         }
     }
 
@@ -273,13 +273,13 @@ mod tests {
         run("mount", &["-t", "btrfs", "-o", "loop,subvolid=5", image.to_str().unwrap(), place.to_str().unwrap()]);
         let _mounted = crate::devices::scratch::Mounted::at(&place);
         let top = Below::open(&place).unwrap();
-        let none = std::iter::empty;
+        let unnamed = std::iter::empty;
 
-        assert_eq!(base(&top, &[], none(), true).unwrap(), Base::Empty);
-        assert_eq!(base(&top, &[], none(), false).unwrap(), Base::Snapshot(".".to_owned()));
+        assert_eq!(base(&top, &[], unnamed(), true).unwrap(), Base::Empty);
+        assert_eq!(base(&top, &[], unnamed(), false).unwrap(), Base::Snapshot(".".to_owned()));
         run("btrfs", &["subvolume", "create", &path("@")]);
         run("btrfs", &["subvolume", "set-default", &path("@")]);
-        assert_eq!(base(&top, &[], none(), false).unwrap(), Base::Snapshot("@".to_owned()));
+        assert_eq!(base(&top, &[], unnamed(), false).unwrap(), Base::Snapshot("@".to_owned()));
         let booted = |by: &str| {
             let subvolume = Some(by.to_owned());
             vec![BootedRoot { role: Role::Esp, path: "loader/entries/a.conf".to_owned(), subvolume, is_older: false }]
@@ -290,21 +290,21 @@ mod tests {
         assert_eq!(base(&top, &[], named("@rootfs"), false).unwrap(), Base::Snapshot("@rootfs".to_owned()));
         assert_eq!(base(&top, &numbers(&[3]), named("@rootfs"), false).unwrap(), Base::Snapshot("dualroot/3".to_owned()));
 
-        // Of a root that was booted: with subvolumes in it, of which one holds something.
+        // A root that was booted has subvolumes in it. One of them holds a file.
         std::fs::create_dir(path("@rootfs/var")).unwrap();
         for inner in ["@rootfs/var/empty", "@rootfs/var/full", "@rootfs/var/full/deep"] {
             run("btrfs", &["subvolume", "create", &path(inner)]);
         }
         let of = |base: &str| Base::Snapshot(base.to_owned());
         begin(&top, &place, nth(1), &of("@rootfs")).unwrap();
-        assert_eq!(found(&top).unwrap(), [], "it isn't one before it is whole");
+        assert_eq!(found(&top).unwrap(), [], "a generation counts after it was finished");
         let first = begin(&top, &place, nth(1), &of("@rootfs")).unwrap();
-        assert_eq!(first.list("var").unwrap(), [], "nothing is left that nobody can write to");
+        assert_eq!(first.list("var").unwrap(), [], "the stub directories of subvolumes are removed");
         finish(&top, nth(1)).unwrap();
         show(&top, nth(1)).unwrap();
         std::fs::write(path("dualroot/7"), "").unwrap();
         std::fs::create_dir(path("dualroot/8")).unwrap();
-        assert_eq!(found(&top).unwrap(), numbers(&[1]), "other things are none");
+        assert_eq!(found(&top).unwrap(), numbers(&[1]), "a file and a directory are no generations");
 
         for number in [2, 3] {
             begin(&top, &place, nth(number), &of("dualroot/1")).unwrap();
@@ -315,7 +315,7 @@ mod tests {
         }
         std::fs::write(path("dualroot/3/var/full/file"), "").unwrap();
         assert_eq!(remove(&top, &numbers(&[2, 3])).unwrap(), ["dualroot/3/var/full"]);
-        assert_eq!(found(&top).unwrap(), numbers(&[1, 3]), "what nobody has copied stays");
+        assert_eq!(found(&top).unwrap(), numbers(&[1, 3]), "a subvolume that no sync has copied stays");
         assert!(Path::new(&path("dualroot/3/var/full/file")).exists());
         assert_eq!(prove(&top, &booted("dualroot/1"), nth(1)), []);
         assert_eq!(codes(&prove(&top, &booted("@rootfs"), nth(1))), [Code::F15]);

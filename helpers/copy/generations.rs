@@ -1,4 +1,4 @@
-//! The copy that makes a new subvolume of a root that has changed, and stages what differs in all other trees.
+//! The copy that makes a new subvolume for a root that has changed, and stages the changed files of all other trees.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::base::fault::Fault;
 use crate::base::root::Root;
 use crate::base::types::Role;
-use crate::copy::generation::{self, Plan};
+use crate::copy::generation::{self, GenerationPlan};
 use crate::copy::rules::OldModules;
 use crate::copy::source::Source;
 use crate::copy::staged::Staged;
@@ -23,10 +23,10 @@ use crate::names::generation::Generation;
 use crate::write::below::Below;
 use crate::write::change::Change;
 
-/// Where the booted root is seen for a list of its subvolumes.
+/// The mount point at which the booted root's subvolumes are listed.
 const PLACE: &str = "/run/dualroot/source/subvolumes";
 
-/// A root with generations, and other trees beside it.
+/// A root with generations, and the other trees.
 pub struct Generations {
     root: Root,
     /// The partition of the spare's root.
@@ -38,15 +38,15 @@ pub struct Generations {
     others: Staged,
     files: Vec<Rewritten>,
     roots: Roots,
-    /// What is done with the generations, after a look.
-    plan: Option<Plan>,
-    /// The generation that is being made.
-    fresh: Option<Below>,
+    /// The changes to the generations; None before [`Copier::decide`].
+    plan: Option<GenerationPlan>,
+    /// The directory of the generation that is being made.
+    unfinished: Option<Below>,
 }
 
 impl Generations {
-    /// A copy of the trees that are asked for; `running` is the directory of the file system that is the booted root, and `part` the
-    /// partition of the spare's root.
+    /// A copy of the requested trees. `running` is the directory of the file system that is the booted root, and `part` the partition of
+    /// the spare's root.
     pub fn new(mut request: Request, running: String, part: Partition) -> Self {
         request.roles.retain(|role| *role != Role::Root);
         let tree = Tree::of_root(&request.exclude, &[], OldModules::Go);
@@ -61,33 +61,33 @@ impl Generations {
             files: Vec::new(),
             roots: Roots { running: Some(running), ..Roots::default() },
             plan: None,
-            fresh: None,
+            unfinished: None,
         }
     }
 
-    fn plan(&self) -> Result<&Plan> {
-        self.plan.as_ref().context("the generations were not looked at")
+    fn plan(&self) -> Result<&GenerationPlan> {
+        self.plan.as_ref().context("the generations were not planned")
     }
 
-    /// Takes files that get other bytes on the spare out of the root's tree.
+    /// Makes the root's tree leave out the files that get other bytes on the spare.
     fn leave_out(&mut self, files: Vec<Rewritten>) {
         self.tree.leave_out(&self.exclude, &files, OldModules::Go);
         self.files = files;
     }
 
-    /// Whether the booted root differs from that generation of it.
-    fn differs(&mut self, generation: Generation, there: &Below, target: &Target<'_>) -> Result<bool> {
+    /// Whether the booted root differs from this generation, whose directory is `copy`.
+    fn differs(&mut self, generation: Generation, copy: &Below, target: &Target<'_>) -> Result<bool> {
         self.leave_out((target.files)(Some(generation))?);
         for file in &self.files {
-            if !file.is_in(there)? {
+            if !file.is_in(copy)? {
                 return Ok(true);
             }
         }
-        self.tree.differs(there)
+        self.tree.differs(copy)
     }
 }
 
-/// The generations that menu entries boot, except entries that are there for an older generation only.
+/// The generations that menu entries boot, except entries that were made for an older generation.
 fn generations_of(booted: &[BootedRoot]) -> BTreeSet<Generation> {
     let entries = booted.iter().filter(|entry| !entry.is_older);
     entries.filter_map(|entry| Generation::of_subvolume(entry.subvolume.as_deref()?)).collect()
@@ -99,13 +99,13 @@ impl Copier for Generations {
         self.others.prepare()
     }
 
-    fn look(&mut self, target: &Target<'_>) -> Result<()> {
+    fn decide(&mut self, target: &Target<'_>) -> Result<()> {
         let top = target.mounted.below(&Role::Root)?;
         let found = generation::found(top)?;
         let changed = match found.last() {
             Some(last) => {
-                let there = top.sub(last.subvolume().as_ref())?.context("a generation has gone")?;
-                self.differs(*last, &there, target)?
+                let copy = top.sub(last.subvolume().as_ref())?.context("a generation has gone")?;
+                self.differs(*last, &copy, target)?
             }
             None => true,
         };
@@ -115,12 +115,12 @@ impl Copier for Generations {
         self.leave_out((target.files)(Some(plan.current))?);
         (self.roots.current, self.roots.kept) = (Some(plan.current), plan.kept.clone());
         self.plan = Some(plan);
-        // The files that get other bytes all lie in the root.
-        self.others.look(&Target { files: &|_| Ok(Vec::new()), ..*target })
+        // All files that get other bytes are in the root.
+        self.others.decide(&Target { files: &|_| Ok(Vec::new()), ..*target })
     }
 
     fn check_room(&self, spare: &Mounted) -> Result<()> {
-        // What differs of the root is counted before it is staged: the rest is there, and shared with the last generation.
+        // The root shares its unchanged files with the last generation. The changed files are counted before they are staged.
         self.others.check_room(spare)
     }
 
@@ -137,23 +137,23 @@ impl Copier for Generations {
     }
 
     fn describe(&self) -> Vec<String> {
-        let changes = self.plan.iter().flat_map(Plan::changes).map(|change| format!("{}: {change}", self.tree.role));
+        let changes = self.plan.iter().flat_map(GenerationPlan::changes).map(|change| format!("{}: {change}", self.tree.role));
         changes.chain([self.tree.describe()]).chain(self.others.describe()).collect()
     }
 
     fn left_out(&self) -> Result<Vec<String>> {
         let Some(running) = &self.roots.running else { return Ok(Vec::new()) };
-        let seen = ReadOnlyView::open(Path::new("/"), Path::new(PLACE))?;
-        let here = Below::open(seen.place())?;
+        let view = ReadOnlyView::open(Path::new("/"), Path::new(PLACE))?;
+        let top = Below::open(view.place())?;
         let mut found = Vec::new();
-        for path in subvolume::subvolumes_of(&here, running.trim_matches('/'))? {
-            if here.names(path.as_ref()).is_ok_and(|names| !names.is_empty()) {
+        for path in subvolume::subvolumes_of(&top, running.trim_matches('/'))? {
+            if top.names(path.as_ref()).is_ok_and(|names| !names.is_empty()) {
                 found.push(format!("/{path}"));
             }
         }
         let table = mounts::table()?;
-        let own = mounts::at(&table, Path::new("/")).context("nothing is mounted on /")?;
-        let is_other = |m: &&Mount| m.fstype == "btrfs" && m.source == own.source && !Path::new(&m.root).starts_with(running);
+        let root = mounts::at(&table, Path::new("/")).context("nothing is mounted on /")?;
+        let is_other = |m: &&Mount| m.fstype == "btrfs" && m.source == root.source && !Path::new(&m.root).starts_with(running);
         found.extend(table.iter().filter(is_other).map(|mount| mount.at.display().to_string()));
         found.sort();
         found.dedup();
@@ -163,29 +163,29 @@ impl Copier for Generations {
     fn begin(&mut self, spare: &Mounted) -> Result<()> {
         let held = spare.get(&Role::Root)?;
         let plan = self.plan()?;
-        if let Some(base) = &plan.made_of {
-            self.fresh = Some(generation::begin(held.below()?, held.place(), plan.current, base)?);
+        if let Some(base) = &plan.base {
+            self.unfinished = Some(generation::begin(held.below()?, held.place(), plan.current, base)?);
         }
         self.others.begin(spare)
     }
 
-    fn fill(&mut self, spare: &Mounted, tell: &dyn Fn(&str)) -> Result<()> {
-        if let Some(fresh) = &self.fresh {
-            tell(&self.tree.at);
-            self.tree.copy(fresh)?;
-            fresh.apply(&Change::Barrier)?;
+    fn fill(&mut self, spare: &Mounted, report: &dyn Fn(&str)) -> Result<()> {
+        if let Some(unfinished) = &self.unfinished {
+            report(&self.tree.at);
+            self.tree.copy(unfinished)?;
+            unfinished.apply(&Change::Barrier)?;
         }
-        self.others.fill(spare, tell)
+        self.others.fill(spare, report)
     }
 
     fn rewrite(&mut self, _spare: &Mounted) -> Result<()> {
-        let Some(fresh) = &self.fresh else { return Ok(()) };
-        self.files.iter().try_for_each(|file| file.write(fresh, &self.root))?;
-        fresh.apply(&Change::Barrier)
+        let Some(unfinished) = &self.unfinished else { return Ok(()) };
+        self.files.iter().try_for_each(|file| file.write(unfinished, &self.root))?;
+        unfinished.apply(&Change::Barrier)
     }
 
     fn commit(&mut self, spare: &Mounted) -> Result<()> {
-        if self.fresh.take().is_some() {
+        if self.unfinished.take().is_some() {
             generation::finish(spare.below(&Role::Root)?, self.plan()?.current)?;
         }
         self.others.commit(spare)
@@ -197,8 +197,8 @@ impl Copier for Generations {
 
     fn expired(&self, spare: &Mounted, booted: &[BootedRoot]) -> Result<Vec<Generation>> {
         let found = generation::found(spare.below(&Role::Root)?)?;
-        let expired = self.plan()?.gone_of(&found, &generations_of(booted));
-        // One has to stay for the spare's mounts to show.
+        let expired = self.plan()?.removable(&found, &generations_of(booted));
+        // One has to stay, which the spare's mounts show.
         Ok(if found.iter().all(|one| expired.contains(one)) { Vec::new() } else { expired })
     }
 
@@ -208,7 +208,7 @@ impl Copier for Generations {
         let Some(stays) = found.iter().rfind(|one| !expired.contains(one)).filter(|_| !expired.is_empty()) else {
             return Ok(Vec::new());
         };
-        // An interrupted sync may have left another one as what mounts show, which can't be removed.
+        // After an interrupted sync, mounts may show an expired generation, which can't be removed then.
         generation::show(top, *stays)?;
         generation::remove(top, expired)
     }

@@ -11,7 +11,7 @@ use crate::base::program;
 use crate::base::progress::Progress;
 use crate::write::below::Below;
 
-/// How many bytes rsync says that it has copied, as `--info=progress2` does: "  1048576  34%  9.43MB/s  0:00:02 (xfr#1, to-chk=2/5)".
+/// The number of bytes copied so far, from a line of `--info=progress2`: "  1048576  34%  9.43MB/s  0:00:02 (xfr#1, to-chk=2/5)".
 pub(crate) fn bytes_done(line: &[u8]) -> Option<u64> {
     let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
     let done = words.next()?.parse().ok()?;
@@ -35,11 +35,11 @@ pub fn run_rsync(mut command: Command, target: &Below) -> Result<Vec<u8>> {
     end(spawn(&mut command, target)?)
 }
 
-/// Options that have rsync say how far it is.
+/// Options that make rsync print its progress.
 pub(crate) const SHOWN: [&str; 2] = ["--info=progress2", "--no-human-readable"];
 
-/// As [`run_rsync`], with [`SHOWN`] among its options, and shows what it says. Its own line has the time that is left in turns with the time that
-/// has gone, and in the share of the work only what it has found so far.
+/// As [`run_rsync`], with [`SHOWN`] among its options, and shows the progress. rsync's own line isn't shown: it mixes the time left with the
+/// elapsed time, and its percentage counts only the files that rsync has found so far.
 ///
 /// # Errors
 /// As [`Tree::copy`].
@@ -60,7 +60,7 @@ pub(crate) fn run_rsync_shown(mut command: Command, target: &Below, mut progress
 }
 
 pub(crate) fn spawn(command: &mut Command, target: &Below) -> Result<Child> {
-    // The child changes to the directory by our handle, before it becomes rsync: no path can lead it elsewhere.
+    // The child changes to the directory of the handle before it runs rsync, so that no path can lead it elsewhere.
     command.stderr(Stdio::piped()).current_dir(target.proc_path()).spawn().context("rsync can't be run")
 }
 
@@ -69,10 +69,10 @@ pub(crate) fn end(child: Child) -> Result<Vec<u8>> {
     match done.status.code() {
         Some(0 | VANISHED) => Ok(done.stdout),
         _ => {
-            let said = String::from_utf8_lossy(&done.stderr);
-            let said: Vec<&str> = said.lines().rev().take(8).collect();
-            let said: Vec<&str> = said.into_iter().rev().collect();
-            bail!("rsync failed ({}): {}", done.status, said.join("; "))
+            let messages = String::from_utf8_lossy(&done.stderr);
+            let mut last: Vec<&str> = messages.lines().rev().take(8).collect();
+            last.reverse();
+            bail!("rsync failed ({}): {}", done.status, last.join("; "))
         }
     }
 }

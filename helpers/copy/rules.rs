@@ -2,8 +2,8 @@
 
 use crate::names::files::Rewritten;
 
-/// What is never copied, as rsync filter rules by the path in the running system. Rules of `exclude=` come between the first part
-/// and the second, so that they can bring something of the second back.
+/// rsync filter rules for files that are never copied, with paths of the running system. The rules of `exclude=` come after these, and
+/// before [`USUALLY`], so that they can include again what [`USUALLY`] excludes.
 const ALWAYS: [&str; 10] = [
     "- /mnt/root[0-9]*/",
     "- /dev/*",
@@ -13,10 +13,11 @@ const ALWAYS: [&str; 10] = [
     "- /tmp/*",
     "- /lost+found",
     "- /var/lib/systemd/random-seed",
-    // Not copied, and removed where it is: see crate::pair::status.
+    // Not copied, and removed from the spare: see crate::pair::status.
     "H /var/lib/dualroot/own/",
     "- .dualroot-*",
 ];
+/// Rules for files that are not copied, unless `exclude=` includes them.
 const USUALLY: [&str; 9] = [
     "- /var/cache/apt/*.bin",
     "- /var/cache/apt/archives/*.deb",
@@ -29,14 +30,14 @@ const USUALLY: [&str; 9] = [
     "- /var/lib/systemd/coredump/*",
 ];
 /// See [`OldModules::Stay`].
-const UNTIL_THE_END: [&str; 2] = ["P /usr/lib/modules/*", "P /lib/modules/*"];
+const OLD_MODULES: [&str; 2] = ["P /usr/lib/modules/*", "P /lib/modules/*"];
 
-/// What happens to modules of kernels that the booted disk doesn't have.
+/// The treatment of modules of kernels that the booted disk doesn't have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OldModules {
     /// They stay until the spare's boot partitions don't need them any more.
     Stay,
-    /// They go with the copy: an older generation of the root has its own.
+    /// They are removed by the copy: an older generation of the root has its own.
     Go,
 }
 
@@ -46,7 +47,7 @@ pub fn all(at: &str, exclude: &[String], files: &[Rewritten], old: OldModules) -
     let strings = |rules: &[&str]| rules.iter().map(|rule| (*rule).to_owned()).collect::<Vec<_>>();
     let separate = files.iter().map(|file| format!("- {}", escape(&file.path)));
     let user = exclude.iter().map(|rule| if has_prefix(rule) { rule.clone() } else { format!("- {rule}") });
-    let modules = strings(if old == OldModules::Stay { &UNTIL_THE_END } else { &[] });
+    let modules = strings(if old == OldModules::Stay { &OLD_MODULES } else { &[] });
     let rules = strings(&ALWAYS).into_iter().chain(separate).chain(user).chain(strings(&USUALLY)).chain(modules);
     rules.filter_map(|rule| reanchor(&rule, at)).collect()
 }
@@ -59,7 +60,7 @@ pub(crate) fn has_prefix(rule: &str) -> bool {
     })
 }
 
-/// A path as a pattern that means just it. Where nothing in it is a wildcard, a backslash is one to rsync, as in names of units.
+/// A pattern that matches only this path. In a path without wildcards, rsync takes a backslash literally, as in the names of units.
 pub(crate) fn escape(path: &str) -> String {
     if !path.contains(['*', '?', '[']) {
         return path.to_owned();
@@ -74,7 +75,7 @@ pub(crate) fn escape(path: &str) -> String {
     out
 }
 
-/// A rule by the path in the running system, as a rule for the transfer of the tree mounted at `at`; None if it is about something
+/// A rule with paths of the running system, changed into a rule for the copy of the tree mounted at `at`; None if it is about a path
 /// outside that tree.
 pub(crate) fn reanchor(rule: &str, at: &str) -> Option<String> {
     let (op, pattern) = rule.split_once(' ')?;
@@ -102,7 +103,7 @@ mod tests {
             Tree::new(&Role::Var, &["/var/spool/x/".into(), "+ /var/cache/dnf/keep".into()], &[], OldModules::Stay).unwrap();
         assert!(tree.rules.contains(&"- /spool/x/".to_owned()), "{:?}", tree.rules);
         let at = |rule: &str| tree.rules.iter().position(|r| r == rule).unwrap();
-        assert!(at("+ /cache/dnf/keep") < at("- /cache/dnf/*"), "the configuration comes before what is usual");
+        assert!(at("+ /cache/dnf/keep") < at("- /cache/dnf/*"), "rules of the configuration come before the usual ones");
         assert!(
             Tree::new(&Role::Swap, &[], &[], OldModules::Stay).is_none()
                 && Tree::new(&Role::Esp, &[], &[], OldModules::Stay).is_none()

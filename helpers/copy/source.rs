@@ -1,4 +1,4 @@
-//! The booted disk's trees, as copies read them.
+//! The booted disk's trees, without the file systems that are mounted in them.
 
 use std::path::Path;
 
@@ -7,24 +7,24 @@ use anyhow::Result;
 use crate::copy::tree::Tree;
 use crate::devices::held::ReadOnlyView;
 
-/// Where the booted disk's file systems are seen without what is mounted in them.
+/// The directory of the mount points for the booted disk's file systems.
 const PLACES: &str = "/run/dualroot/source";
 
-/// The file systems of the trees that are copied. They are seen at places of their own as long as this lives.
+/// Read-only mounts of the trees that are copied. Dropping this unmounts them.
 #[derive(Default)]
 pub struct Source {
-    seen: Vec<ReadOnlyView>,
+    views: Vec<ReadOnlyView>,
 }
 
 impl Source {
-    /// Shows the file system of a tree at a place of its own, and makes the tree be copied from there.
+    /// Mounts the file system of a tree at a mount point of its own, and makes the tree copy from there.
     ///
     /// # Errors
     /// Those of mount(2).
     pub fn open(&mut self, tree: &mut Tree) -> Result<()> {
-        let seen = ReadOnlyView::open(&tree.source(), &Path::new(PLACES).join(tree.role.key().replace('/', "-")))?;
-        tree.from = Some(seen.place().to_owned());
-        self.seen.push(seen);
+        let view = ReadOnlyView::open(&tree.source(), &Path::new(PLACES).join(tree.role.key().replace('/', "-")))?;
+        tree.from = Some(view.place().to_owned());
+        self.views.push(view);
         Ok(())
     }
 }

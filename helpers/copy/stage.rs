@@ -1,10 +1,10 @@
-//! What a sync puts into a tree of a spare: staged whole in that tree, and then put into its place by renames.
+//! Staged files: a sync writes all changed files of a spare's tree into a directory of that tree, and then moves them to their places by
+//! renames.
 //!
-//! `.dualroot/new` at the top of the tree holds all that is new, each thing under its own path and with all its attributes, and
-//! `.dualroot/plan` what is to be done with it. The plan comes last, once everything else is on the medium. Where there is none,
-//! nothing has been replaced, and what is staged counts for nothing. Where there is one, nothing of the source is needed any
-//! more: whoever finds it carries it out, be it the next sync or the spare itself while it boots. Every operation may be done
-//! again, so that it doesn't matter how far somebody else has come.
+//! `.dualroot/new` at the top of the tree holds the changed files, each under its own path and with all its attributes. `.dualroot/plan`
+//! lists the operations. The plan is written last, after everything else is on the medium. Without a plan, no file was replaced yet, and
+//! the staged files are discarded. With a plan, the source isn't needed any more: the next sync carries the plan out, or the spare itself
+//! while it boots. Every operation can be repeated, so that an interrupted plan is simply carried out again from its start.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -22,27 +22,27 @@ use crate::devices::mounts::{self, Mount};
 use crate::write::below::{Below, is_dir, is_link, join};
 use crate::write::change::{Change, Content};
 
-/// Where everything is, at the top of a tree.
+/// The directory of the staged files and the plan, at the top of a tree.
 pub const DIRECTORY: &str = ".dualroot";
-/// What is new.
+/// The directory of the staged files.
 pub const NEW: &str = ".dualroot/new";
-/// What is to be done.
+/// The file with the plan.
 const PLAN: &str = ".dualroot/plan";
-/// The first line of a plan: another version of dualroot, which may put something else there, says so.
+/// The first line of a plan. A version of dualroot with another format writes another line.
 const FIRST: &[u8] = b"dualroot 1";
-/// The last line.
+/// The last line of a plan.
 const LAST: &[u8] = b".";
 
 /// A step from the old tree to the new one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Op {
-    /// What is staged takes its place: whole, if it is a directory.
+    /// A staged file moves to its place, or a staged directory with everything in it.
     Put { path: OsString, directory: bool },
-    /// What the source doesn't have goes.
+    /// A file or directory that the source doesn't have is removed.
     Remove { path: OsString, directory: bool },
-    /// A directory that was and is there gets its attributes. Its time is in the plan: that of the staged one changes when what
-    /// is in it takes its place.
-    Dress { path: OsString, time: (i64, i64) },
+    /// A directory that exists on both disks gets new attributes. The plan holds its time, because the time of the staged directory changes
+    /// when files are moved out of it.
+    SetAttributes { path: OsString, time: (i64, i64) },
 }
 
 impl Op {
@@ -52,7 +52,7 @@ impl Op {
             Self::Put { path, directory: false } => ("F".to_owned(), path),
             Self::Remove { path, directory: true } => ("d".to_owned(), path),
             Self::Remove { path, directory: false } => ("f".to_owned(), path),
-            Self::Dress { path, time: (seconds, nanoseconds) } => (format!("{seconds}.{nanoseconds}"), path),
+            Self::SetAttributes { path, time: (seconds, nanoseconds) } => (format!("{seconds}.{nanoseconds}"), path),
         };
         [head.as_bytes(), b" ", path.as_bytes()].concat()
     }
@@ -61,111 +61,111 @@ impl Op {
         let space = line.iter().position(|b| *b == b' ')?;
         let (head, path) = (line.get(..space)?, line.get(space + 1..)?);
         let mut parts = path.split(|b| *b == b'/').peekable();
-        let ours = parts.peek() == Some(&DIRECTORY.as_bytes());
-        let top = path == b".";
-        if ours || (!top && parts.any(|part| matches!(part, b"" | b"." | b".."))) {
+        let is_staged = parts.peek() == Some(&DIRECTORY.as_bytes());
+        let is_top = path == b".";
+        if is_staged || (!is_top && parts.any(|part| matches!(part, b"" | b"." | b".."))) {
             return None;
         }
         let path = OsStr::from_bytes(path).to_owned();
         match head {
-            b"D" | b"F" if !top => Some(Self::Put { path, directory: head == b"D" }),
-            b"d" | b"f" if !top => Some(Self::Remove { path, directory: head == b"d" }),
+            b"D" | b"F" if !is_top => Some(Self::Put { path, directory: head == b"D" }),
+            b"d" | b"f" if !is_top => Some(Self::Remove { path, directory: head == b"d" }),
             time => {
                 let (seconds, nanoseconds) = std::str::from_utf8(time).ok()?.split_once('.')?;
-                Some(Self::Dress { path, time: (seconds.parse().ok()?, nanoseconds.parse().ok()?) })
+                Some(Self::SetAttributes { path, time: (seconds.parse().ok()?, nanoseconds.parse().ok()?) })
             }
         }
     }
 }
 
-/// What [`complete`] came upon.
+/// The staged files that [`complete`] found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Found {
-    /// Nothing.
+    /// No staged files.
     Nothing,
-    /// Something that was not whole. It was removed; the tree is as old as it was.
+    /// Files without a plan. They were removed; the tree is unchanged.
     Half,
-    /// Something whole. It has taken its place.
+    /// Files with a plan. They were moved to their places.
     Whole,
-    /// Something whose plan can't be used, for this reason. It was removed; what is in the tree is unknown.
+    /// Files whose plan can't be used, for this reason. They were removed; the tree may hold files of two generations.
     Unusable(String),
 }
 
-/// Begins anew: an empty `.dualroot/new` in the tree.
+/// Removes older staged files, and makes an empty `.dualroot/new` in the tree.
 ///
 /// # Errors
 /// Those of the system calls.
 pub fn begin(tree: &Below) -> Result<()> {
     discard(tree)?;
-    // Files whose directories nobody else may enter are not to be seen here either.
+    // Files in directories that only their owner may enter stay private here, too.
     tree.make_private(OsStr::new(DIRECTORY))?;
     tree.make_private(OsStr::new(NEW))
 }
 
-/// Removes what is staged.
+/// Removes the staged files and the plan.
 ///
 /// # Errors
 /// Those of the system calls.
 pub fn discard(tree: &Below) -> Result<()> {
-    // The plan first: without it, the rest is known to be good for nothing.
+    // The plan goes first: staged files without a plan are never used.
     tree.unlink(OsStr::new(PLAN), false)?;
     tree.clear(OsStr::new(DIRECTORY))
 }
 
-/// Declares what is staged to be whole, once it is on the medium. `gone` are the paths that the source doesn't have, directories
-/// with a slash behind them and after what is in them; `top` has the attributes that the top of the tree is to have.
+/// Writes the plan, after flushing the staged files to the medium. `gone` are the paths that the source doesn't have: a directory's path
+/// ends in a slash, and comes after the paths in it. `top` has the attributes for the top of the tree.
 ///
 /// # Errors
-/// Those of the system calls; a directory of the tree in which nothing can be put by a rename.
+/// Those of the system calls; a directory of the tree into which no file can be renamed.
 pub fn seal(tree: &Below, gone: &[OsString], top: &File) -> Result<()> {
     let new = tree.sub(OsStr::new(NEW))?.with_context(|| format!("{NEW} has gone"))?;
-    let mut ops = plan(&new, tree, gone)?;
+    let mut ops = operations(&new, tree, gone)?;
     let meta = top.metadata().with_context(|| format!("the attributes of {NEW}"))?;
     let (path, time) = (OsString::from("."), (meta.mtime(), meta.mtime_nsec()));
     new.set_attributes(&path, top, time)?;
-    ops.push(Op::Dress { path, time });
+    ops.push(Op::SetAttributes { path, time });
     let lines: Vec<Vec<u8>> = [FIRST.to_vec()].into_iter().chain(ops.iter().map(Op::line)).chain([LAST.to_vec()]).collect();
-    // NUL is the one byte that is in no path.
+    // No path contains NUL.
     let content = Content::Bytes(lines.join(&0));
     tree.apply(&Change::Replace { path: PLAN.into(), content, like: None })
 }
 
-/// What turns the tree into the new one. What nothing there refers to yet comes first, and symbolic links come after what they
-/// may lead to; what is gone goes once nothing leads there any more.
-fn plan(new: &Below, tree: &Below, gone: &[OsString]) -> Result<Vec<Op>> {
-    let (mut fresh, mut changed, mut links, mut dress) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+/// The operations that turn the old tree into the new one, in a safe order: new files, which nothing in the tree refers to yet, then changed
+/// files, then symbolic links, whose targets exist by then, then removals of files that no link leads to any more, then attributes.
+fn operations(new: &Below, tree: &Below, gone: &[OsString]) -> Result<Vec<Op>> {
+    let (mut added, mut changed, mut links, mut attributes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let device = tree.device()?;
     let mut dirs = vec![OsString::from(".")];
     while let Some(dir) = dirs.pop() {
         for name in new.names(&dir)? {
             let path = join(&dir, &name);
             let staged = new.stat(&path)?.with_context(|| format!("{NEW}/{} has gone", path.display()))?;
-            let there = tree.stat(&path)?;
+            let old = tree.stat(&path)?;
             let directory = is_dir(&staged);
-            if let Some(there) = &there
+            if let Some(old) = &old
                 && directory
-                && is_dir(there)
+                && is_dir(old)
             {
-                if there.st_dev != device {
+                if old.st_dev != device {
                     if new.names(&path)?.is_empty() {
-                        // Only its attributes differ. What it holds is its own matter.
+                        // Only its attributes differ, and those of another file system stay as they are.
                         continue;
                     }
                     bail!(
-                        "'{}' on the spare is a file system or subvolume of its own, where nothing can be put by a rename; \
-                         replace it by a plain directory with what it holds",
+                        "'{}' on the spare is a file system or subvolume of its own, and so no file can be renamed into it; nothing was \
+                         replaced. Replace it by a plain directory with the same files",
                         path.display()
                     );
                 }
-                dress.push(Op::Dress { path: path.clone(), time: (staged.st_mtime, staged.st_mtime_nsec) });
+                attributes.push(Op::SetAttributes { path: path.clone(), time: (staged.st_mtime, staged.st_mtime_nsec) });
                 dirs.push(path);
                 continue;
             }
-            let list = match &there {
-                // A new name of a file that was and is there: that was staged along with it.
-                Some(there) if (there.st_dev, there.st_ino) == (staged.st_dev, staged.st_ino) => continue,
+            let list = match &old {
+                // This file itself is unchanged: it was staged together with a new name of it.
+                Some(old) if (old.st_dev, old.st_ino) == (staged.st_dev, staged.st_ino) => continue,
                 _ if is_link(&staged) => &mut links,
-                None => &mut fresh,
+                None => &mut added,
                 Some(_) => &mut changed,
             };
             list.push(Op::Put { path, directory });
@@ -175,24 +175,24 @@ fn plan(new: &Below, tree: &Below, gone: &[OsString]) -> Result<Vec<Op>> {
         [dir @ .., b'/'] => Op::Remove { path: OsStr::from_bytes(dir).to_owned(), directory: true },
         _ => Op::Remove { path: path.clone(), directory: false },
     });
-    let ops: Vec<Op> = fresh.into_iter().chain(changed).chain(links).chain(gone).chain(dress).collect();
-    check_free(&ops, tree)?;
+    let ops: Vec<Op> = added.into_iter().chain(changed).chain(links).chain(gone).chain(attributes).collect();
+    check_mutable(&ops, tree)?;
     Ok(ops)
 }
 
-/// What nobody may change would stop the renames in their middle, now and whenever they are tried again.
-fn check_free(ops: &[Op], tree: &Below) -> Result<()> {
+/// Refuses an immutable file in the tree: it would stop the plan halfway, now and at every further try.
+fn check_mutable(ops: &[Op], tree: &Below) -> Result<()> {
     let mut paths: BTreeSet<&OsStr> = BTreeSet::from([OsStr::new(".")]);
     for op in ops {
-        let (Op::Put { path, .. } | Op::Remove { path, .. } | Op::Dress { path, .. }) = op;
+        let (Op::Put { path, .. } | Op::Remove { path, .. } | Op::SetAttributes { path, .. }) = op;
         let dir = Path::new(path).parent().map(Path::as_os_str).filter(|dir| !dir.is_empty());
         paths.extend([Some(path.as_os_str()), dir].into_iter().flatten());
     }
     for path in paths {
         if tree.is_fixed(path)? {
             bail!(
-                "'{}' on the spare is immutable or append-only; nothing was replaced; boot that disk or mount it for writing, and \
-                 remove that attribute by 'chattr -ia', or name the path in exclude=",
+                "'{}' on the spare is immutable or append-only; nothing was replaced. Boot that disk or mount it for writing, and \
+                 remove that attribute with 'chattr -ia', or name the path in exclude=",
                 path.display()
             );
         }
@@ -200,35 +200,35 @@ fn check_free(ops: &[Op], tree: &Below) -> Result<()> {
     Ok(())
 }
 
-/// A plan, and what it is about.
-struct Plan {
+/// A plan that was read from the medium, and the staged files.
+struct SavedPlan {
     ops: Vec<Op>,
     new: Below,
 }
 
-fn load(tree: &Below) -> Result<Option<Plan>> {
+fn load(tree: &Below) -> Result<Option<SavedPlan>> {
     let Some(mut file) = tree.file(PLAN)? else { return Ok(None) };
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).with_context(|| format!("{PLAN} can't be read"))?;
     let lines: Vec<&[u8]> = bytes.split(|b| *b == 0).collect();
     let [FIRST, ops @ .., LAST] = lines.as_slice() else {
-        bail!("{PLAN} is not one of this version of dualroot");
+        bail!("{PLAN} is not a plan of this version of dualroot");
     };
-    let parse = |line: &&[u8]| Op::parse(line).with_context(|| format!("{PLAN} has '{}' in it", line.escape_ascii()));
+    let parse = |line: &&[u8]| Op::parse(line).with_context(|| format!("{PLAN} has the invalid line '{}'", line.escape_ascii()));
     let ops = ops.iter().map(parse).collect::<Result<_>>()?;
-    let new = tree.sub(OsStr::new(NEW))?.with_context(|| format!("there is a {PLAN} without {NEW}"))?;
-    Ok(Some(Plan { ops, new }))
+    let new = tree.sub(OsStr::new(NEW))?.with_context(|| format!("{PLAN} exists without {NEW}"))?;
+    Ok(Some(SavedPlan { ops, new }))
 }
 
-/// Carries out the plan that is there, and removes what is staged.
+/// Carries out the plan in the tree, if there is one, and removes the staged files.
 ///
 /// # Errors
-/// Those of the system calls. What is left to do may be done later.
+/// Those of the system calls. A later call completes the plan.
 pub fn complete(tree: &Below) -> Result<Found> {
     complete_with(tree, &mut || Ok(()))
 }
 
-/// As [`complete`]; `step` is called before everything that is written, and may stop it.
+/// As [`complete`]; `step` is called before each change, and an error from it stops the work.
 pub(crate) fn complete_with(tree: &Below, step: &mut dyn FnMut() -> Result<()>) -> Result<Found> {
     let plan = match load(tree) {
         Ok(Some(plan)) => plan,
@@ -249,32 +249,33 @@ pub(crate) fn complete_with(tree: &Below, step: &mut dyn FnMut() -> Result<()>) 
     tree.unlink(OsStr::new(PLAN), false)?;
     step()?;
     discard(tree)?;
-    // Again, as this has changed its time. A directory that has been removed keeps its attributes while it is open.
-    for top in plan.ops.iter().filter(|op| matches!(op, Op::Dress { path, .. } if path == ".")) {
+    // Removing the directory has changed the time of the top, so that it is set again. The staged top was removed, but is still open, and
+    // keeps its attributes.
+    for top in plan.ops.iter().filter(|op| matches!(op, Op::SetAttributes { path, .. } if path == ".")) {
         step()?;
         plan.carry_out(top, tree)?;
     }
     Ok(Found::Whole)
 }
 
-impl Plan {
-    /// What has been done already is found done, and left alone.
+impl SavedPlan {
+    /// Carries out one operation, unless that was done already.
     fn carry_out(&self, op: &Op, tree: &Below) -> Result<()> {
         match op {
             Op::Put { path, directory } => {
-                // What isn't staged any more is in its place, and what is of the other kind came from there in exchange.
+                // After the move, nothing is staged at this path. After an exchange, the old file is, which is of the other kind.
                 if self.new.stat(path)?.is_none_or(|staged| is_dir(&staged) != *directory) {
                     return Ok(());
                 }
                 match tree.stat(path)? {
-                    Some(there) if is_dir(&there) != *directory => tree.take(&self.new, path, true),
-                    // Somebody has made a directory there in between; the next sync sees what it lacks.
+                    Some(old) if is_dir(&old) != *directory => tree.take(&self.new, path, true),
+                    // Somebody has made this directory after the plan was written. The next sync copies the files that it lacks.
                     Some(_) if *directory => Ok(()),
                     _ => tree.take(&self.new, path, false),
                 }
             }
             Op::Remove { path, directory } => tree.unlink(path, *directory),
-            Op::Dress { path, time } => match self.new.sub(path)? {
+            Op::SetAttributes { path, time } => match self.new.sub(path)? {
                 Some(staged) => tree.set_attributes(path, &staged.as_file()?, *time),
                 None => Ok(()),
             },
@@ -282,13 +283,13 @@ impl Plan {
     }
 }
 
-/// The trees of the running system in which something is staged: the root, and what is mounted where a disk of the
-/// configuration has a tree. Each comes with its path.
+/// The trees of the running system that hold staged files, each with its mount point: the root, `/usr`, and the trees of the configured
+/// disks.
 ///
 /// # Errors
 /// Those of the system calls.
 pub fn left_here(config: Option<&Config>) -> Result<Vec<(PathBuf, Below)>> {
-    // /usr is mounted before anything is read, and may hold the configuration.
+    // /usr may hold the configuration, and so is searched without one, too.
     let roles = config.iter().flat_map(|config| &config.disks).flat_map(|disk| disk.parts.keys());
     let dirs = [&Role::Root, &Role::Usr].into_iter().chain(roles).filter_map(Role::tree);
     left_in(&mounts::table()?, dirs.collect())
@@ -298,8 +299,8 @@ fn left_in(table: &[Mount], dirs: BTreeSet<&str>) -> Result<Vec<(PathBuf, Below)
     let mut found = Vec::new();
     for dir in dirs {
         let dir = PathBuf::from(if dir.is_empty() { "/" } else { dir });
-        // Where nothing is mounted, `.dualroot` would be somebody's own directory.
-        // And to look into what is only mounted when somebody looks would hold up the boot until its disk is there.
+        // Where no file system is mounted, `.dualroot` would be somebody's own directory. An automount is not opened: it would make the boot
+        // wait for its disk.
         if mounts::at(table, &dir).is_none_or(|mount| mount.fstype == "autofs") {
             continue;
         }
@@ -318,7 +319,7 @@ mod tests {
 
     use super::*;
 
-    /// A tree with something staged in it, and a directory that is none of its business.
+    /// A tree with staged files, and a directory outside the tree.
     fn staged(plan: &[u8]) -> (tempfile::TempDir, Below) {
         let tmp = tempfile::tempdir().unwrap();
         for (path, text) in [("outside/file", "kept"), ("tree/file", "old"), ("tree/.dualroot/new/file", "new")] {
@@ -338,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn f18_a_plan_is_carried_out_and_nothing_of_it_is_left() {
+    fn f18_a_plan_is_carried_out_and_removed() {
         let (tmp, below) = staged(b"dualroot 1\0F file\x001234.5 .\0.");
         assert_eq!(complete(&below).unwrap(), Found::Whole);
         assert_eq!(read(tmp.path(), "tree/file"), "new");
@@ -348,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn f18_what_has_no_plan_is_not_whole() {
+    fn f18_staged_files_without_a_plan_are_removed() {
         let (tmp, below) = staged(b"");
         fs::rename(tmp.path().join("tree/.dualroot/plan"), tmp.path().join("tree/.dualroot/.dualroot-plan")).unwrap();
         assert_eq!(complete(&below).unwrap(), Found::Half);
@@ -357,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn f26_a_plan_that_is_none_is_not_carried_out() {
+    fn f26_an_invalid_plan_is_not_carried_out() {
         let plans: [&[u8]; 17] = [
             b"",
             b"dualroot 1",
@@ -395,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn f18_what_is_mounted_in_a_running_system_keeps_nothing_from_being_completed() {
+    fn f18_mounts_in_the_tree_do_not_stop_a_plan() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -415,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn f26_what_somebody_else_has_put_there_is_removed_and_not_followed() {
+    fn f26_links_in_the_place_of_staged_files_are_removed_and_not_followed() {
         let tmp = tempfile::tempdir().unwrap();
         fs::create_dir_all(tmp.path().join("outside/new/deep")).unwrap();
         fs::write(tmp.path().join("outside/plan"), "dualroot 1\0f file\0.").unwrap();
@@ -423,28 +424,29 @@ mod tests {
         fs::create_dir(&tree).unwrap();
         fs::write(tree.join("file"), "kept").unwrap();
         let below = Below::open(&tree).unwrap();
-        let ours = tree.join(".dualroot");
+        let directory = tree.join(".dualroot");
         let kinds: [&dyn Fn(); 4] = [
-            &|| symlink("../outside", &ours).unwrap(),
-            &|| fs::write(&ours, "").unwrap(),
+            &|| symlink("../outside", &directory).unwrap(),
+            &|| fs::write(&directory, "").unwrap(),
             &|| {
-                fs::create_dir(&ours).unwrap();
-                symlink("../../outside", ours.join("new")).unwrap();
-                symlink("../../outside/plan", ours.join("plan")).unwrap();
+                fs::create_dir(&directory).unwrap();
+                symlink("../../outside", directory.join("new")).unwrap();
+                symlink("../../outside/plan", directory.join("plan")).unwrap();
             },
             &|| {
-                fs::create_dir_all(ours.join("new/deep/deeper")).unwrap();
-                symlink("/etc", ours.join("new/deep/etc")).unwrap();
+                fs::create_dir_all(directory.join("new/deep/deeper")).unwrap();
+                symlink("/etc", directory.join("new/deep/etc")).unwrap();
             },
         ];
         for make in kinds {
             make();
             complete(&below).unwrap();
-            assert!(ours.symlink_metadata().is_err());
+            assert!(directory.symlink_metadata().is_err());
             make();
             begin(&below).unwrap();
             assert!(
-                fs::symlink_metadata(ours.join("new")).unwrap().is_dir() && fs::read_dir(ours.join("new")).unwrap().count() == 0
+                fs::symlink_metadata(directory.join("new")).unwrap().is_dir()
+                    && fs::read_dir(directory.join("new")).unwrap().count() == 0
             );
             discard(&below).unwrap();
         }
@@ -453,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn f18_a_link_comes_after_what_it_may_lead_to() {
+    fn f18_a_link_comes_after_its_possible_targets() {
         let tmp = tempfile::tempdir().unwrap();
         let below = Below::open(tmp.path()).unwrap();
         begin(&below).unwrap();
@@ -470,7 +472,10 @@ mod tests {
     #[test]
     fn f18_each_line_of_a_plan_is_read_as_it_was_written() {
         let path = || OsString::from("a b/c");
-        let mut ops = vec![Op::Dress { path: path(), time: (-1, 999_999_999) }, Op::Dress { path: ".".into(), time: (5, 0) }];
+        let mut ops = vec![
+            Op::SetAttributes { path: path(), time: (-1, 999_999_999) },
+            Op::SetAttributes { path: ".".into(), time: (5, 0) },
+        ];
         for directory in [false, true] {
             ops.extend([Op::Put { path: path(), directory }, Op::Remove { path: path(), directory }]);
         }
@@ -480,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_staged_is_seen_by_nobody_else() {
+    fn only_the_owner_can_read_staged_files() {
         use std::os::unix::fs::PermissionsExt;
         let tmp = tempfile::tempdir().unwrap();
         begin(&Below::open(tmp.path()).unwrap()).unwrap();
@@ -490,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_staged_is_found_where_a_tree_is_mounted() {
+    fn staged_files_are_found_where_a_tree_is_mounted() {
         let (tmp, _) = staged(b"");
         let (tree, outside) = (tmp.path().join("tree"), tmp.path().join("outside"));
         let table: Vec<Mount> = [&tree, &outside]
@@ -501,7 +506,7 @@ mod tests {
         let found = |table: &[Mount]| left_in(table, dirs.clone()).unwrap().into_iter().map(|(dir, _)| dir).collect::<Vec<_>>();
         assert_eq!(found(&table), std::slice::from_ref(&tree));
         let automount = Mount::parse(&format!("36 35 0:40 / {} rw - autofs systemd-1 rw", tree.display())).unwrap();
-        assert!(found(&[automount]).is_empty(), "it isn't mounted for that");
+        assert!(found(&[automount]).is_empty(), "an automount is not mounted to search it");
         assert!(found(&table[1..]).is_empty(), "somebody's directory of that name in another file system");
     }
 }

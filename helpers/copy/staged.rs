@@ -1,5 +1,5 @@
-//! The copy that stages what differs in each tree, and puts it in place by renames: for every file system but btrfs, and for all that is
-//! not a root.
+//! The copy that stages the changed files of each tree, and moves them to their places by renames. It copies every root that is not btrfs,
+//! and all other trees.
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ use crate::names::files::Rewritten;
 use crate::names::generation::Generation;
 use crate::write::change::Change;
 
-/// Trees that are brought up to date in place.
+/// Trees that are updated in place.
 pub struct Staged {
     root: Root,
     exclude: Vec<String>,
@@ -27,7 +27,7 @@ pub struct Staged {
     source: Source,
     files: Vec<Rewritten>,
     roots: Roots,
-    /// For each tree that was filled, what is left to do; None where nothing differed.
+    /// The remaining work for each tree that was filled; None where nothing differed.
     staged: Vec<Option<Staging>>,
 }
 
@@ -46,7 +46,7 @@ impl Staged {
         }
     }
 
-    /// Removes what is staged, as the copy has failed. What can't be removed takes room until the next sync.
+    /// Removes the staged files after a failure. A file that can't be removed takes room until the next sync.
     fn discard(&self, spare: &Mounted) {
         for tree in self.trees.iter().take(self.staged.len()) {
             let _ = spare.below(&tree.role).and_then(stage::discard);
@@ -63,7 +63,7 @@ impl Copier for Staged {
         self.trees.iter_mut().try_for_each(|tree| self.source.open(tree))
     }
 
-    fn look(&mut self, target: &Target<'_>) -> Result<()> {
+    fn decide(&mut self, target: &Target<'_>) -> Result<()> {
         self.files = (target.files)(None)?;
         for tree in &mut self.trees {
             tree.leave_out(&self.exclude, &self.files, OldModules::Stay);
@@ -78,14 +78,14 @@ impl Copier for Staged {
                 Ok((s.fragment_size() * (s.blocks() - s.blocks_free()), s.fragment_size() * s.blocks()))
             };
             let (used, _) = size(&tree.source())?;
-            let (_, holds) = size(spare.get(&tree.role)?.place())?;
-            if used > holds {
+            let (_, capacity) = size(spare.get(&tree.role)?.place())?;
+            if used > capacity {
                 return Err(refused(format!(
-                    "the {}= partition holds {holds} bytes, but {}/ of the booted disk has {used} bytes, {} too many; nothing was \
+                    "the {}= partition holds {capacity} bytes, but {}/ of the booted disk has {used} bytes, {} too many; nothing was \
                      written. Make the partition larger, or remove something on the booted disk",
                     tree.role,
                     tree.at,
-                    used - holds
+                    used - capacity
                 )));
             }
         }
@@ -116,13 +116,13 @@ impl Copier for Staged {
         Ok(())
     }
 
-    fn fill(&mut self, spare: &Mounted, tell: &dyn Fn(&str)) -> Result<()> {
+    fn fill(&mut self, spare: &Mounted, report: &dyn Fn(&str)) -> Result<()> {
         for tree in &self.trees {
-            tell(&tree.at);
+            report(&tree.at);
             match tree.stage(spare.below(&tree.role)?) {
                 Ok(staging) => self.staged.push(staging),
                 Err(error) => {
-                    // The trees are of one generation: those before this one stay as they were, too.
+                    // All trees change together, or none.
                     self.discard(spare);
                     return Err(error);
                 }
@@ -132,7 +132,7 @@ impl Copier for Staged {
     }
 
     fn rewrite(&mut self, _spare: &Mounted) -> Result<()> {
-        // These files are replaced where they are, which is after the others have taken their places.
+        // This kind replaces these files one by one, after the staged files were moved to their places.
         Ok(())
     }
 
@@ -145,7 +145,7 @@ impl Copier for Staged {
             if tree.role == Role::Root {
                 self.files.iter().try_for_each(|file| file.write(target, &self.root))?;
             }
-            // Modules of a new kernel are on the medium before anything there boots it.
+            // A new kernel's modules are on the medium before an entry boots that kernel.
             target.apply(&Change::Barrier)?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Copying one tree with rsync(1): what differs is staged, and put in place by renames.
+//! Copying one tree with rsync(1): changed files are staged, and moved to their places by renames.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -20,19 +20,19 @@ use crate::write::below::Below;
 /// A tree that is copied: the root, or a partition that is mounted below it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Tree {
-    /// What it is.
+    /// The role of its partition.
     pub role: Role,
-    /// Where it is mounted in the running system: `""` for the root, `/home` and so on.
+    /// The mount point in the running system: `""` for the root, `/home` and so on.
     pub at: String,
-    /// Where it is copied from, if not from there.
+    /// The directory that it is copied from; None for `at`.
     pub from: Option<PathBuf>,
     /// rsync's filter rules.
     pub rules: Vec<String>,
 }
 
-/// What [`Tree::stage`] leaves to do once the staged files are in place.
+/// The work that [`Tree::stage`] leaves to do after the staged files were moved to their places.
 pub struct Staging {
-    /// The list of files that get attributes only.
+    /// The list of files of which only the attributes are changed.
     attributes: Option<File>,
 }
 
@@ -57,62 +57,62 @@ impl Tree {
         self.rules = rules::all(&self.at, exclude, files, old);
     }
 
-    /// Where the tree is copied from, with a slash behind it.
+    /// The directory that the tree is copied from, with a slash at the end.
     pub fn source(&self) -> PathBuf {
         let at = PathBuf::from(format!("{}/", self.at));
         self.from.as_ref().map_or(at, |from| from.join(""))
     }
 
-    /// rsync's arguments for comparing the source with a tree: a line for everything that is to change, and nothing is written.
+    /// rsync's arguments for comparing the source with a tree. rsync prints a line for each difference, and writes nothing.
     pub fn comparison(&self) -> Vec<OsString> {
-        // Between two slashes, as these are in no path.
-        let own = ["--dry-run", "--delete", "--force", "--out-format=//%i//%n//%L", "--filter=- /.dualroot"];
+        // The fields are separated by two slashes, which no path contains.
+        let options = ["--dry-run", "--delete", "--force", "--out-format=//%i//%n//%L", "--filter=- /.dualroot"];
         let rules = self.rules.iter().map(|rule| format!("--filter={rule}"));
-        let all = own.iter().map(|arg| (*arg).to_owned()).chain(rules);
-        self.run(all.map(Into::into), "./")
+        let all = options.iter().map(|arg| (*arg).to_owned()).chain(rules);
+        self.arguments(all.map(Into::into), "./")
     }
 
-    /// The rsync command that prints what a copy would change, and changes nothing. It reads the source where the running system has it.
+    /// The rsync command that prints the changes of a copy, and makes none. Its source is the mount point in the running system.
     pub fn describe(&self) -> String {
         let arguments = Self { from: None, ..self.clone() }.comparison();
         let arguments: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
         format!("{}: rsync {}", self.role, arguments.join(" "))
     }
 
-    /// rsync's arguments for staging what is listed on standard input. What is listed but hasn't changed, the other names of
-    /// files that have got a new one, becomes another name of the tree's own file.
+    /// rsync's arguments for staging the files that are listed on standard input. A listed file that is unchanged, because only another
+    /// name of it is new, becomes a hard link to the file in the tree.
     fn staging(&self) -> Vec<OsString> {
-        let own = ["--files-from=-", "--from0", "--ignore-missing-args", "--link-dest=../.."];
-        self.run(own.into_iter().map(Into::into), &format!("./{}/", stage::NEW))
+        let options = ["--files-from=-", "--from0", "--ignore-missing-args", "--link-dest=../.."];
+        self.arguments(options.into_iter().map(Into::into), &format!("./{}/", stage::NEW))
     }
 
-    /// rsync's arguments for changing nothing but attributes, of files that are listed on standard input.
-    fn dressing(&self) -> Vec<OsString> {
-        let own = ["--files-from=-", "--from0", "--ignore-missing-args", "--existing", "--no-implied-dirs"];
-        self.run(own.into_iter().map(Into::into), "./")
+    /// rsync's arguments for changing only the attributes of files that are listed on standard input.
+    fn attributes_only(&self) -> Vec<OsString> {
+        let options = ["--files-from=-", "--from0", "--ignore-missing-args", "--existing", "--no-implied-dirs"];
+        self.arguments(options.into_iter().map(Into::into), "./")
     }
 
-    fn run(&self, own: impl Iterator<Item = OsString>, target: &str) -> Vec<OsString> {
-        let same = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse", "--one-file-system"];
-        let all = same.into_iter().map(Into::into).chain(own);
+    fn arguments(&self, options: impl Iterator<Item = OsString>, target: &str) -> Vec<OsString> {
+        let common = ["--archive", "--hard-links", "--acls", "--xattrs", "--numeric-ids", "--sparse", "--one-file-system"];
+        let all = common.into_iter().map(Into::into).chain(options);
         all.chain([self.source().into_os_string(), target.into()]).collect()
     }
 
-    /// Whether anything below the handle is to change.
+    /// Whether the tree below the handle differs from the source.
     ///
     /// # Errors
     /// As [`Tree::copy`].
     pub fn differs(&self, target: &Below) -> Result<bool> {
-        let said = rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)
+        let output = rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)
             .with_context(|| format!("the comparison with {}", self.source().display()))?;
-        Ok(Changes::parse(&said) != Changes::default())
+        Ok(Changes::parse(&output) != Changes::default())
     }
 
-    /// Copies the tree to below the handle: what differs is staged there, whole, and then put in place. Where nothing differs, nothing
-    /// is written.
+    /// Copies the tree into the directory of the handle: all changed files are staged there, and then moved to their places. Where nothing
+    /// differs, nothing is written.
     ///
     /// # Errors
-    /// Whatever rsync couldn't read or write; its messages are in the error. A source file that vanished meanwhile is none.
+    /// rsync can't read or write a file; its messages are in the error. A source file that vanishes meanwhile is no error.
     pub fn copy(&self, target: &Below) -> Result<()> {
         match self.stage(target)? {
             Some(staging) => self.put_in_place(target, staging),
@@ -120,18 +120,18 @@ impl Tree {
         }
     }
 
-    /// Stages what differs from the tree below the handle, whole; None where nothing does.
+    /// Stages all files that differ from the tree below the handle; None where nothing differs.
     ///
     /// # Errors
-    /// As [`Tree::copy`]. Then nothing is staged.
+    /// As [`Tree::copy`]. Nothing stays staged then.
     pub fn stage(&self, target: &Below) -> Result<Option<Staging>> {
         self.stage_with(target, stage::complete).with_context(|| self.context())
     }
 
-    /// Puts in place what [`Tree::stage`] has staged.
+    /// Moves the files that [`Tree::stage`] has staged to their places.
     ///
     /// # Errors
-    /// As [`Tree::copy`]. What is left to do may be done later.
+    /// As [`Tree::copy`]. The next sync completes the moves.
     pub fn put_in_place(&self, target: &Below, staging: Staging) -> Result<()> {
         self.put_in_place_with(target, staging, stage::complete).with_context(|| self.context())
     }
@@ -141,13 +141,13 @@ impl Tree {
     }
 
     fn stage_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<Option<Staging>> {
-        // What an interrupted sync has left comes first, if it is whole. If not, all that differs is found anyway.
+        // A plan that an interrupted sync has left is carried out first. Staged files without a plan are removed, and staged again.
         complete(target)?;
         let mut changes = Changes::parse(&rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)?);
         if changes == Changes::default() {
             return Ok(None);
         }
-        // A new owner of all files isn't worth a copy of them all where there is no room for that.
+        // Without enough room, files of which only attributes differ are changed in place, such as after a change of owner.
         let mut in_place = Vec::new();
         if changes.check_room(&self.source(), target).is_err() {
             in_place = std::mem::take(&mut changes.attributes);
@@ -156,7 +156,7 @@ impl Tree {
         stage::begin(target)?;
         let staged = list(&in_place, "attributes", target).and_then(|list| self.fill(&changes, target).map(|()| list));
         if staged.is_err() {
-            // It takes room that the spare may need when it is booted.
+            // The staged files take room that the spare may need when it is booted.
             let _ = stage::discard(target);
         }
         Ok(Some(Staging { attributes: staged? }))
@@ -165,12 +165,12 @@ impl Tree {
     fn put_in_place_with(&self, target: &Below, staging: Staging, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
         complete(target)?;
         if let Some(list) = staging.attributes {
-            rsync(self.dressing(), list.into(), Stdio::null(), target)?;
+            rsync(self.attributes_only(), list.into(), Stdio::null(), target)?;
         }
         Ok(())
     }
 
-    /// Stages the changes, and seals them.
+    /// Stages the changes, and writes the plan.
     fn fill(&self, changes: &Changes, target: &Below) -> Result<()> {
         let paths = [&*changes.list, &*changes.attributes, &*changes.links, &*changes.parents(&self.source())].concat();
         if let Some(list) = list(&paths, "list", target)? {
@@ -211,7 +211,7 @@ mod tests {
     use crate::copy::rsync::bytes_done;
 
     impl Tree {
-        /// Copies, with another way to complete what is staged.
+        /// Copies as [`Tree::copy`], and completes the copy with this function.
         fn copy_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
             match self.stage_with(target, &complete)? {
                 Some(staging) => self.put_in_place_with(target, staging, complete),
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn f12_what_is_written_apart_is_not_copied_whatever_it_is_called() {
+    fn f12_rewritten_files_are_not_copied_whatever_their_names() {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let names = ["srv-my\\x2ddata.mount", "[x]\\x2d*.conf", "plain"];
         for name in names {
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_copied_without_what_is_excluded_and_old_modules_stay() {
+    fn a_tree_is_copied_without_excluded_files_and_old_modules_stay() {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let write = |dir: &std::path::Path, path: &str| {
             fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
@@ -262,15 +262,15 @@ mod tests {
         assert!(has("etc/hosts") && has("mnt/rootless/x") && has("usr/lib/modules/2/m") && has("tmp"));
         assert!(has("usr/lib/modules/1/m"), "modules of the old kernel stay for now");
         assert!(!has("gone") && !has("tmp/x") && !has("opt/no") && !has("mnt/root1/x"));
-        assert!(has("var/lib/dualroot/identifiers.json") && !has("var/lib/dualroot/own"), "what a spare knew is out of date");
-        assert!(has("mnt/root1/kept"), "what is excluded isn't deleted either");
+        assert!(has("var/lib/dualroot/identifiers.json") && !has("var/lib/dualroot/own"), "a spare's own status is removed");
+        assert!(has("mnt/root1/kept"), "an excluded file is not removed either");
         assert_eq!(fs::read(to.path().join("etc/fstab")).unwrap(), b"of the spare");
         let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&fs::metadata(to.path().join(path)).unwrap());
         assert_eq!(inode("a"), inode("b"), "hard links stay hard links");
     }
 
     #[test]
-    fn on_a_terminal_it_is_shown_how_far_a_copy_is() {
+    fn a_copy_shows_its_progress_on_a_terminal() {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(from.path().join("a"), [1; 300_000]).unwrap();
         fs::hard_link(from.path().join("a"), from.path().join("b")).unwrap();
@@ -282,17 +282,17 @@ mod tests {
         let mut terminal = tempfile::tempfile().unwrap();
         tree.stage_shown(list(), &below, Progress::on(terminal.try_clone().unwrap(), 300_000)).unwrap();
         assert_eq!(fs::read(to.path().join(".dualroot/new/b")).unwrap(), [1; 300_000]);
-        let mut said = String::new();
+        let mut output = String::new();
         terminal.rewind().unwrap();
-        terminal.read_to_string(&mut said).unwrap();
-        assert!(said.starts_with("\r[") && said.contains(" MiB/s ") && said.ends_with("\r\x1b[K"), "{said:?}");
+        terminal.read_to_string(&mut output).unwrap();
+        assert!(output.starts_with("\r[") && output.contains(" MiB/s ") && output.ends_with("\r\x1b[K"), "{output:?}");
         tree.at = "/nonexistent-source".into();
         let error = tree.stage_shown(list(), &below, Progress::on(terminal, 1)).unwrap_err().to_string();
         assert!(error.contains("rsync failed"), "{error}");
     }
 
     #[test]
-    fn what_rsync_says_of_its_progress() {
+    fn progress_of_rsync_is_parsed() {
         for (line, expected) in [
             ("         32768   0%    0.00kB/s    0:00:00  ", Some(32768)),
             ("\n      372244480  98%  172.15MB/s    0:00:02 (xfr#62, to-chk=0/68)", Some(372_244_480)),
@@ -305,7 +305,7 @@ mod tests {
         }
     }
 
-    /// What may be at a path of a tree. The size of a file follows from its content, as rsync looks at sizes and times.
+    /// One file of a tree. Files of different content differ in size, because rsync compares sizes and times.
     #[derive(Clone, Debug)]
     enum Node {
         File {
@@ -320,7 +320,7 @@ mod tests {
         },
         Link(u8),
         Pipe,
-        /// Another name of a file before it.
+        /// A hard link to an earlier file.
         Name(usize),
     }
 
@@ -364,7 +364,7 @@ mod tests {
         })
     }
 
-    /// Makes the tree, as far as it can be made: nothing lies below what isn't a directory.
+    /// Makes the tree. A path below a file is skipped.
     fn make(root: &Path, listing: &Listing) {
         let path = |name: usize| root.join(OsStr::from_bytes(NAMES[name]));
         let times =
@@ -377,7 +377,7 @@ mod tests {
                     file.write_all(&vec![*size; *size as usize * 3000]).unwrap();
                     file.set_permissions(fs::Permissions::from_mode(*mode)).unwrap();
                     if *attribute {
-                        // Not every file system has them.
+                        // Not every file system has extended attributes.
                         let _ = xattr::FileExt::set_xattr(&file, "user.test", &[*size]);
                     }
                     file.set_times(times(*time)).unwrap();
@@ -410,8 +410,8 @@ mod tests {
         File::open(root).unwrap().set_times(times(0)).unwrap();
     }
 
-    /// Everything in a tree but `.dualroot`, by its path: what it is, whole, and what other names it has.
-    fn look(root: &Path) -> BTreeMap<PathBuf, (String, BTreeSet<PathBuf>)> {
+    /// Every file in a tree except `.dualroot`, by its path: its attributes and content as text, and all its names.
+    fn contents(root: &Path) -> BTreeMap<PathBuf, (String, BTreeSet<PathBuf>)> {
         let (mut found, mut names) = (BTreeMap::new(), BTreeMap::<u64, BTreeSet<PathBuf>>::new());
         let mut paths = vec![root.to_owned()];
         while let Some(path) = paths.pop() {
@@ -442,10 +442,10 @@ mod tests {
         found.into_iter().map(|(path, (text, ino))| (path, (text, names.get(&ino).cloned().unwrap_or_default()))).collect()
     }
 
-    /// The source is all in the spare, with nothing else there. Names that were one file on the spare and aren't in the source
-    /// are left so by rsync while they are equal.
+    /// Asserts that the spare has the files of the source, and no other. rsync leaves equal files hard links of each other on the spare, even
+    /// if they are separate files in the source.
     fn assert_same(source: &Path, spare: &Path) {
-        let (wanted, found) = (look(source), look(spare));
+        let (wanted, found) = (contents(source), contents(spare));
         assert_eq!(wanted.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
         for (path, (text, names)) in &wanted {
             let (found_text, found_names) = &found[path];
@@ -463,7 +463,7 @@ mod tests {
 
     impl Pair {
         fn new(source: &Listing, spare: &Listing) -> Self {
-            // Where flushing costs nothing, if there is such a place.
+            // Flushing is fast on tmpfs.
             let tmp = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
             for (name, listing) in [("source", source), ("spare", spare)] {
                 fs::create_dir(tmp.path().join(name)).unwrap();
@@ -488,8 +488,8 @@ mod tests {
         }
     }
 
-    /// Completes a tree up to this many steps.
-    fn cut_after(steps: usize) -> impl Fn(&Below) -> Result<Found> {
+    /// Completes the copy up to this many steps, and then fails.
+    fn interrupted_after(steps: usize) -> impl Fn(&Below) -> Result<Found> {
         let left = Cell::new(steps);
         move |tree: &Below| {
             stage::complete_with(tree, &mut || match left.get().checked_sub(1) {
@@ -497,7 +497,7 @@ mod tests {
                     left.set(rest);
                     Ok(())
                 }
-                None => bail!("cut"),
+                None => bail!("interrupted"),
             })
         }
     }
@@ -506,23 +506,22 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn f18_any_tree_becomes_any_other_wherever_that_is_cut(source in listing(), spare in listing(), steps in 0usize..40) {
+        fn f18_any_tree_becomes_any_other_wherever_the_copy_is_interrupted(source in listing(), spare in listing(), steps in 0usize..40) {
             let pair = Pair::new(&source, &spare);
-            let old = look(&pair.spare());
-            // Staged whole, and nothing more.
+            let old = contents(&pair.spare());
+            // All files are staged, and none is moved.
             pair.tree.copy_with(&pair.below, |_| Ok(Found::Nothing)).unwrap();
-            let mut staged = look(&pair.spare());
+            let mut staged = contents(&pair.spare());
             staged.insert(PathBuf::new(), old[Path::new("")].clone());
             prop_assert_eq!(&old, &staged);
-            // The cut, and what the spare does when it is booted.
-            let cut = cut_after(steps)(&pair.below);
-            if let Err(e) = cut {
-                prop_assert_eq!(format!("{e:#}"), "cut");
+            // The copy is interrupted, and the spare completes it when it is booted.
+            if let Err(e) = interrupted_after(steps)(&pair.below) {
+                prop_assert_eq!(format!("{e:#}"), "interrupted");
             }
             stage::complete(&pair.below).unwrap();
             assert_same(&pair.source(), &pair.spare());
             let left = pair.differences();
-            // A cut at the very end leaves the time of the top directory to the next sync.
+            // An interruption at the very end leaves the time of the top directory to the next sync.
             prop_assert!(left.is_empty() || left == b"//.d..t......//.///\n", "{}", left.escape_ascii());
             pair.tree.copy(&pair.below).unwrap();
             assert_eq!(pair.differences().escape_ascii().to_string(), "");
@@ -533,7 +532,7 @@ mod tests {
     fn f18_links_lead_to_something_at_every_step() {
         let build = |pair: &Pair| {
             for (dir, files) in [
-                // A library whose link changes, and the directories of all libraries merged, or parted again.
+                // A library whose link changes, and the directories of all libraries merged, or separated again.
                 (pair.source(), [("usr/lib/ld.so", "newer"), ("lib.2", "newer"), ("bin/sh", "newer")]),
                 (pair.spare(), [("lib/ld.so", "old"), ("lib.1", "old"), ("usr/bin/sh", "old")]),
             ] {
@@ -555,7 +554,7 @@ mod tests {
         for steps in 0.. {
             let pair = Pair::new(&Vec::new(), &Vec::new());
             build(&pair);
-            let done = pair.tree.copy_with(&pair.below, cut_after(steps)).is_ok();
+            let done = pair.tree.copy_with(&pair.below, interrupted_after(steps)).is_ok();
             for path in ["lib/ld.so", "lib.so", "bin/sh"] {
                 let text =
                     fs::read_to_string(pair.spare().join(path)).unwrap_or_else(|e| panic!("{path} after {steps} steps: {e}"));
@@ -563,29 +562,29 @@ mod tests {
             }
             exchanged |=
                 pair.spare().join(".dualroot/new/bin").is_symlink() && pair.spare().join(".dualroot/new/lib/ld.so").exists();
-            // The next sync goes on where this one was cut.
+            // The next sync completes the interrupted one.
             pair.tree.copy(&pair.below).unwrap();
             assert_same(&pair.source(), &pair.spare());
             if done {
-                assert!(exchanged, "there is no instant without the directory and without the link");
+                assert!(exchanged, "a directory and a link are exchanged in one step");
                 break;
             }
         }
     }
 
     #[test]
-    fn f18_a_cut_while_staging_leaves_the_old_tree() {
+    fn f18_an_interruption_while_staging_leaves_the_old_tree() {
         let node = |size, time| Node::File { size, mode: 0o644, time, attribute: false };
         let pair = Pair::new(&vec![(0, node(1, 1)), (1, node(2, 2))], &vec![(0, node(3, 1)), (9, node(1, 1))]);
-        let old = look(&pair.spare());
+        let old = contents(&pair.spare());
         stage::begin(&pair.below).unwrap();
         fs::write(pair.spare().join(".dualroot/new/a"), "half of").unwrap();
         assert_eq!(stage::complete(&pair.below).unwrap(), Found::Half);
-        let mut found = look(&pair.spare());
+        let mut found = contents(&pair.spare());
         found.insert(PathBuf::new(), old[Path::new("")].clone());
         assert_eq!(old, found);
         assert!(!pair.spare().join(".dualroot").exists());
-        // And the next sync doesn't mind either.
+        // The next sync works after such an interruption, too.
         stage::begin(&pair.below).unwrap();
         fs::write(pair.spare().join(".dualroot/new/a"), "half of").unwrap();
         pair.tree.copy(&pair.below).unwrap();
@@ -593,7 +592,7 @@ mod tests {
     }
 
     #[test]
-    fn f18_what_cannot_be_replaced_is_found_before_anything_is() {
+    fn f18_an_immutable_file_is_found_before_any_file_is_replaced() {
         for fixed in ["etc/resolv.conf", "etc", "gone"] {
             let pair = Pair::new(&Vec::new(), &Vec::new());
             for (dir, text) in [(pair.source(), "newer"), (pair.spare(), "old")] {
@@ -606,7 +605,7 @@ mod tests {
                 let mut command = program::command("chattr").unwrap();
                 command.arg(how).arg(pair.spare().join(fixed)).output().unwrap().status.success()
             };
-            // Not every file system knows it.
+            // Not every file system has this attribute.
             if !chattr("+i") {
                 return;
             }
@@ -623,7 +622,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_with_directories_becomes_something_else() {
+    fn a_directory_with_directories_becomes_a_file_or_a_link() {
         for file in [true, false] {
             let dir = |name| (name, Node::Dir { mode: 0o755, time: 1 });
             let pair = Pair::new(&vec![dir(9)], &vec![dir(3), dir(6), (7, Node::Pipe)]);
@@ -638,7 +637,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_keeps_its_time_when_something_goes_from_it() {
+    fn a_directory_keeps_its_time_when_a_file_in_it_is_removed() {
         let pair = Pair::new(&vec![(3, Node::Dir { mode: 0o755, time: 1 })], &vec![(3, Node::Dir { mode: 0o755, time: 1 })]);
         let dir = File::open(pair.spare().join("d")).unwrap();
         fs::write(pair.spare().join("d/x"), "").unwrap();
@@ -650,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_written_and_once() {
+    fn only_changed_files_are_written_and_once() {
         let pair = Pair::new(&Vec::new(), &Vec::new());
         for name in ["large", "small", "d/same"] {
             let path = pair.source().join(name);
@@ -659,33 +658,33 @@ mod tests {
         }
         pair.tree.copy(&pair.below).unwrap();
         assert_eq!(pair.differences(), b"");
-        let before = look(&pair.spare());
-        let looks = Cell::new(0);
-        let look_only = |_: &Below| Ok((looks.set(looks.get() + 1), Found::Nothing).1);
-        pair.tree.copy_with(&pair.below, look_only).unwrap();
-        assert_eq!(looks.get(), 1, "there is nothing to put into its place");
-        assert_eq!(before, look(&pair.spare()));
+        let before = contents(&pair.spare());
+        let calls = Cell::new(0);
+        let count_only = |_: &Below| Ok((calls.set(calls.get() + 1), Found::Nothing).1);
+        pair.tree.copy_with(&pair.below, count_only).unwrap();
+        assert_eq!(calls.get(), 1, "no file is staged, so that none is moved");
+        assert_eq!(before, contents(&pair.spare()));
         fs::write(pair.source().join("small"), vec![8; 1 << 16]).unwrap();
         fs::hard_link(pair.source().join("large"), pair.source().join("d/large")).unwrap();
         pair.tree.copy_with(&pair.below, |_| Ok(Found::Nothing)).unwrap();
         let (new, old) = (pair.spare().join(".dualroot/new"), pair.spare().join("large").metadata().unwrap().ino());
         let is_written = |path: &PathBuf| new.join(path).metadata().is_ok_and(|m| m.is_file() && m.ino() != old);
-        let written: Vec<PathBuf> = look(&new).into_keys().filter(is_written).collect();
-        assert_eq!(written, [Path::new("small")], "another name of a file is not another copy of it");
+        let written: Vec<PathBuf> = contents(&new).into_keys().filter(is_written).collect();
+        assert_eq!(written, [Path::new("small")], "a new hard link is not a new copy");
         assert_eq!(fs::metadata(new.join("small")).unwrap().len(), 1 << 16);
         stage::complete(&pair.below).unwrap();
         assert_same(&pair.source(), &pair.spare());
     }
 
     #[test]
-    fn f19_what_does_not_fit_beside_the_old_is_not_begun() {
+    fn f19_without_room_for_old_and_new_files_nothing_is_staged() {
         let pair = Pair::new(&Vec::new(), &Vec::new());
         let free = {
             let s = nix::sys::statvfs::fstatvfs(pair.below.fd()).unwrap();
             s.fragment_size() * s.blocks_free()
         };
         let file = File::create(pair.source().join("large")).unwrap();
-        // Sparse, it takes no room.
+        // A sparse file takes no room.
         file.set_len(free * 2).unwrap();
         let changes = Changes::parse(&pair.differences());
         changes.check_room(&pair.source(), &pair.below).unwrap();
@@ -699,7 +698,7 @@ mod tests {
             mount(Some("none"), &pair.spare(), Some("tmpfs"), MsFlags::empty(), Some("size=2m")).unwrap();
             let below = Below::open(&pair.spare()).unwrap();
             let error = format!("{:#}", too_much.check_room(&pair.source(), &below).unwrap_err());
-            assert!(error.starts_with("3145728 bytes are to be staged") && error.contains("1048576 too few"), "{error}");
+            assert!(error.contains("but 3145728 are staged") && error.contains("1048576 too few"), "{error}");
             pair.tree.copy(&below).unwrap();
         }
     }
@@ -727,7 +726,7 @@ mod tests {
     }
 
     #[test]
-    fn f22_what_is_excluded_keeps_its_directory_and_that_is_said() {
+    fn f22_excluded_files_keep_their_directory_and_that_is_reported() {
         let pair = Pair::new(&Vec::new(), &Vec::new());
         fs::write(pair.source().join("mnt"), "").unwrap();
         fs::create_dir_all(pair.spare().join("mnt/root1/x")).unwrap();
@@ -737,7 +736,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_a_file_system_of_its_own_on_the_spare_stays() {
+    fn a_separate_file_system_on_the_spare_stays() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -748,7 +747,7 @@ mod tests {
         fs::write(pair.source().join("file"), "new").unwrap();
         crate::devices::held::enter_private_namespace().unwrap();
         use nix::mount::{MsFlags, mount};
-        // As a subvolume of btrfs, such as systemd-tmpfiles makes of /var/lib/machines.
+        // The tmpfs stands for a subvolume of btrfs, such as systemd-tmpfiles makes at /var/lib/machines.
         mount(Some("none"), &pair.spare().join("own"), Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
         fs::write(pair.spare().join("own/kept"), "").unwrap();
         pair.below = Below::open(&pair.spare()).unwrap();
@@ -762,7 +761,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_staged_in_the_source_is_not_copied() {
+    fn staged_files_of_the_source_are_not_copied() {
         let pair = Pair::new(&Vec::new(), &Vec::new());
         fs::create_dir_all(pair.source().join(".dualroot/new")).unwrap();
         fs::create_dir_all(pair.source().join("home/.dualroot")).unwrap();
@@ -771,7 +770,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mounted_in_a_tree_is_not_copied_and_what_is_below_it_is() {
+    fn files_below_a_mount_point_are_copied_and_the_mount_is_not() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -802,14 +801,14 @@ mod tests {
         assert!(path("to/usr/lib/modules/2/m").exists() && !path("to/usr/lib/modules/1").exists());
         fs::write(path("to/usr/lib/modules/2/new"), "").unwrap();
         drop_old_modules(&tree, &below).unwrap();
-        assert!(path("to/usr/lib/modules/2/new").exists(), "where no kernel goes, nothing is looked at");
+        assert!(path("to/usr/lib/modules/2/new").exists(), "where no kernel was removed, its modules are not compared");
         for top in ["from", "to"] {
             symlink("usr/lib", path(top).join("lib")).unwrap();
         }
         drop_old_modules(&tree, &below).unwrap();
         fs::remove_dir_all(path("to/usr")).unwrap();
         drop_old_modules(&tree, &below).unwrap();
-        assert!(fs::write(alone.place().join("new"), "").is_err(), "nothing is written to the booted disk by it");
+        assert!(fs::write(alone.place().join("new"), "").is_err(), "the source is mounted read-only");
     }
 
     #[test]

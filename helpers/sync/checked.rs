@@ -80,7 +80,7 @@ impl<'a> Checked<'a> {
         let booted = roots::booted_roots(&there);
         let target =
             Target { mounted: &spare.mounted, booted: &booted, is_new, files: &|generation| spare.rewritten(generation) };
-        copier.look(&target)?;
+        copier.decide(&target)?;
         warn_of_what_is_left_out(&spare, copier.as_ref(), log)?;
         let of_spare = of_spare.unwrap_or_default();
         Ok(Self { spare, copier, esp, own, of_spare, is_new, discard, known, before, source, there })
