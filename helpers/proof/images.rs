@@ -1,5 +1,5 @@
-//! What can't be rewritten for another disk, and so has to be reported by name: unified kernel images with a command line or an initrd
-//! that names the booted disk (failure mode 16), and initrds that do (failure mode 17).
+//! Images that name the booted disk. They can't be rewritten for another disk, and so are reported: unified kernel images with such a
+//! command line or initrd (failure mode 16), and initrds (failure mode 17).
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -16,19 +16,19 @@ use crate::boot::pe::search_uki;
 use crate::names::ident::Rewriter;
 use crate::proof::searched::Searched;
 
-/// Why entries of a boot partition would not boot on the rewriter's target, as far as images tell. `place` is where it is mounted,
-/// and `found` what was just read there: an image that was searched with the same content isn't read again.
+/// The reasons in its images why entries of a boot partition would not boot on the rewriter's target. `place` is the partition's mount point,
+/// and `found` its content, just read. An image that was searched before with the same content isn't read again.
 ///
 /// # Errors
-/// Those of reading it.
+/// A file can't be read.
 pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, searched: &mut Searched) -> Result<Vec<Fault>> {
     let mut faults = Vec::new();
     let all: Vec<Bootable<'_>> = Bootable::all(&found.files).collect();
     let mut initrds: Vec<String> = all.iter().flat_map(Bootable::initrds).collect();
     let images: BTreeSet<String> = all.iter().flat_map(Bootable::images).collect();
     // Add-ons for all images (systemd-stub(7)) hold command lines, too.
-    let may_hold = |key: &str| images.contains(key) || key.ends_with(".addon.efi");
-    for image in found.files.iter().filter(|(key, _)| may_hold(key)).map(|(_, image)| image) {
+    let is_image = |key: &str| images.contains(key) || key.ends_with(".addon.efi");
+    for image in found.files.iter().filter(|(key, _)| is_image(key)).map(|(_, image)| image) {
         if searched.has(&image.hash) {
             continue;
         }
@@ -42,7 +42,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
     initrds.sort();
     initrds.dedup();
     for path in initrds {
-        // Only what was read there: another name may lead to a device, or off the partition.
+        // Only files in `found` are opened: another path may lead to a device, or out of the partition.
         let Some(file) = found.files.get(&fold(&path)).filter(|file| !searched.has(&file.hash)) else { continue };
         let Ok(mut file) = File::open(place.join(&file.path)) else { continue };
         let mut bytes = Vec::new();
@@ -54,7 +54,7 @@ pub fn boot_partition(place: &Path, found: &BootFiles, rewriter: &Rewriter, sear
         faults.extend(names.into_iter().map(|name| {
             Fault::new(Code::F17, format!("{path} has {name} built in"))
                 .at(&path)
-                .remedy("configure the initrd's generator not to name disks (see dualroot(7)), and make it anew")
+                .remedy("configure the initrd's generator not to name disks (see dualroot(7)), and make the initrd again")
         }));
     }
     Ok(faults)
@@ -167,7 +167,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f16_every_place_of_an_image_is_looked_at() {
+    fn f16_images_in_every_directory_are_searched() {
         let tmp = tempfile::tempdir().unwrap();
         let bad = image(&[(".cmdline", format!("root=UUID={ROOT_A}").as_bytes())], false);
         let paths = ["EFI/Linux/a.efi", "EFI/Linux/b.efi.extra.d/x.addon.efi", "loader/addons/y.addon.efi", "Debian/linux.efi"];
@@ -185,36 +185,36 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f17_only_what_has_nothing_is_not_searched_again() {
+    fn f17_only_an_image_without_a_finding_is_not_searched_again() {
         let tmp = tempfile::tempdir().unwrap();
         fs::create_dir_all(tmp.path().join("loader/entries")).unwrap();
         fs::write(tmp.path().join("loader/entries/a.conf"), "linux /linux\ninitrd /initrd\n").unwrap();
         fs::write(tmp.path().join("linux"), "MZ").unwrap();
-        let look = |kept: &Searched| {
+        let search = |kept: &Searched| {
             let found = BootFiles::scan(&crate::write::below::Below::open(tmp.path()).unwrap()).unwrap();
             let mut searched = kept.for_the_next_sync();
             (boot_partition(tmp.path(), &found, &to_b(), &mut searched).unwrap(), searched)
         };
         let (good, bad) = (archive(ROOT_B), archive(ROOT_A));
         fs::write(tmp.path().join("initrd"), &bad).unwrap();
-        let (faults, kept) = look(&Searched::new(&to_b()).unwrap());
+        let (faults, kept) = search(&Searched::new(&to_b()).unwrap());
         assert_eq!(codes(&faults), [Code::F17], "{faults:?}");
-        assert_eq!(look(&kept).0, faults, "a finding is not forgotten");
+        assert_eq!(search(&kept).0, faults, "a finding is not forgotten");
         fs::write(tmp.path().join("initrd"), &good).unwrap();
-        let (faults, mut kept) = look(&kept);
+        let (faults, mut kept) = search(&kept);
         assert_eq!(faults, []);
         let mut kept_before = kept.for_the_next_sync();
         assert!(kept_before.has(&blake3::hash(&good)) && kept_before.has(&blake3::hash(b"MZ")), "both are noted");
         assert_eq!(good.len(), bad.len());
         fs::write(tmp.path().join("initrd"), &bad).unwrap();
-        assert_eq!(codes(&look(&kept).0), [Code::F17], "another content of the same size is searched");
-        // Noted as having nothing, it is not even opened.
+        assert_eq!(codes(&search(&kept).0), [Code::F17], "another content of the same size is searched");
+        // An image that is noted as clean is not even opened.
         kept.add(&bad);
-        assert_eq!(look(&kept).0, []);
+        assert_eq!(search(&kept).0, []);
     }
 
     #[test]
-    fn f26_what_is_no_file_of_the_partition_is_not_opened() {
+    fn f26_a_file_outside_the_partition_is_not_opened() {
         let tmp = tempfile::tempdir().unwrap();
         let place = tmp.path().join("boot");
         fs::create_dir_all(place.join("loader/entries")).unwrap();
@@ -226,7 +226,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f17_what_follows_a_compressed_part_is_not_passed_over() {
+    fn f17_an_archive_after_a_compressed_part_is_searched() {
         let packed = pipe("gzip", &["-c"], &archive("x"), Path::new("/"));
         assert!(search_initrd(&[packed.clone(), vec![0; 512]].concat()[..], &to_b()).is_ok());
         assert!(search_initrd(&[packed, archive(ROOT_A)].concat()[..], &to_b()).is_err());
@@ -234,18 +234,18 @@ pub(crate) mod tests {
 
     proptest::proptest! {
         #[test]
-        fn f26_mutated_images_do_not_panic(at in 0usize..600, byte: u8, cut in 0usize..700) {
+        fn f26_mutated_images_do_not_panic(at in 0usize..600, byte: u8, length in 0usize..700) {
             let mut image = image(&[(".cmdline", b"root=x"), (".initrd", &[0; 64])], true);
             if let Some(b) = image.get_mut(at) {
                 *b = byte;
             }
-            image.truncate(cut);
+            image.truncate(length);
             let _ = search_uki(&image, &to_b());
         }
     }
 
     #[test]
-    fn f16_what_is_no_image_is_no_finding() {
+    fn f16_a_file_that_is_not_an_image_has_no_finding() {
         assert_eq!(search_uki(b"MZ", &to_b()).unwrap(), [""; 0]);
         assert_eq!(search_uki(ROOT_A.as_bytes(), &to_b()).unwrap(), [""; 0]);
     }

@@ -1,4 +1,4 @@
-//! The proof that a spare boots: what lies on it is read again and held against the booted disk, whoever wrote it.
+//! The proof that a spare boots: its files are read again and compared with the booted disk's, whichever program wrote them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,17 +16,17 @@ use crate::names::ident::Rewriter;
 use crate::names::{fstab, unitfile};
 use crate::write::change::Content;
 
-/// One boot partition of the spare after the sync, and what was to be there.
+/// One boot partition of the spare after the sync, with its wanted files.
 pub struct Part<'a> {
     /// [`Role::Esp`] or [`Role::Xbootldr`].
     pub role: Role,
-    /// What was to be there.
+    /// The files that the partition should have.
     pub wanted: &'a [WantedFile],
-    /// What is.
+    /// The files that it has.
     pub found: &'a BootFiles,
 }
 
-/// Why the spare would not boot as the booted disk does, as far as its boot partitions tell; nothing if it would.
+/// The reasons in its boot partitions why the spare would not boot as the booted disk does; none if it would.
 pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<Fault> {
     let mut faults = Vec::new();
     for part in parts {
@@ -63,12 +63,12 @@ pub fn boot_partitions(parts: &[Part<'_>], rewriter: &Rewriter) -> Vec<Fault> {
 fn same(wanted: &WantedFile, found: &crate::boot::files::BootFile) -> bool {
     match (&wanted.content, &found.text) {
         // Texts are padded with newlines.
-        (Content::Bytes(text), Some(there)) => text.trim_ascii_end() == there.trim_ascii_end(),
+        (Content::Bytes(text), Some(found)) => text.trim_ascii_end() == found.trim_ascii_end(),
         _ => wanted.hash == found.hash,
     }
 }
 
-/// The first unit of a root that can't be rewritten, and why.
+/// The fault of the first unit of a root that can't be rewritten.
 ///
 /// # Errors
 /// A directory that can't be read.
@@ -76,20 +76,20 @@ pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<Fault>> {
     Ok(unitfile::files(root).context("units can't be read")?.iter().find_map(|path| unit_name(path, rewriter)))
 }
 
-/// A unit that can't be rewritten, because it is called after what it names.
+/// The fault of a unit that can't be rewritten, because its own name contains that of a disk.
 fn unit_name(path: &str, rewriter: &Rewriter) -> Option<Fault> {
     let names = unitfile::foreign_ids_in_name(path, rewriter);
     let fault = || {
-        let text = format!("{path} is called after {}, and so can't be another one on each disk", names.join(", "));
+        let text = format!("the name of {path} contains {}, and so can't be adapted to each disk", names.join(", "));
         Fault::new(Code::F13, text)
             .at(path)
-            .remedy("remove it, and have a line of /etc/fstab for that instead (or for swap space, swap= in dualroot.conf)")
+            .remedy("remove it, and use a line of /etc/fstab instead (or for swap space, swap= in dualroot.conf)")
     };
     (!names.is_empty()).then(fault)
 }
 
-/// Why the spare would not boot, as far as files of its root tell. `files` is by path in the running system; units that mount something
-/// at a place that `keep` names are about another disk on purpose.
+/// The reasons in files of its root why the spare would not boot. `files` are by path in the running system. A unit for a mount point for
+/// which `keep` is true names another disk on purpose.
 pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<Fault> {
     let of_file = |(path, text): (&String, &Vec<u8>)| root_file(path, text, rewriter, &keep);
     files.iter().flat_map(of_file).collect()
@@ -98,26 +98,26 @@ pub fn root_files(files: &BTreeMap<String, Vec<u8>>, rewriter: &Rewriter, keep: 
 fn root_file(path: &str, text: &[u8], rewriter: &Rewriter, keep: impl Fn(&DirPath) -> bool) -> Vec<Fault> {
     let fault = |code: Code, text: String| Fault::new(code, format!("{path} {text}")).on(&Role::Root).at(path);
     if path.starts_with("/etc/crypttab") {
-        // What boot doesn't wait for may be on another disk.
+        // A device that the boot doesn't wait for may be on another disk.
         let lines = text.split(|b| *b == b'\n').filter(|line| !may_fail(line));
         let names: BTreeSet<String> = lines.flat_map(|line| rewriter.foreign(line)).collect();
         let hint =
-            "a line that boot can do without has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
+            "a line that the boot does not need has nofail, and names a partition by its PARTUUID= if it makes swap space of it";
         names.into_iter().map(|id| fault(Code::F13, format!("names {id}")).remedy(hint)).collect()
     } else if path == "/etc/fstab" {
         let lines = fstab::foreign_ids_needed_at_boot(text, rewriter);
-        let of_line = |line| fault(Code::F14, format!("would have the boot wait for another disk: {line}"));
+        let of_line = |line| fault(Code::F14, format!("would make the boot wait for another disk: {line}"));
         let hint = "name the partition in dualroot.conf, or give the line nofail";
         lines.into_iter().map(|line| of_line(line).remedy(hint)).collect()
     } else if let Some(fault) = unit_name(path, rewriter) {
         vec![fault.on(&Role::Root)]
     } else if let Some(dir) = unitfile::mount_point(path) {
         let names = rewriter.foreign(text);
-        // Here, too, what boot doesn't wait for may be on another disk.
+        // Again, a device that the boot doesn't wait for may be on another disk.
         if names.is_empty() || keep(&dir) || unitfile::may_fail(text) {
             return Vec::new();
         }
-        let text = format!("would have the boot wait for another disk: it names {}", names.join(", "));
+        let text = format!("would make the boot wait for another disk: it names {}", names.join(", "));
         vec![fault(Code::F14, text).remedy("name the partition in dualroot.conf, remove the unit, or give its Options= nofail")]
     } else {
         rewriter.foreign(text).into_iter().map(|id| fault(Code::F13, format!("names {id}"))).collect()
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn f13_a_swap_unit_is_called_after_its_disk() {
+    fn f13_the_name_of_a_swap_unit_names_its_disk() {
         let by_uuid = |uuid: &str| format!("dev-disk-by\\x2duuid-{}.swap", uuid.replace('-', "\\x2d"));
         let names =
             [by_uuid(ROOT_A), by_uuid("AAAA-0001"), "dev-sda2.swap".into(), "dev-disk-by\\x2dlabel-root.swap.d/a.conf".into()];

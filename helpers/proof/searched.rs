@@ -1,8 +1,8 @@
-//! Which images were searched for what names another disk, and have nothing of it. To unpack an initrd takes longer than to compare it.
+//! Notes of images that were searched for names of other disks without a finding. Unpacking an initrd takes longer than hashing it.
 //!
-//! What is noted is one hash over all that the finding depends on: the program itself, what it searches for, and the image's bytes.
-//! So a note can be missing, but not be about something else. It is kept in /run, until the next boot, and never for an image with
-//! a finding.
+//! A note is one hash over everything that the result depends on: the program itself, the names that it searches for, and the image's bytes.
+//! So a note can be missing, but never apply to another image or search. Notes are kept in /run until the next boot. An image with a finding
+//! gets no note.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -18,48 +18,48 @@ use crate::write::change::{Change, Content};
 const DIRECTORY: &str = "/run/dualroot";
 const PROGRAM: &str = "/proc/self/exe";
 
-/// The images that need not be searched again.
+/// The notes of images that need not be searched again.
 pub struct Searched {
-    /// Of the program, and of what it searches for.
+    /// The hash of the program, and of the names that it searches for.
     base: blake3::Hash,
-    /// As they were kept, a line each.
-    before: Vec<u8>,
-    /// Those of `before` that are still of use, and new ones.
+    /// The saved notes, a line each.
+    saved: Vec<u8>,
+    /// The notes of `saved` that are still in use, and new ones.
     notes: BTreeSet<String>,
 }
 
 impl Searched {
-    /// Nothing yet.
+    /// No notes.
     ///
     /// # Errors
-    /// This program's own file that can't be read.
+    /// This program's own file can't be read.
     pub fn new(rewriter: &Rewriter) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(File::open(PROGRAM).context(PROGRAM)?).context(PROGRAM)?;
         hasher.update(rewriter.fingerprint().as_bytes());
-        Ok(Self { base: hasher.finalize(), before: Vec::new(), notes: BTreeSet::new() })
+        Ok(Self { base: hasher.finalize(), saved: Vec::new(), notes: BTreeSet::new() })
     }
 
-    /// What was kept of a spare's images since the machine was booted.
+    /// Reads the notes of a spare's images that were saved since the machine was booted.
     ///
     /// # Errors
-    /// As [`Searched::new`]; a list that can't be read.
+    /// As [`Searched::new`]; the list can't be read.
     pub fn load(rewriter: &Rewriter, disk: DiskName) -> Result<Self> {
-        let before = Below::open(Path::new(DIRECTORY))?.read(&name(disk))?.unwrap_or_default();
-        Ok(Self { before, ..Self::new(rewriter)? })
+        let saved = Below::open(Path::new(DIRECTORY))?.read(&name(disk))?.unwrap_or_default();
+        Ok(Self { saved, ..Self::new(rewriter)? })
     }
 
-    /// Whether an image of this hash was searched, and has nothing.
+    /// Whether an image with this hash was searched without a finding.
     pub fn has(&mut self, image: &blake3::Hash) -> bool {
         let note = self.note_of(image);
-        let found = self.before.split(|b| *b == b'\n').any(|line| line == note.as_bytes());
+        let found = self.saved.split(|b| *b == b'\n').any(|line| line == note.as_bytes());
         if found {
             self.notes.insert(note);
         }
         found
     }
 
-    /// Notes that an image with these bytes has nothing.
+    /// Notes that an image with these bytes was searched without a finding.
     pub fn add(&mut self, image: &[u8]) {
         let note = self.note_of(&blake3::hash(image));
         self.notes.insert(note);
@@ -73,13 +73,13 @@ impl Searched {
         self.notes.iter().flat_map(|note| [note.as_bytes(), b"\n"].concat()).collect()
     }
 
-    /// Keeps what this sync has asked for and noted.
+    /// Saves the notes that this sync has used or added.
     ///
     /// # Errors
-    /// /run that can't be written.
+    /// /run can't be written.
     pub fn save(&self, disk: DiskName) -> Result<()> {
         let bytes = self.lines();
-        if bytes == self.before {
+        if bytes == self.saved {
             return Ok(());
         }
         Below::open(Path::new(DIRECTORY))?.apply(&Change::Replace {
@@ -100,32 +100,32 @@ mod tests {
     use crate::names::ident::tests::{from_another, to_b};
 
     impl Searched {
-        /// As it is loaded then.
+        /// The notes as the next sync loads them.
         pub fn for_the_next_sync(&self) -> Self {
-            Self { base: self.base, before: self.lines(), notes: BTreeSet::new() }
+            Self { base: self.base, saved: self.lines(), notes: BTreeSet::new() }
         }
     }
 
     fn next(kept: &Searched, rewriter: &Rewriter) -> Searched {
-        Searched { before: kept.lines(), ..Searched::new(rewriter).unwrap() }
+        Searched { saved: kept.lines(), ..Searched::new(rewriter).unwrap() }
     }
 
     #[test]
-    fn f17_a_note_is_about_one_image_and_one_search() {
+    fn f17_a_note_applies_to_one_image_and_one_search() {
         let (image, other) = (&b"image"[..], &b"imagf"[..]);
         let mut first = Searched::new(&to_b()).unwrap();
         assert!(!first.has(&blake3::hash(image)));
         first.add(image);
         let mut second = next(&first, &to_b());
         assert!(second.has(&blake3::hash(image)) && !second.has(&blake3::hash(other)));
-        assert!(!next(&first, &from_another()).has(&blake3::hash(image)), "something else is searched for");
+        assert!(!next(&first, &from_another()).has(&blake3::hash(image)), "other names are searched for");
         let mut newer = next(&first, &to_b());
         newer.base = blake3::hash(b"another program");
         assert!(!newer.has(&blake3::hash(image)));
     }
 
     #[test]
-    fn what_nobody_asks_for_is_forgotten() {
+    fn an_unused_note_is_removed() {
         let mut first = Searched::new(&to_b()).unwrap();
         first.add(b"old");
         first.add(b"new");
@@ -140,10 +140,10 @@ mod tests {
         let mut first = Searched::new(&to_b()).unwrap();
         first.add(b"image");
         let mut damaged = next(&first, &to_b());
-        damaged.before.pop();
-        damaged.before.pop();
+        damaged.saved.pop();
+        damaged.saved.pop();
         assert!(!damaged.has(&blake3::hash(b"image")));
-        damaged.before = vec![0xff; 100];
+        damaged.saved = vec![0xff; 100];
         assert!(!damaged.has(&blake3::hash(b"")));
     }
 }

@@ -1,5 +1,5 @@
-//! What fstab has mounted that lies on partitions below something else: volumes of LVM, arrays of md, mappings. Where they lie, the kernel
-//! tells in `/sys/class/block/*/slaves` (Documentation/ABI/stable/sysfs-block).
+//! Lines of fstab for devices that are layered on partitions: volumes of LVM, arrays of md, mappings. The kernel lists the partitions of such
+//! a device in `/sys/class/block/*/slaves` (Documentation/ABI/stable/sysfs-block).
 
 use std::collections::BTreeSet;
 
@@ -13,11 +13,11 @@ use crate::devices::inventory::Inventory;
 use crate::devices::stack::Stack;
 use crate::names::fstab::{self, Line};
 
-/// The lines of fstab that have the boot wait for what isn't there without the booted disk, one fault each: what lies on nothing but
-/// partitions of that which no key names.
+/// One fault for each line of fstab that makes the boot wait for a device that only the booted disk has: all its partitions are on that disk,
+/// and no key names them.
 ///
 /// # Errors
-/// Those of reading what the kernel tells.
+/// A file of /sys can't be read.
 pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &Disk, fstab: &[u8]) -> Result<Vec<Fault>> {
     let unnamed = unnamed(inventory, booted)?;
     let mut faults = Vec::new();
@@ -25,7 +25,7 @@ pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &D
         let spec = line.spec.to_str_lossy();
         if Stack::of(root, &spec)?.is_some_and(|stack| stack.is_layered_within(&unnamed)) {
             let text = format!(
-                "/etc/fstab would have the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone",
+                "/etc/fstab would make the boot wait for another disk: line {} ({}) needs {}, which lies on {} alone",
                 line.number,
                 line.file.to_str_lossy().escape_debug(),
                 spec.escape_debug(),
@@ -41,8 +41,8 @@ pub(crate) fn on_booted_disk_only(root: &Root, inventory: &Inventory, booted: &D
 fn unnamed(inventory: &Inventory, booted: &Disk) -> Result<BTreeSet<String>> {
     let Some(esp) = inventory.find(&booted.esp())? else { return Ok(BTreeSet::new()) };
     let is_named = |partuuid| booted.parts.values().any(|named| *named == partuuid);
-    let beside = inventory.others_on_disk(esp).filter(|part| !part.partuuid().is_some_and(is_named));
-    Ok(beside.map(|part| part.kname.clone()).collect())
+    let unnamed = inventory.others_on_disk(esp).filter(|part| !part.partuuid().is_some_and(is_named));
+    Ok(unnamed.map(|part| part.kname.clone()).collect())
 }
 
 #[cfg(test)]
@@ -56,7 +56,7 @@ mod tests {
     use crate::conf::Config;
 
     #[test]
-    fn f14_what_lies_on_the_booted_disk_alone_isn_t_waited_for() {
+    fn f14_a_device_on_the_booted_disk_alone_is_not_waited_for() {
         let id = |n: u32| format!("aaaaaaaa-0000-4000-8000-{n:012}");
         let text = format!("[disk0]\nesp={}\nroot={}\n[disk1]\nesp={}\nroot={}\n", id(1), id(2), id(4), id(5));
         let config = Config::parse(&[("x".to_owned(), text.into_bytes())]).unwrap().unwrap();
@@ -75,7 +75,7 @@ mod tests {
         for dir in ["dev/disk/by-uuid", "dev/mapper"] {
             fs::create_dir_all(at(dir)).unwrap();
         }
-        // A volume on two partitions of the booted disk, one on an array of both disks, and what is in the root's container.
+        // A volume on two partitions of the booted disk, one on an array of both disks, and one in the root's container.
         for (device, slaves) in
             [("dm-0", &["a3", "a4"][..]), ("dm-1", &["md0"]), ("md0", &["a4", "b3"]), ("dm-2", &["a2"]), ("a3", &[])]
         {

@@ -256,7 +256,7 @@ fn full() -> Report {
                 at: T - 30,
                 faults: vec![
                     Fault::new(Code::F10, "esp: a\\b \"c\"\nis missing").on(&Role::Esp).at("a\\b \"c\""),
-                    Fault::new(Code::F14, "/etc/fstab would have the boot wait").at("/etc/fstab").remedy("give the line nofail"),
+                    Fault::new(Code::F14, "/etc/fstab would make the boot wait").at("/etc/fstab").remedy("give the line nofail"),
                     Fault::new(Code::F14, "again").of(name(1)),
                 ],
             }),
