@@ -1,9 +1,9 @@
 //! Making every spare a bootable copy of the booted disk.
 //!
-//! A sync of a spare goes through phases, each of which takes the one before it by value: [`checked`] (may it be written?), [`planned`]
-//! (the plan, as data), [`written`] (room is made; then trees, then the boot partitions in the order of [`crate::boot::order`], then what
-//! nothing needs any more goes) and [`proven`] (it is read again). So nothing is written that wasn't checked, and nothing is called bootable that
-//! wasn't read. [`session`] is a whole run of the program.
+//! A sync of a spare goes through phases, each of which takes the one before it by value: [`checked`] (may the spare be written?), [`planned`]
+//! (the plan, as data), [`written`] (expired generations are removed, then the trees are written, then the boot partitions in the order of
+//! [`crate::boot::order`], then old modules are removed) and [`proven`] (the spare is read again). So no spare is written unchecked, and none
+//! is called bootable unread. [`session`] is a whole run of the program.
 
 mod boot_partitions;
 mod checked;
@@ -36,10 +36,10 @@ use crate::sync::spare::Parts;
 use crate::sync::written::Written;
 use crate::write::state;
 
-/// A source that changes during this many syncs in a row is reported.
-const ROUNDS: u32 = 3;
+/// The greatest number of syncs in a row during which the source may change; then that is reported.
+const MAX_SYNCS: u32 = 3;
 
-/// What the caller asks for.
+/// The options of a sync.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Print the plan and write nothing.
@@ -50,12 +50,12 @@ pub struct Options {
     pub only: Option<DiskName>,
 }
 
-/// How it stands after a sync.
+/// The state of the spares after a sync.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Outcome {
-    /// Every spare is there, and boots.
+    /// Every spare is present, and boots.
     Whole,
-    /// A spare isn't there; those that are boot.
+    /// A spare is absent; all present ones boot.
     Absent,
     /// A spare would not boot.
     Broken,
@@ -63,17 +63,17 @@ pub enum Outcome {
 
 /// The result of a sync.
 #[derive(Debug)]
-pub struct Done {
-    /// [`Refused`] when nothing may be written; any other error is a failure, and names the spare. Where several spares fail, it is the
-    /// error of one of them.
+pub struct SyncResult {
+    /// The state of the spares. The error is [`Refused`] when nothing may be written; any other is a failure, and names the spare. Where
+    /// several spares fail, it is the error of one of them.
     pub outcome: Result<Outcome>,
-    /// Whether a spare, or all, were refused because another disk than the booted one may be newer.
+    /// Whether a spare, or every spare, was refused because another disk may be newer than the booted one.
     pub may_be_older: bool,
 }
 
 /// The sync of one spare.
 enum Synced {
-    /// It was written and read again: the reasons why it would not boot.
+    /// The spare was written and read again. The faults are the reasons why it would not boot.
     Proven(Vec<Fault>),
     /// The plan was printed.
     Planned,
@@ -81,55 +81,55 @@ enum Synced {
     SourceChanged,
 }
 
-/// Syncs every spare that is there, and notes the results. The caller holds the lock, has entered a private mount namespace, and has
-/// noted the boot: where it could not, nothing is synced.
-pub fn run(machine: &mut Machine, options: &Options, noted: Result<()>, log: &mut Log) -> Done {
+/// Syncs every spare that is present, and saves the results. The caller holds the lock, has entered a private mount namespace, and has noted
+/// the boot: if `boot_noted` is an error, nothing is synced.
+pub fn run(machine: &mut Machine, options: &Options, boot_noted: Result<()>, log: &mut Log) -> SyncResult {
     let loaded = Status::load(&machine.root, &machine.config, &machine.booted);
     let mut status = loaded.unwrap_or_else(|e| {
-        log.warning(&format!("{e:#}; it is made anew"));
+        log.warning(&format!("{e:#}; it is replaced by a new one"));
         Status::new(&machine.booted)
     });
     // Containers stay open, as spares stay mounted.
-    let noted = match containers::open_spares(machine, log) {
-        true => noted.and_then(|()| machine.refresh()),
-        false => noted,
+    let ready = match containers::open_spares(machine, log) {
+        true => boot_noted.and_then(|()| machine.refresh()),
+        false => boot_noted,
     };
-    // The layouts are saved before anything is copied, as spares get them, too; not during a clone, whose disk isn't configured yet.
+    // The layouts are saved before anything is copied, because spares get them, too. During a clone, the new disk isn't configured yet.
     if !options.dry_run
         && machine.drafts.is_empty()
         && let Err(e) = gpt::save(&machine.root, &machine.config, &machine.inventory)
     {
         log.warning(&format!("{}/{} can't be kept up to date: {e:#}", state::DIRECTORY, gpt::NAME));
     }
-    let outcome = noted.and_then(|()| rounds(machine, options, &mut status, log));
+    let outcome = ready.and_then(|()| sync_until_unchanged(machine, options, &mut status, log));
     if let Err(e) = &outcome {
         status.stopped_before(spares(machine, options), e);
     }
     if !options.dry_run {
-        note(&status, log);
+        save_status(&status, log);
     }
-    Done { outcome, may_be_older: status.may_be_older() }
+    SyncResult { outcome, may_be_older: status.may_be_older() }
 }
 
-/// Keeps the status. A sync goes on where that fails.
-fn note(status: &Status, log: &Log) {
+/// Saves the status. A failure of that doesn't stop the sync.
+fn save_status(status: &Status, log: &Log) {
     if let Err(e) = status.save() {
         log.warning(&format!("{e:#}; dualroot-status will not know of this sync"));
     }
 }
 
-/// Syncs until the booted disk did not change meanwhile.
-fn rounds(machine: &mut Machine, options: &Options, status: &mut Status, log: &mut Log) -> Result<Outcome> {
+/// Syncs again until the booted disk did not change during the sync.
+fn sync_until_unchanged(machine: &mut Machine, options: &Options, status: &mut Status, log: &mut Log) -> Result<Outcome> {
     let boot_dirs = machine.boot_dirs();
     let settle_time = machine.config.settings.settle;
-    for _ in 0..ROUNDS {
+    for _ in 0..MAX_SYNCS {
         let before = match options.dry_run {
             true => quiet::fingerprint(&boot_dirs)?,
             false => quiet::wait(&boot_dirs, settle_time, |what| log.status(what))?,
         };
-        // Disks may have come, gone, and changed places while we waited.
+        // Disks may have been added, removed or moved to other slots during the wait.
         machine.refresh()?;
-        let outcome = round(machine, options, status, log)?;
+        let outcome = sync_once(machine, options, status, log)?;
         if let Some(outcome) = outcome
             && (options.dry_run || quiet::unchanged_since(&boot_dirs, &before)?)
         {
@@ -137,32 +137,32 @@ fn rounds(machine: &mut Machine, options: &Options, status: &mut Status, log: &m
         }
         log.info("the booted disk changed while it was copied; copying again");
     }
-    bail!("the booted disk changed during {ROUNDS} syncs in a row; the spares may not be up to date")
+    bail!("the booted disk changed during {MAX_SYNCS} syncs in a row; the spares may not be up to date")
 }
 
-/// The spares that are asked for.
+/// The spares that the options name, or all.
 fn spares<'a>(machine: &'a Machine, options: &Options) -> impl Iterator<Item = &'a Disk> {
     let only = options.only;
     let all = machine.config.spares(&machine.booted).into_iter().map(|(_, spare)| spare);
     all.filter(move |spare| only.is_none_or(|only| only == spare.name))
 }
 
-/// Syncs every spare once. None where the booted disk changed while one of them was copied, which then keeps its old entries.
-fn round(machine: &Machine, options: &Options, status: &mut Status, log: &mut Log) -> Result<Option<Outcome>> {
+/// Syncs every spare once. None where the booted disk changed while a spare was copied; that spare keeps its old entries.
+fn sync_once(machine: &Machine, options: &Options, status: &mut Status, log: &mut Log) -> Result<Option<Outcome>> {
     if !options.dry_run {
         prepare(machine, log)?;
     }
     let mut outcome = Some(Outcome::Whole);
     let mut error: Option<anyhow::Error> = None;
     for disk in spares(machine, options) {
-        // One spare's trouble is not another's.
+        // A failure of one spare doesn't stop the sync of the others.
         let synced = match machine.inventory.disk(disk).map_err(|e| refused(format!("{e:#}"))) {
             Ok(parts) if parts.is_empty() => {
-                absent(machine, disk, options, status, log)?;
+                skip_absent(machine, disk, options, status, log)?;
                 outcome = outcome.map(|outcome| outcome.max(Outcome::Absent));
                 continue;
             }
-            Ok(parts) => one(machine, disk, &parts, options, status, log),
+            Ok(parts) => sync_spare(machine, disk, &parts, options, status, log),
             Err(e) => Err(e),
         };
         match synced {
@@ -178,7 +178,7 @@ fn round(machine: &Machine, options: &Options, status: &mut Status, log: &mut Lo
                 }
             }
             Err(e) => {
-                failed(machine, disk, &e, options, status)?;
+                note_failure(machine, disk, &e, options, status)?;
                 error = Some(keep_failure(error, e.context(disk.name.to_string()), log));
             }
         }
@@ -186,13 +186,13 @@ fn round(machine: &Machine, options: &Options, status: &mut Status, log: &mut Lo
     error.map_or(Ok(outcome), Err)
 }
 
-/// Keeps the identifiers of the disks that are there, and removes what an interrupted copy to this disk has left.
+/// Saves the identifiers of the disks that are present, and removes the staged files of an interrupted copy to the booted disk.
 fn prepare(machine: &Machine, log: &Log) -> Result<()> {
     if machine.drafts.is_empty() {
         idstore::save(&machine.ids)?;
     }
     for (dir, tree) in stage::left_here(Some(&machine.config))? {
-        // The staged files are older than what has been done on this disk since.
+        // This disk was written since, and so the staged files are older than its files.
         log.warning(&format!(
             "{}: a copy to this disk was interrupted, and was not completed while it booted. Its staged files are removed; files of \
              two generations may be there",
@@ -203,8 +203,8 @@ fn prepare(machine: &Machine, log: &Log) -> Result<()> {
     Ok(())
 }
 
-/// Of two spares' errors, the one that the run ends with; the other is reported. "Refused" says that nothing was written, and so a failure
-/// goes before it.
+/// Keeps one of two spares' errors for the end of the run, and reports the other. A failure is kept before a refusal, which says that nothing
+/// was written.
 fn keep_failure(earlier: Option<anyhow::Error>, error: anyhow::Error, log: &Log) -> anyhow::Error {
     let Some(earlier) = earlier else { return error };
     let (reported, kept) = if error.is::<Refused>() { (error, earlier) } else { (earlier, error) };
@@ -212,36 +212,36 @@ fn keep_failure(earlier: Option<anyhow::Error>, error: anyhow::Error, log: &Log)
     kept
 }
 
-fn absent(machine: &Machine, disk: &Disk, options: &Options, status: &mut Status, log: &Log) -> Result<()> {
+fn skip_absent(machine: &Machine, disk: &Disk, options: &Options, status: &mut Status, log: &Log) -> Result<()> {
     let fault = Fault::new(Code::F21, format!("{} is not there; it was left out", disk.name)).of(disk.name);
     log.warning_about(&Subject::event(Event::SpareMissing, &fault), &fault.text);
     if !options.dry_run {
-        // It may have gone since the boot was noted.
-        left_behind(machine, disk)?;
+        // The disk may have been removed since the boot was noted.
+        note_left_behind(machine, disk)?;
     }
     status.absent(disk);
     Ok(())
 }
 
-fn failed(machine: &Machine, disk: &Disk, error: &anyhow::Error, options: &Options, status: &mut Status) -> Result<()> {
+fn note_failure(machine: &Machine, disk: &Disk, error: &anyhow::Error, options: &Options, status: &mut Status) -> Result<()> {
     status.stopped(disk, error);
     match options.dry_run {
         true => Ok(()),
-        false => left_behind(machine, disk),
+        false => note_left_behind(machine, disk),
     }
 }
 
-/// Notes that the booted disk goes on, and that this spare doesn't get what is new.
-fn left_behind(machine: &Machine, spare: &Disk) -> Result<()> {
-    let (esp, mut own) = own_record(machine)?;
-    match own.left_behind(machine.booted.name, spare.name) {
-        true => own.save(&esp),
+/// Notes on the booted disk that this spare lacks its changes from now on.
+fn note_left_behind(machine: &Machine, spare: &Disk) -> Result<()> {
+    let (esp, mut record) = own_record(machine)?;
+    match record.left_behind(machine.booted.name, spare.name) {
+        true => record.save(&esp),
         false => Ok(()),
     }
 }
 
 /// Takes one spare through the phases.
-fn one(
+fn sync_spare(
     machine: &Machine,
     disk: &Disk,
     parts: &Parts<'_>,
@@ -275,7 +275,7 @@ mod tests {
     use crate::write::below::Below;
     use crate::write::change::Change;
 
-    /// Booted later, the spare would otherwise overwrite what was done here in the meantime.
+    /// If the spare were booted later, it would otherwise overwrite the changes that were made on this disk meanwhile.
     #[test]
     fn f07_a_spare_that_a_sync_leaves_behind_is_older_from_then_on() {
         let boot = Path::new("/boot");
@@ -283,7 +283,7 @@ mod tests {
         if !nix::unistd::geteuid().is_root() || !boot.is_dir() || Path::new("/").join(stage::DIRECTORY).exists() {
             return;
         }
-        // The booted disk's ESP.
+        // The tmpfs is the booted disk's ESP.
         enter_private_namespace().unwrap();
         scratch::run("mount", &["-ttmpfs", "none", "/boot"]);
         let _mounted = Mounted::at(boot);
@@ -291,22 +291,22 @@ mod tests {
         esp.apply(&Change::MakeDir("EFI".into())).unwrap();
         let machine = machine::tests::machine(&[1, 2, 3]);
         let [booted, spare] = machine.config.disks.as_slice() else { panic!() };
-        let run = |is_there: bool, dry_run: bool| {
-            let (mut own, mut of_spare) = (Record::default(), Record::default());
-            own.note_boot(&Root::new("/"), booted.name).unwrap();
-            own.synced(booted.name, spare.name, &mut of_spare);
-            own.save(&esp).unwrap();
+        let run = |is_present: bool, dry_run: bool| {
+            let (mut own_record, mut spare_record) = (Record::default(), Record::default());
+            own_record.note_boot(&Root::new("/"), booted.name).unwrap();
+            own_record.synced(booted.name, spare.name, &mut spare_record);
+            own_record.save(&esp).unwrap();
             let (options, mut status) = (Options { dry_run, ..Options::default() }, Status::new(booted));
-            let mut machine = machine::tests::machine(if is_there { &[1, 2, 3] } else { &[1, 2] });
-            // So that nothing is kept in /var/lib.
+            let mut machine = machine::tests::machine(if is_present { &[1, 2, 3] } else { &[1, 2] });
+            // With a draft, the sync saves no identifiers in /var/lib.
             machine.drafts = vec![Rewritten { path: "draft".into(), bytes: Vec::new() }];
-            let outcome = round(&machine, &options, &mut status, &mut Log::new());
-            assert_eq!(outcome.is_ok(), !is_there, "{outcome:?}");
-            of_spare.check(spare.name, booted.name, &Record::load(&esp, booted.name).unwrap())
+            let outcome = sync_once(&machine, &options, &mut status, &mut Log::new());
+            assert_eq!(outcome.is_ok(), !is_present, "{outcome:?}");
+            spare_record.check(spare.name, booted.name, &Record::load(&esp, booted.name).unwrap())
         };
-        for is_there in [true, false] {
-            assert!(run(is_there, false).unwrap_err().is::<Refused>(), "{is_there}");
-            run(is_there, true).unwrap();
+        for is_present in [true, false] {
+            assert!(run(is_present, false).unwrap_err().is::<Refused>(), "{is_present}");
+            run(is_present, true).unwrap();
         }
     }
 }

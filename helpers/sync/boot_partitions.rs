@@ -17,14 +17,14 @@ use crate::sync::spare::{BootContents, Spare};
 /// The files that each boot partition should have.
 pub(crate) type AllWanted = BTreeMap<Role, Vec<WantedFile>>;
 
-/// The steps for a spare's boot partitions, and the files that should be there after them.
+/// The steps for a spare's boot partitions, and the files that these should have afterwards.
 pub(crate) struct BootPlan {
     pub(crate) steps: Vec<Step>,
     pub(crate) wanted: AllWanted,
 }
 
 impl BootPlan {
-    /// Decides, from what lies on both disks.
+    /// Plans the steps, from the boot files of both disks.
     ///
     /// # Errors
     /// A refusal where the booted disk has no entry, or a partition is too small.
@@ -32,18 +32,18 @@ impl BootPlan {
         spare: &Spare<'_>,
         roots: &Roots,
         source: &BootContents,
-        there: &BootContents,
+        spare_files: &BootContents,
         known: &Known,
     ) -> Result<Self> {
-        let wanted = wanted_files(spare, roots, source, there)?;
+        let wanted = wanted_files(spare, roots, source, spare_files)?;
         // Older generations get entries where there is room for their kernels.
-        let offered = with_older_entries(spare, roots, &wanted, there);
-        let parts = parts(&offered, there, known);
+        let with_older = with_older_entries(spare, roots, &wanted, spare_files);
+        let parts = parts(&with_older, spare_files, known);
         let steps = order::plan(&parts)?;
         if shortfall(spare, &parts, &steps)?.is_none() {
-            return Ok(Self { steps, wanted: offered });
+            return Ok(Self { steps, wanted: with_older });
         }
-        let parts = self::parts(&wanted, there, known);
+        let parts = self::parts(&wanted, spare_files, known);
         let mut steps = order::plan(&parts)?;
         if shortfall(spare, &parts, &steps)?.is_some()
             && let Some(other) = order::plan_for_little_room(&parts)?
@@ -52,7 +52,8 @@ impl BootPlan {
         }
         if let Some((role, short)) = shortfall(spare, &parts, &steps)? {
             return Err(refused(format!(
-                "{}: its {role}= partition is too small to hold old and new side by side, by {short} bytes; remove an old kernel, or make it larger",
+                "{}: its {role}= partition is too small to hold old and new files side by side, by {short} bytes. Remove an old kernel, \
+                 or make the partition larger",
                 spare.disk.name
             )));
         }
@@ -61,7 +62,7 @@ impl BootPlan {
 }
 
 /// The files of the booted disk's boot partitions as the spare should have them.
-fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: &BootContents) -> Result<AllWanted> {
+fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, spare_files: &BootContents) -> Result<AllWanted> {
     let titles = spare.machine.titles(spare.disk);
     let rewrite = |class: Class, text: &[u8]| match class {
         Class::Entry => bootable::retarget(text, &spare.rewriter, &titles, roots.current, |text| spare.boots_root(text)),
@@ -71,13 +72,13 @@ fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: 
         spare.machine.booted.boot_places().into_iter().map(|(role, _, dir)| (role, dir.as_str().into())).collect();
     let mut all = BTreeMap::new();
     for (role, files) in source {
-        let found = there.get(role).with_context(|| format!("{role}= was not read"))?;
+        let found = spare_files.get(role).with_context(|| format!("{role}= was not read"))?;
         let mounted = places.get(role).context("a boot partition has no place")?;
         all.insert(role.clone(), wanted::wanted_files(files, mounted, found, rewrite)?);
     }
     if !all.values().flatten().any(|wanted| classify(&wanted.path).is_bootable()) {
         return Err(refused(format!(
-            "the booted disk has no boot loader entry that could be copied, so {} would lose its own; install a kernel again, or \
+            "the booted disk has no boot loader entry that could be copied, so {} would lose its own. Install a kernel again, or run \
              'kernel-install add', and see 'bootctl list'",
             spare.disk.name
         )));
@@ -85,19 +86,20 @@ fn wanted_files(spare: &Spare<'_>, roots: &Roots, source: &BootContents, there: 
     Ok(all)
 }
 
-/// The wanted files, and entries for older generations. Those have the modules of their kernels in themselves, and not on another /usr.
-fn with_older_entries(spare: &Spare<'_>, roots: &Roots, wanted: &AllWanted, there: &BootContents) -> AllWanted {
+/// The wanted files, and entries for older generations. A spare with a separate /usr gets no such entries: an older generation needs its own
+/// kernel modules.
+fn with_older_entries(spare: &Spare<'_>, roots: &Roots, wanted: &AllWanted, spare_files: &BootContents) -> AllWanted {
     let mut all = wanted.clone();
     if older::are_sorted_last(spare.machine.loader.as_deref()) && !spare.disk.parts.contains_key(&Role::Usr) {
         for (role, files) in &mut all {
-            let entries = there.get(role).map(|found| older::entries_for(found, files, &roots.kept));
+            let entries = spare_files.get(role).map(|found| older::entries_for(found, files, &roots.kept));
             files.extend(entries.unwrap_or_default());
         }
     }
     all
 }
 
-/// The first boot partition that has not enough room for the steps, and how many bytes it lacks.
+/// The first boot partition without enough room for the steps, and the number of bytes that it lacks.
 fn shortfall(spare: &Spare<'_>, parts: &[BootPartition<'_>], steps: &[Step]) -> Result<Option<(Role, u64)>> {
     for part in parts {
         let (free, cluster) = spare.mounted.below(&part.role)?.free()?;
@@ -109,8 +111,8 @@ fn shortfall(spare: &Spare<'_>, parts: &[BootPartition<'_>], steps: &[Step]) -> 
     Ok(None)
 }
 
-/// The boot partitions, for a plan.
-fn parts<'a>(wanted: &AllWanted, there: &'a BootContents, known: &'a Known) -> Vec<BootPartition<'a>> {
+/// The boot partitions, in the form that a plan is made from.
+fn parts<'a>(wanted: &AllWanted, spare_files: &'a BootContents, known: &'a Known) -> Vec<BootPartition<'a>> {
     const NONE: &BTreeSet<String> = &BTreeSet::new();
     let part = |(role, spare)| BootPartition {
         role: Role::clone(role),
@@ -118,5 +120,5 @@ fn parts<'a>(wanted: &AllWanted, there: &'a BootContents, known: &'a Known) -> V
         spare,
         known: known.of(role).unwrap_or(NONE),
     };
-    there.iter().map(part).collect()
+    spare_files.iter().map(part).collect()
 }

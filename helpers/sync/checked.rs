@@ -1,4 +1,4 @@
-//! The first phase of a sync: may this spare be written, and what lies on both disks? Nothing is written, except that a boot partition
+//! The first phase of a sync: checks that the spare may be written, and reads both disks. Nothing is written, except that a boot partition
 //! that an interruption left damaged is repaired.
 
 use anyhow::{Context, Result};
@@ -21,34 +21,35 @@ use crate::sync::Options;
 use crate::sync::spare::{BootContents, Parts, Spare};
 use crate::write::below::{Below, FileKind};
 
-/// A spare that may be written, and what was read on both disks.
+/// A spare that may be written, and the content of both disks.
 pub(crate) struct Checked<'a> {
     pub(crate) spare: Spare<'a>,
     pub(crate) copier: Box<dyn Copier>,
     /// The booted disk's ESP.
     pub(crate) esp: Below,
-    /// The record on it.
-    pub(crate) own: Record,
-    /// The record of the spare; an empty one where that can't be read, and is given up.
-    pub(crate) of_spare: Record,
+    /// The booted disk's record.
+    pub(crate) own_record: Record,
+    /// The spare's record; an empty one where it can't be read, and the user gives up the spare's changes.
+    pub(crate) spare_record: Record,
     /// Whether no sync has ever written the spare.
     is_new: bool,
-    /// Whether the user gives up what only the spare holds.
+    /// Whether the user gives up the changes that only the spare has.
     discard: bool,
+    /// The boot files that were ever on a booted disk. No other file is removed from the spare's boot partitions.
     pub(crate) known: Known,
-    /// How the booted disk looked before it was read.
-    pub(crate) before: Fingerprint,
-    /// What the booted disk's boot partitions hold.
-    pub(crate) source: BootContents,
-    /// What the spare's hold.
-    pub(crate) there: BootContents,
+    /// The fingerprint of the booted disk's boot directories before they were read.
+    pub(crate) fingerprint: Fingerprint,
+    /// The content of the booted disk's boot partitions.
+    pub(crate) booted_boot_files: BootContents,
+    /// The content of the spare's boot partitions.
+    pub(crate) spare_boot_files: BootContents,
 }
 
 impl<'a> Checked<'a> {
-    /// Mounts the spare read-only, and looks.
+    /// Mounts the spare read-only, reads both disks, and plans the copy of the trees.
     ///
     /// # Errors
-    /// A refusal where the spare may hold what the booted disk lacks, or isn't what the configuration means; whatever can't be read.
+    /// A refusal where the spare may have changes that the booted disk lacks, or doesn't match the configuration; a file that can't be read.
     pub(crate) fn check(
         machine: &'a Machine,
         disk: &'a Disk,
@@ -61,29 +62,40 @@ impl<'a> Checked<'a> {
             repair(disk.name, parts, log)?;
         }
         spare.hold(parts, |role| *role != Role::Swap)?;
-        let (esp, own) = own_record(machine)?;
+        let (esp, own_record) = own_record(machine)?;
         let discard = options.discard.contains(&disk.name);
-        let of_spare = spare_record(machine.booted.name, &spare, &own, discard)?;
-        let is_new = of_spare.as_ref().is_some_and(Record::is_new);
+        let spare_record = load_spare_record(machine.booted.name, &spare, &own_record, discard)?;
+        let is_new = spare_record.as_ref().is_some_and(Record::is_new);
         let known = Known::load(&machine.root)?;
-        let before = quiet::fingerprint(&machine.boot_dirs())?;
-        let mut source = spare.source()?;
-        let there = spare.boot_files(source.keys())?;
+        let fingerprint = quiet::fingerprint(&machine.boot_dirs())?;
+        let mut booted_boot_files = spare.source()?;
+        let spare_boot_files = spare.boot_files(booted_boot_files.keys())?;
         let mut copier = copy::choose(request(machine, disk)?, parts)?;
         if let Some(running) = copier.roots().running.clone() {
-            if let Some(why) = roots::refuse_older_generation(&running, &source) {
-                return Err(refused(format!("on {}, {why}", machine.booted.name)));
+            if let Some(reason) = roots::refuse_older_generation(&running, &booted_boot_files) {
+                return Err(refused(format!("on {}, {reason}", machine.booted.name)));
             }
-            source.values_mut().for_each(|files| older::keep_own(files, &running));
+            booted_boot_files.values_mut().for_each(|files| older::keep_own(files, &running));
         }
         copier.prepare()?;
-        let booted = roots::booted_roots(&there);
+        let booted = roots::booted_roots(&spare_boot_files);
         let target =
             Target { mounted: &spare.mounted, booted: &booted, is_new, files: &|generation| spare.rewritten(generation) };
         copier.decide(&target)?;
-        warn_of_what_is_left_out(&spare, copier.as_ref(), log)?;
-        let of_spare = of_spare.unwrap_or_default();
-        Ok(Self { spare, copier, esp, own, of_spare, is_new, discard, known, before, source, there })
+        warn_of_left_out_files(&spare, copier.as_ref(), log)?;
+        Ok(Self {
+            spare,
+            copier,
+            esp,
+            own_record,
+            spare_record: spare_record.unwrap_or_default(),
+            is_new,
+            discard,
+            known,
+            fingerprint,
+            booted_boot_files,
+            spare_boot_files,
+        })
     }
 }
 
@@ -91,14 +103,15 @@ impl<'a> Checked<'a> {
 fn repair(name: DiskName, parts: &Parts<'_>, log: &Log) -> Result<()> {
     for part in parts.iter().filter(|(role, _)| role.is_boot()).map(|(_, part)| part) {
         if let Some(program) = fsck::repair(part)? {
-            log.warning(&format!("{name}: {} was left by a cut and has been repaired by {program}", part.path));
+            log.warning(&format!("{name}: {} was damaged by an interruption; {program} has repaired it", part.path));
         }
     }
     Ok(())
 }
 
-/// The record of the spare, which may be overwritten. None where it can't be read, and what the spare holds is given up.
-fn spare_record(booted: DiskName, spare: &Spare<'_>, own: &Record, discard: bool) -> Result<Option<Record>> {
+/// Loads the spare's record, and checks that the spare may be overwritten. None where the record can't be read, and the user gives up the
+/// spare's changes.
+fn load_spare_record(booted: DiskName, spare: &Spare<'_>, own_record: &Record, discard: bool) -> Result<Option<Record>> {
     let name = spare.disk.name;
     let record = Record::load(spare.mounted.below(&Role::Esp)?, name);
     if discard {
@@ -110,7 +123,7 @@ fn spare_record(booted: DiskName, spare: &Spare<'_>, own: &Record, discard: bool
             format!("{e:#}, so what is on {name} may be newer; to give it up, run 'dualroot-sync --discard-spare {name}'"),
         )
     })?;
-    own.check(booted, name, &record)?;
+    own_record.check(booted, name, &record)?;
     Ok(Some(record))
 }
 
@@ -124,11 +137,11 @@ fn request(machine: &Machine, disk: &Disk) -> Result<Request> {
     })
 }
 
-/// Names what lies on the booted disk and isn't copied.
-fn warn_of_what_is_left_out(spare: &Spare<'_>, copier: &dyn Copier, log: &Log) -> Result<()> {
+/// Warns of files on the booted disk that are not copied.
+fn warn_of_left_out_files(spare: &Spare<'_>, copier: &dyn Copier, log: &Log) -> Result<()> {
     let name = spare.disk.name;
     for path in copier.left_out()? {
-        log.warning(&format!("{name}: {path} is a subvolume of its own; what is in it is not copied"));
+        log.warning(&format!("{name}: {path} is a subvolume of its own; its files are not copied"));
     }
     if spare.machine.own_roots() {
         let fstab = spare.machine.root.read_opt("/etc/fstab").context("/etc/fstab")?.unwrap_or_default();
@@ -143,27 +156,27 @@ fn warn_of_what_is_left_out(spare: &Spare<'_>, copier: &dyn Copier, log: &Log) -
 }
 
 impl Checked<'_> {
-    /// Refuses a disk that no sync has written yet, but that holds something: an entry, or a file in a tree. A boot loader that was just
-    /// installed is no content.
+    /// Refuses a disk that no sync has written yet, but that has a menu entry or a file in a tree. A newly installed boot loader alone doesn't
+    /// count.
     ///
     /// # Errors
-    /// A refusal that names what was found.
+    /// A refusal that names the file that was found.
     pub(crate) fn check_empty(&self) -> Result<()> {
         if !self.is_new || self.discard {
             return Ok(());
         }
         let name = self.spare.disk.name;
-        if let Some((role, file)) = self.there.iter().find_map(|(role, files)| Some((role, first_to_boot(files)?))) {
+        if let Some((role, file)) = self.spare_boot_files.iter().find_map(|(role, files)| Some((role, first_to_boot(files)?))) {
             return Err(refused(format!(
-                "{name} has no record of a sync, but its {role}= partition holds {file}, so what is on it may be newer than what was \
-                 booted; make a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {name}'"
+                "{name} has no record of a sync, but its {role}= partition holds {file}, so it may be newer than the booted disk. \
+                 Make a new file system, or correct the configuration, or give it up with 'dualroot-sync --discard-spare {name}'"
             )));
         }
         for role in self.copier.roles() {
             if let Some(content) = first_content(self.spare.mounted.below(role)?)? {
                 return Err(refused(format!(
-                    "{name} was never synced, but its {role}= partition is not empty (it has '{}'), and a sync would remove what is there; \
-                     make a new file system, or correct the configuration, or give it up by 'dualroot-sync --discard-spare {name}'",
+                    "{name} was never synced, but its {role}= partition is not empty (it has '{}'), and a sync would remove its files. \
+                     Make a new file system, or correct the configuration, or give it up with 'dualroot-sync --discard-spare {name}'",
                     content.escape_debug()
                 )));
             }
@@ -174,13 +187,13 @@ impl Checked<'_> {
 
 /// The first of the files in a boot partition that boots a system.
 fn first_to_boot(files: &BootFiles) -> Option<&str> {
-    // An entry tells a person more than an image.
+    // An entry comes before an image, because its name tells a person more.
     let mut all: Vec<Bootable<'_>> = Bootable::all(&files.files).collect();
     all.sort_by_key(|bootable| !matches!(bootable, Bootable::Entry(_)));
     all.first().map(|bootable| bootable.file().path.as_str())
 }
 
-/// The first name on a file system that isn't a new one's: anything except empty directories, such as mount points.
+/// The first file or non-empty directory at the top of a file system; None on a new file system. Empty directories may be mount points.
 fn first_content(below: &Below) -> Result<Option<String>> {
     for (name, kind) in below.list(".")? {
         if name != "lost+found" && (kind != FileKind::Dir || !below.list(&name)?.is_empty()) {
@@ -196,24 +209,24 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// disk1, of which nothing was read and nothing is mounted. `esp` is that of disk0, which is booted.
+    /// disk1, with nothing read and nothing mounted. `esp` is that of disk0, which is booted.
     pub(crate) fn checked(machine: &Machine, esp: Below, is_new: bool, discard: bool) -> Checked<'_> {
         let disk = machine.config.disks.get(1).unwrap();
         let parts = machine.inventory.disk(disk).unwrap();
-        // Whatever the root of the machine is that runs the tests.
+        // The root of the machine that runs the tests doesn't matter.
         let request = Request { running: None, ..request(machine, disk).unwrap() };
         Checked {
             spare: Spare::new(machine, disk, &parts).unwrap(),
             copier: copy::choose(request, &parts).unwrap(),
             esp,
-            own: Record::default(),
-            of_spare: Record::default(),
+            own_record: Record::default(),
+            spare_record: Record::default(),
             is_new,
             discard,
             known: Known::default(),
-            before: quiet::fingerprint(&[]).unwrap(),
-            source: BootContents::new(),
-            there: BootContents::new(),
+            fingerprint: quiet::fingerprint(&[]).unwrap(),
+            booted_boot_files: BootContents::new(),
+            spare_boot_files: BootContents::new(),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Rewriting what on the booted disk names another one, so that a kernel that is installed after a failover boots from here.
+//! Rewriting files of the booted disk that name another disk, so that a kernel that is installed after a failover boots this disk.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,8 @@ use crate::write::sector::text_change;
 /// The directory of the entries, and the boot loader's own configuration, on each boot partition.
 const ENTRIES: &str = "loader/entries";
 const LOADER_CONF: &str = "loader/loader.conf";
-/// Where the root's files that name disks are. dualroot-entries.service has nothing else of the root writable, and so it is a mount there.
+/// The directory of the root's files that name disks. In dualroot-entries.service, it is a mount point, because nothing else of the root is
+/// writable.
 const ETC: &str = "/etc";
 
 /// A change below one of the booted disk's mount points.
@@ -30,15 +31,15 @@ pub struct Rewrite {
 
 /// The changes that the booted disk needs.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub struct Plan {
-    /// The changes; none if all is right already.
+pub struct RewritePlan {
+    /// The changes; empty if every file names the right disk already.
     pub rewrites: Vec<Rewrite>,
-    /// The mount points below which only root may read. Nothing is known of their files.
+    /// The mount points below which only root may read. Their files were not checked.
     pub not_seen: Vec<PathBuf>,
 }
 
-impl Plan {
-    /// Adds the changes below a mount point. A lack of rights is no error for somebody who isn't root, who can't apply the plan anyway.
+impl RewritePlan {
+    /// Adds the changes below a mount point. A missing permission is no error for a user other than root, who can't apply the plan anyway.
     fn add(&mut self, dir: &Path, found: Result<Vec<Change>>, is_root: bool) -> Result<()> {
         match found {
             Err(e) if !is_root && privilege::is_denied(&e) => self.not_seen.push(dir.to_owned()),
@@ -48,15 +49,15 @@ impl Plan {
     }
 }
 
-/// Plans the changes to the booted disk's files that name another disk. A shared root's files belong to every disk, and stay.
+/// Plans the changes to the booted disk's files that name another disk. A shared root's files belong to every disk, and stay unchanged.
 ///
 /// # Errors
-/// Files that can't be read; identifiers that can't be told apart.
-pub fn plan(machine: &Machine) -> Result<Plan> {
+/// A file can't be read; identifiers of two disks can't be told apart.
+pub fn plan(machine: &Machine) -> Result<RewritePlan> {
     let is_root = privilege::is_root();
     let rewriter = machine.rewriter(&machine.booted)?;
     let titles = machine.titles(&machine.booted);
-    let mut plan = Plan::default();
+    let mut plan = RewritePlan::default();
     if machine.own_roots() {
         let files = files::rewritten(&machine.root, &rewriter, None, |dir| machine.belongs_to_other_disk(dir));
         let changes = files.map(|files| files.iter().map(|file| file.change(ETC, &machine.root)).collect());
@@ -68,7 +69,7 @@ pub fn plan(machine: &Machine) -> Result<Plan> {
     Ok(plan)
 }
 
-/// The changes to the entries, and to the boot loader's configuration, on a boot partition.
+/// The changes to the entries and the boot loader's configuration on a boot partition.
 fn boot_partition(dir: &Path, rewriter: &Rewriter, titles: &Titles) -> Result<Vec<Change>> {
     let below = Below::open(dir)?;
     let mut texts = vec![LOADER_CONF.to_owned()];
@@ -91,7 +92,7 @@ fn boot_partition(dir: &Path, rewriter: &Rewriter, titles: &Titles) -> Result<Ve
 /// Makes the changes.
 ///
 /// # Errors
-/// The first that fails.
+/// Those of the first change that fails.
 pub fn apply(rewrites: &[Rewrite]) -> Result<()> {
     for rewrite in rewrites {
         let path: &Path = &rewrite.dir;
@@ -105,14 +106,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_only_root_may_read_is_named_in_a_dry_run_and_fails_otherwise() {
+    fn an_unreadable_directory_is_named_in_a_dry_run_and_an_error_otherwise() {
         let denied = || Err::<Vec<Change>, _>(nix::Error::EACCES).context("/boot can't be opened");
-        let mut plan = Plan::default();
+        let mut plan = RewritePlan::default();
         plan.add(Path::new("/boot"), denied(), false).unwrap();
         plan.add(Path::new("/etc"), Ok(vec![Change::Barrier]), false).unwrap();
         assert_eq!((plan.not_seen, plan.rewrites.len()), (vec![PathBuf::from("/boot")], 1));
-        let mut plan = Plan::default();
-        assert!(plan.add(Path::new("/boot"), denied(), true).is_err(), "root can do without no right");
+        let mut plan = RewritePlan::default();
+        assert!(plan.add(Path::new("/boot"), denied(), true).is_err(), "root needs every file");
         assert!(plan.add(Path::new("/boot"), Err(anyhow::anyhow!("EIO")), false).is_err());
     }
 }

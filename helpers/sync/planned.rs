@@ -5,18 +5,18 @@ use anyhow::Result;
 use crate::sync::boot_partitions::BootPlan;
 use crate::sync::checked::Checked;
 
-/// A spare for which everything that a sync writes is decided, and has room.
+/// A spare with a plan for everything that a sync writes, for which there is room.
 pub(crate) struct Planned<'a> {
     pub(crate) checked: Checked<'a>,
-    /// The steps for its boot partitions, as things stand now. They are decided again after the trees were copied.
+    /// The plan for its boot partitions, from their content before the copy. After the trees were copied, it is made again.
     boot: BootPlan,
 }
 
 impl<'a> Planned<'a> {
-    /// Decides.
+    /// Makes the plan.
     ///
     /// # Errors
-    /// A refusal where something has no room, or would overwrite what no sync has written.
+    /// A refusal where there is not enough room, or where the sync would overwrite files that no sync has written.
     pub(crate) fn plan(checked: Checked<'a>) -> Result<Self> {
         checked.check_empty()?;
         let boot = checked.boot_plan()?;
@@ -37,9 +37,9 @@ impl<'a> Planned<'a> {
 }
 
 impl Checked<'_> {
-    /// The plan for the boot partitions, from what is on them by now.
+    /// The plan for the boot partitions, from their present content.
     pub(crate) fn boot_plan(&self) -> Result<BootPlan> {
-        BootPlan::make(&self.spare, self.copier.roots(), &self.source, &self.there, &self.known)
+        BootPlan::make(&self.spare, self.copier.roots(), &self.booted_boot_files, &self.spare_boot_files, &self.known)
     }
 }
 
@@ -63,14 +63,14 @@ mod tests {
         let machine = machine::tests::machine(&[1, 2, 3, 4]);
         let refusal = |is_new, discard| {
             let mut checked = checked::tests::checked(&machine, esp(), is_new, discard);
-            checked.there.insert(Role::Esp, BootFiles::scan(&esp()).unwrap());
+            checked.spare_boot_files.insert(Role::Esp, BootFiles::scan(&esp()).unwrap());
             let error = Planned::plan(checked).err().unwrap();
             assert!(error.is::<Refused>(), "{error:#}");
             error.to_string()
         };
         let said = refusal(true, false);
         assert!(said.contains("loader/entries/a.conf"), "{said}");
-        // The next thing to be refused: nothing was read of the booted disk.
+        // Otherwise the next check refuses, because nothing was read of the booted disk.
         for (is_new, discard) in [(true, true), (false, false)] {
             let said = refusal(is_new, discard);
             assert!(said.contains("has no boot loader entry"), "{said}");

@@ -1,4 +1,5 @@
-//! The last phase of a sync: the spare is read again, and held against the booted disk. Generations that no entry names any more go.
+//! The last phase of a sync: the spare is read again, and compared with the booted disk. Generations that no entry names any more are
+//! removed.
 
 use std::path::PathBuf;
 
@@ -24,25 +25,25 @@ pub(crate) struct Proven {
 }
 
 impl Proven {
-    /// Reads the spare again, notes the verdict, and lets go of the spare.
+    /// Reads the spare again, notes the verdict, and unmounts the spare.
     ///
     /// # Errors
-    /// The spare can't be read, or not be flushed.
+    /// The spare can't be read, or can't be flushed.
     pub(crate) fn prove(written: Written<'_>, status: &mut Status, log: &mut Log) -> Result<Self> {
         let Written { mut checked, wanted, writes } = written;
         let disk = checked.spare.disk;
         log.status(&format!("{}: reading it again", disk.name));
         if writes > 0 {
-            checked.there = checked.spare.boot_files(checked.source.keys())?;
+            checked.spare_boot_files = checked.spare.boot_files(checked.booted_boot_files.keys())?;
         }
-        // A failure of these two is no reason why the spare would not boot.
-        for done in [checked.show_root(), checked.drop_expired(log)] {
-            if let Err(error) = done {
+        // If one of these two fails, the spare boots nevertheless.
+        for result in [checked.show_root(), checked.drop_expired(log)] {
+            if let Err(error) = result {
                 log.warning(&format!("{}: {error:#}", disk.name));
             }
         }
         let faults = checked.faults(&wanted)?;
-        status.ended(disk, &faults, &wanted, &checked.there, checked.of_spare.last_synced());
+        status.ended(disk, &faults, &wanted, &checked.spare_boot_files, checked.spare_record.last_synced());
         checked.copier.end();
         drop(checked.copier);
         checked.spare.mounted.release()?;
@@ -59,11 +60,11 @@ impl Checked<'_> {
         self.copier.show(&self.spare.mounted, &dirs)
     }
 
-    /// The reasons why the spare would not boot, from what was read of its boot partitions since they were written.
+    /// The reasons why the spare would not boot. Its boot partitions have been read since they were written.
     fn faults(&self, wanted: &AllWanted) -> Result<Vec<Fault>> {
         let (spare, machine) = (&self.spare, self.spare.machine);
         let parts: Vec<prove::Part<'_>> = self
-            .there
+            .spare_boot_files
             .iter()
             .filter_map(|(role, found)| Some(prove::Part { role: role.clone(), wanted: wanted.get(role)?, found }))
             .collect();
@@ -75,20 +76,20 @@ impl Checked<'_> {
             faults.extend(found.into_iter().map(|fault| fault.on(&part.role)));
         }
         searched.save(spare.disk.name)?;
-        // A shared root has one fstab for every disk: what it says has to hold on each.
+        // All disks boot a shared root with the same fstab, and so that is checked for each of them.
         let root = Root::new(self.copier.root(&spare.mounted)?.unwrap_or_else(|| "/".into()));
         let texts = files::identifying_texts(&root, &machine.drafts)?;
         faults.extend(prove::root_files(&texts, &spare.rewriter, |dir| machine.belongs_to_other_disk(dir)));
         let fstab = texts.get("/etc/fstab").map(Vec::as_slice).unwrap_or_default();
         faults.extend(waits::on_booted_disk_only(&machine.root, &machine.inventory, &machine.booted, fstab)?);
-        faults.extend(self.copier.prove(&spare.mounted, &roots::booted_roots(&self.there))?);
+        faults.extend(self.copier.prove(&spare.mounted, &roots::booted_roots(&self.spare_boot_files))?);
         let has = |path: &str| self.copier.has_subvolume(&spare.mounted, path);
-        let lost = fstab::missing_subvolumes(fstab, |text| spare.names_root(text), has);
-        faults.extend(lost.into_iter().map(|line| {
-            Fault::new(Code::F14, format!("/etc/fstab makes the boot wait for a subvolume that is not there: {line}"))
+        let missing = fstab::missing_subvolumes(fstab, |text| spare.names_root(text), has);
+        faults.extend(missing.into_iter().map(|line| {
+            Fault::new(Code::F14, format!("/etc/fstab would make the boot wait for a subvolume that does not exist: {line}"))
                 .on(&Role::Root)
                 .at("/etc/fstab")
-                .remedy("make it there, or give the line nofail")
+                .remedy("make that subvolume on the spare, or give the line nofail")
         }));
         Ok(faults.into_iter().map(|fault| fault.of(spare.disk.name)).collect())
     }

@@ -1,4 +1,4 @@
-//! A run of dualroot-sync(8): what is noted first, what is refused, and what follows a sync.
+//! A run of dualroot-sync(8): the notes and checks before a sync, the sync, and the firmware's boot entries after it.
 
 use anyhow::Result;
 
@@ -13,7 +13,7 @@ use crate::conf::Disk;
 use crate::devices::{held, mounts};
 use crate::pair::machine::Machine;
 use crate::pair::{booted, heal, lock};
-use crate::sync::{self, Done, Options, Outcome, without_root};
+use crate::sync::{self, Options, Outcome, SyncResult, without_root};
 
 /// The task of a run.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ pub fn run(task: &Task, log: &mut Log) -> Result<Outcome> {
     match task {
         Task::Healed => heal::healed(&root).map(|()| Outcome::Whole),
         Task::NoteBoot => {
-            // This is short, and has to be done.
+            // Waits for the lock: the boot must be noted, and that is short.
             let _lock = lock::take(true)?;
             booted::note(&root).map(|()| Outcome::Whole)
         }
@@ -97,19 +97,19 @@ fn sync(root: &Root, options: &Options, log: &mut Log) -> Result<Outcome> {
         note_degraded(root, log);
     }
     let _lock = lock::take(false)?;
-    // Also where there is no sync, for whatever reason.
-    let noted = if options.dry_run { Ok(()) } else { booted::note(root) };
+    // The boot is noted even if no sync follows.
+    let boot_noted = if options.dry_run { Ok(()) } else { booted::note(root) };
     let Some(mut machine) = Machine::probe(log)? else { return Ok(Outcome::Whole) };
     check_discard(&machine, options)?;
     held::enter_private_namespace()?;
     let state = heal::probe(&machine.root, &machine.config)?;
     report_shared_root(state, options, log)?;
-    let done = sync::run(&mut machine, options, noted, log);
+    let result = sync::run(&mut machine, options, boot_noted, log);
     if !options.dry_run {
         mounts::start_spares(log);
     }
-    update_firmware(&machine, &done, options, log)?;
-    match (state, done.outcome) {
+    update_firmware(&machine, &result, options, log)?;
+    match (state, result.outcome) {
         (heal::RootState::Behind, Ok(_)) | (heal::RootState::Degraded, Ok(Outcome::Whole)) => Ok(Outcome::Broken),
         (_, outcome) => outcome,
     }
@@ -120,14 +120,14 @@ fn degraded(code: Code) -> Subject {
     Subject::event(Event::DegradedRoot, &Fault::new(code, "the shared root is not whole"))
 }
 
-/// Tells the firmware which disks a degraded shared root goes on with. This comes before anything that may refuse: the disk that has
-/// dropped out may be the booted one.
+/// Saves in the firmware which disks a degraded shared root still has. This comes before every check that may refuse, because the missing
+/// disk may be the booted one.
 fn note_degraded(root: &Root, log: &Log) {
     match heal::note(root) {
         Ok(true) => log.warning_about(
             &degraded(Code::F28),
-            "the shared root is mounted without one of its disks; the firmware remembers that, so that the disk is not booted alone \
-             before it has got what is written from now on",
+            "the shared root is mounted without one of its disks; the firmware remembers that, so that the missing disk is not booted \
+             alone before it is up to date again",
         ),
         Ok(false) => {}
         Err(e) => log.warning(&format!(
@@ -143,7 +143,7 @@ fn check_discard(machine: &Machine, options: &Options) -> Result<()> {
         named(machine, *name)?;
         if *name == machine.booted.name {
             return Err(refused(format!(
-                "{name} is the booted disk, and no spare; to give up what is on it, boot the other disk and run this there"
+                "{name} is the booted disk, not a spare. To give up its changes, boot the other disk and run this command there"
             )));
         }
     }
@@ -173,11 +173,11 @@ fn report_shared_root(state: heal::RootState, options: &Options, log: &Log) -> R
     }
 }
 
-/// Gives each disk its boot entry, also after a failover to this disk with the other one half dead, but not where this disk may be the
-/// older one.
-fn update_firmware(machine: &Machine, done: &Done, options: &Options, log: &Log) -> Result<()> {
+/// Gives each disk its boot entry, even if the sync failed, such as after a failover from a failing disk; except if the booted disk may be
+/// the older one.
+fn update_firmware(machine: &Machine, result: &SyncResult, options: &Options, log: &Log) -> Result<()> {
     let firmware = machine.firmware();
-    match (done.may_be_older, options.dry_run) {
+    match (result.may_be_older, options.dry_run) {
         (true, _) => Ok(()),
         (false, true) => {
             nvram::plan(&firmware)?.iter().for_each(|change| println!("firmware: {change}"));

@@ -18,20 +18,20 @@ use crate::pair::containers;
 use crate::pair::machine::Machine;
 use crate::write::below::Below;
 
-/// Where spares are mounted, in a mount namespace of the sync's own.
+/// The directory of the spares' mount points, in the sync's own mount namespace.
 const PLACES: &str = "/run/dualroot/spare";
 
-/// The partitions of a spare that are there, by role.
+/// The present partitions of a spare, by role.
 pub(crate) type Parts<'a> = BTreeMap<Role, &'a Partition>;
 
-/// What the boot partitions of a disk hold, by role.
+/// The content of a disk's boot partitions, by role.
 pub(crate) type BootContents = BTreeMap<Role, BootFiles>;
 
 /// A spare's mounted partitions, and the names of the disks of the pair.
 pub(crate) struct Spare<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) disk: &'a Disk,
-    /// Rewrites texts for this disk.
+    /// Replaces names of other disks in texts by this disk's.
     pub(crate) rewriter: Rewriter,
     /// Finds the names of this disk's root.
     root_names: Option<Rewriter>,
@@ -39,7 +39,7 @@ pub(crate) struct Spare<'a> {
 }
 
 impl<'a> Spare<'a> {
-    /// A spare of which every partition is there. None of them is mounted yet.
+    /// A spare with all its partitions present, and none of them mounted yet.
     ///
     /// # Errors
     /// A refusal where a partition is missing, or is in a LUKS container on one disk only.
@@ -59,7 +59,7 @@ impl<'a> Spare<'a> {
     /// Mounts the partitions of these roles read-only, and checks that they are those of the configuration.
     ///
     /// # Errors
-    /// A partition can't be mounted; a refusal where an identifier leads to another partition by now.
+    /// A partition can't be mounted; a refusal where an identifier belongs to another partition now.
     pub(crate) fn hold(&mut self, parts: &Parts<'_>, roles: impl Fn(&Role) -> bool) -> Result<()> {
         for (role, part) in parts.iter().filter(|(role, _)| roles(role)) {
             let place = Path::new(PLACES).join(self.disk.name.to_string()).join(role.key().replace('/', "-"));
@@ -68,22 +68,23 @@ impl<'a> Spare<'a> {
         self.check_devices(parts, &Inventory::read()?)
     }
 
-    /// A mounted partition is held, and can't become another's. If its identifier still leads to it, it was the right one all along.
+    /// Checks that each identifier still belongs to the same device. While a partition is mounted, its device can't become another one, and so
+    /// the right partition was mounted.
     fn check_devices(&self, parts: &Parts<'_>, now: &Inventory) -> Result<()> {
         for (role, part) in parts {
             let partuuid = self.disk.parts.get(role).with_context(|| format!("there is no {role}="))?;
-            let there = now.find(partuuid).map_err(|e| refused(format!("{e:#}")))?;
-            if !there.is_some_and(|there| there.device().is_ok_and(|device| part.device().is_ok_and(|part| part == device))) {
+            let found = now.find(partuuid).map_err(|e| refused(format!("{e:#}")))?;
+            if !found.is_some_and(|found| found.device().is_ok_and(|device| part.device().is_ok_and(|part| part == device))) {
                 return Err(refused(format!("{} is not the partition {partuuid} any more; start the sync again", part.path)));
             }
         }
         Ok(())
     }
 
-    /// The booted disk's boot partitions, read whole.
+    /// Reads the booted disk's boot partitions.
     ///
     /// # Errors
-    /// Those of reading them.
+    /// A file can't be read.
     pub(crate) fn source(&self) -> Result<BootContents> {
         let mut all = BTreeMap::new();
         for (role, _, dir) in self.machine.booted.boot_places() {
@@ -93,10 +94,10 @@ impl<'a> Spare<'a> {
         Ok(all)
     }
 
-    /// The spare's boot partitions of these roles, read whole.
+    /// Reads the spare's boot partitions of these roles.
     ///
     /// # Errors
-    /// Those of reading them.
+    /// A file can't be read.
     pub(crate) fn boot_files<'r>(&self, roles: impl Iterator<Item = &'r Role>) -> Result<BootContents> {
         let scan = |role: &Role| -> Result<_> {
             let found = BootFiles::scan(self.mounted.below(role)?).with_context(|| format!("{role}= of {}", self.disk.name))?;
@@ -119,7 +120,7 @@ impl<'a> Spare<'a> {
         Ok(found)
     }
 
-    /// Whether an entry for this disk boots its root, and not something else that is there.
+    /// Whether an entry for this disk boots this disk's root, and not another system on it.
     pub(crate) fn boots_root(&self, entry: &[u8]) -> bool {
         entry.split(u8::is_ascii_whitespace).any(|word| word.starts_with(b"root=") && self.names_root(word))
     }
@@ -137,7 +138,7 @@ mod tests {
     use crate::pair::machine::tests::{inventory, machine};
 
     #[test]
-    fn f06_a_partition_that_is_another_one_by_now_is_not_written() {
+    fn f06_a_partition_whose_identifier_moved_is_not_written() {
         let machine = machine(&[1, 2, 3, 4]);
         let disk = machine.config.disks.get(1).unwrap();
         let parts = machine.inventory.disk(disk).unwrap();
@@ -147,7 +148,7 @@ mod tests {
             let error = spare.check_devices(&parts, &inventory(now)).unwrap_err();
             assert!(error.is::<Refused>(), "{now:?}: {error:#}");
         }
-        // The machine that runs the tests has none of them.
+        // The machine that runs the tests has none of these partitions.
         let error = spare.hold(&parts, |_| false).unwrap_err();
         assert!(error.is::<Refused>(), "{error:#}");
     }

@@ -1,4 +1,4 @@
-//! The dry run of somebody who isn't root, who may neither mount a spare nor read its boot partitions.
+//! A dry run by a user other than root, who can neither mount a spare nor read its boot partitions.
 
 use anyhow::Result;
 
@@ -10,7 +10,7 @@ use crate::devices::inventory::Inventory;
 use crate::pair::machine::Machine;
 use crate::sync::Outcome;
 
-/// Prints what is known without looking into the spares.
+/// Prints the part of the plan that is known without mounting the spares.
 ///
 /// # Errors
 /// As [`Machine::probe`]; and [`crate::base::refusal::Refused`] with the names of the spares that would be synced.
@@ -25,7 +25,7 @@ pub fn dry_run(log: &Log) -> Result<Outcome> {
     }
 }
 
-/// A line for each spare, and those that a sync would look into.
+/// A line for each spare, and the spares that can't be read.
 fn spares(config: &Config, booted: &Disk, inventory: &Inventory) -> Result<(Vec<String>, Vec<String>)> {
     let (mut lines, mut not_seen) = (Vec::new(), Vec::new());
     for (_, spare) in config.spares(booted) {
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spares_that_are_there_are_not_seen() {
+    fn present_spares_are_reported_as_not_seen() {
         let id = |n: u32| format!("aaaaaaaa-0000-4000-8000-00000000000{n}");
         let sections: String = (0..3).map(|n| format!("[disk{n}]\nesp={}\n", id(n))).collect();
         let config = Config::parse(&[("x".to_owned(), sections.into_bytes())]).unwrap().unwrap();

@@ -18,7 +18,7 @@ pub(crate) struct Written<'a> {
     pub(crate) checked: Checked<'a>,
     /// The files that its boot partitions should have.
     pub(crate) wanted: AllWanted,
-    /// How many changes its boot partitions needed.
+    /// The number of changes to its boot partitions.
     pub(crate) writes: usize,
 }
 
@@ -26,14 +26,14 @@ impl<'a> Written<'a> {
     /// Writes the spare. None where the booted disk changed while its trees were copied: then no entry was written.
     ///
     /// # Errors
-    /// Whatever can't be read or written.
+    /// A file can't be read or written.
     pub(crate) fn write(planned: Planned<'a>, status: &mut Status, log: &mut Log) -> Result<Option<Self>> {
         let mut checked = planned.checked;
         checked.begin(status, log)?;
         checked.drop_expired(log)?;
         checked.copy_trees(log)?;
-        // That took its time. What a package manager has begun meanwhile may be half there, although no file tells of it yet.
-        if !quiet::unchanged_since(&checked.spare.machine.boot_dirs(), &checked.before)? {
+        // During the copy, a package manager may have begun to install a kernel, so that the copy may have half of it.
+        if !quiet::unchanged_since(&checked.spare.machine.boot_dirs(), &checked.fingerprint)? {
             return Ok(None);
         }
         let boot = checked.boot_plan()?;
@@ -51,30 +51,30 @@ impl<'a> Written<'a> {
 impl Checked<'_> {
     /// Notes that the spare is being written, and makes it writable.
     fn begin(&mut self, status: &mut Status, log: &Log) -> Result<()> {
-        for (role, files) in &self.source {
+        for (role, files) in &self.booted_boot_files {
             self.known.add(role, files);
         }
         self.known.save()?;
-        // If the sync is interrupted, nobody knows the state of the spare.
+        // If the sync is interrupted, the state of the spare is unknown.
         status.begun(self.spare.disk);
-        sync::note(status, log);
+        sync::save_status(status, log);
         self.spare.mounted.make_writable()?;
-        if self.of_spare.is_new() {
-            // What an interrupted first sync leaves there is no reason to refuse the next one.
-            self.of_spare.begun(&self.own, self.spare.disk.name);
-            self.of_spare.save(self.spare.mounted.below(&Role::Esp)?)?;
+        if self.spare_record.is_new() {
+            // With this record, the files of an interrupted first sync don't make the next one refuse the spare.
+            self.spare_record.begun(&self.own_record, self.spare.disk.name);
+            self.spare_record.save(self.spare.mounted.below(&Role::Esp)?)?;
         }
         Ok(())
     }
 
-    /// Removes the generations that no entry needs any more, and their entries first.
+    /// Removes the entries of the generations that are no longer needed, and then these generations.
     pub(crate) fn drop_expired(&mut self, log: &Log) -> Result<()> {
         let spare = &self.spare.mounted;
-        let expired = self.copier.expired(spare, &roots::booted_roots(&self.there))?;
+        let expired = self.copier.expired(spare, &roots::booted_roots(&self.spare_boot_files))?;
         if expired.is_empty() {
             return Ok(());
         }
-        for (role, files) in &mut self.there {
+        for (role, files) in &mut self.spare_boot_files {
             let below = spare.below(role)?;
             for path in older::remove_entries(files, &expired) {
                 below.apply(&Change::Remove(path))?;
@@ -83,7 +83,7 @@ impl Checked<'_> {
         }
         for path in self.copier.remove(spare, &expired)? {
             log.warning(&format!(
-                "{}: {path} is a subvolume with something in it that was not copied; its generation stays",
+                "{}: {path} is a subvolume with files that were not copied; its generation stays",
                 self.spare.disk.name
             ));
         }
@@ -100,10 +100,11 @@ impl Checked<'_> {
 
     fn save_records(&mut self) -> Result<()> {
         let name = self.spare.disk.name;
-        self.own.synced(self.spare.machine.booted.name, name, &mut self.of_spare);
-        // First that the spare is level with this disk: should it be left behind from here on, that has to be noted.
-        self.own.save(&self.esp)?;
-        self.of_spare.save(self.spare.mounted.below(&Role::Esp)?)
+        self.own_record.synced(self.spare.machine.booted.name, name, &mut self.spare_record);
+        // The booted disk's record is saved first. From then on it says that the spare is up to date, and so the next change here is noted as
+        // one that the spare lacks.
+        self.own_record.save(&self.esp)?;
+        self.spare_record.save(self.spare.mounted.below(&Role::Esp)?)
     }
 }
 
@@ -116,8 +117,8 @@ mod tests {
     use crate::sync::checked;
     use crate::write::below::Below;
 
-    /// Interrupted between the two, the spare counts as level with this disk, and so is left behind by what this disk does next. The other
-    /// way round, that would not be noted.
+    /// After an interruption between the two, the booted disk counts the spare as up to date, and notes that its next changes leave the spare
+    /// behind. In the other order, that would not be noted.
     #[test]
     fn f07_the_booted_disk_s_record_is_saved_before_the_spare_s() {
         let tmp = tempfile::tempdir().unwrap();
@@ -126,8 +127,8 @@ mod tests {
         let machine = machine::tests::machine(&[1, 2, 3, 4]);
         let mut checked = checked::tests::checked(&machine, esp(), true, false);
         let (booted, spare) = (machine.booted.name, checked.spare.disk.name);
-        checked.own.note_boot(&Root::new("/"), booted).unwrap();
-        // The spare's can't be saved: it isn't mounted.
+        checked.own_record.note_boot(&Root::new("/"), booted).unwrap();
+        // The spare's record can't be saved, because the spare isn't mounted.
         checked.save_records().unwrap_err();
         assert!(Record::load(&esp(), booted).unwrap().left_behind(booted, spare));
     }
