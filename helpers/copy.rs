@@ -145,6 +145,10 @@ pub trait Copier {
     /// The spare can't be written.
     fn commit(&mut self, spare: &Mounted) -> Result<()>;
 
+    /// Gives up a copy of which a step has failed. Where [`Copier::commit`] hasn't changed any tree yet, all of them stay as they were;
+    /// otherwise the next sync, or a boot of the spare, completes the copy.
+    fn abandon(&mut self, spare: &Mounted);
+
     /// Removes the modules of removed kernels. This follows the writing of the entries.
     ///
     /// # Errors

@@ -173,6 +173,11 @@ impl Role {
         }))
     }
 
+    /// A file name that no other role has. A slash becomes `-`, and a hyphen `%2D`.
+    pub fn file_name(&self) -> String {
+        self.key().replace('%', "%25").replace('-', "%2D").replace('/', "-")
+    }
+
     /// The key that names this role in a `[diskN]` section.
     pub fn key(&self) -> &str {
         match self {
@@ -325,3 +330,18 @@ macro_rules! stored_as_text {
 stored_as_text!(PartUuid, PartUuid::parse);
 stored_as_text!(DiskName, DiskName::parse);
 stored_as_text!(Role, |text: &str| Role::parse_key(text).and_then(|role| role.context("not a role")));
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn f71_no_two_roles_share_a_file_name() {
+        let keys = ["root", "/srv/data", "/srv-data", "/srv%2Ddata", "/srv/-data", "/srv-/data", "/srv--data"];
+        let names: BTreeSet<String> = keys.iter().map(|key| Role::parse_key(key).unwrap().unwrap().file_name()).collect();
+        assert_eq!(names.len(), keys.len(), "{names:?}");
+        assert!(names.iter().all(|name| !name.contains('/')), "{names:?}");
+    }
+}

@@ -191,6 +191,11 @@ impl Copier for Generations {
         self.others.commit(spare)
     }
 
+    fn abandon(&mut self, spare: &Mounted) {
+        self.unfinished = None;
+        self.others.abandon(spare);
+    }
+
     fn retire(&mut self, spare: &Mounted) -> Result<()> {
         self.others.retire(spare)
     }

@@ -22,7 +22,7 @@ impl Source {
     /// # Errors
     /// Those of mount(2).
     pub fn open(&mut self, tree: &mut Tree) -> Result<()> {
-        let view = ReadOnlyView::open(&tree.source(), &Path::new(PLACES).join(tree.role.key().replace('/', "-")))?;
+        let view = ReadOnlyView::open(&tree.source(), &Path::new(PLACES).join(tree.role.file_name()))?;
         tree.from = Some(view.place().to_owned());
         self.views.push(view);
         Ok(())

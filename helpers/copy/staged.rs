@@ -27,8 +27,10 @@ pub struct Staged {
     source: Source,
     files: Vec<Rewritten>,
     roots: Roots,
-    /// The remaining work for each tree that was filled; None where nothing differed.
+    /// For each tree, the files that differ; None where none do.
     staged: Vec<Option<Staging>>,
+    /// Whether every tree has a plan, which whoever finds it carries out.
+    sealed: bool,
 }
 
 impl Staged {
@@ -43,13 +45,7 @@ impl Staged {
             files: Vec::new(),
             roots: Roots::default(),
             staged: Vec::new(),
-        }
-    }
-
-    /// Removes the staged files after a failure. A file that can't be removed takes room until the next sync.
-    fn discard(&self, spare: &Mounted) {
-        for tree in self.trees.iter().take(self.staged.len()) {
-            let _ = spare.below(&tree.role).and_then(stage::discard);
+            sealed: false,
         }
     }
 
@@ -117,15 +113,14 @@ impl Copier for Staged {
     }
 
     fn fill(&mut self, spare: &Mounted, report: &dyn Fn(&str)) -> Result<()> {
+        // A tree that has no room ends the copy before hours are spent on another.
         for tree in &self.trees {
+            self.staged.push(tree.compare(spare.below(&tree.role)?)?);
+        }
+        for (tree, staging) in self.trees.iter().zip(&mut self.staged) {
             report(&tree.at);
-            match tree.stage(spare.below(&tree.role)?) {
-                Ok(staging) => self.staged.push(staging),
-                Err(error) => {
-                    // All trees change together, or none.
-                    self.discard(spare);
-                    return Err(error);
-                }
+            if let Some(staging) = staging {
+                tree.stage(spare.below(&tree.role)?, staging)?;
             }
         }
         Ok(())
@@ -137,6 +132,12 @@ impl Copier for Staged {
     }
 
     fn commit(&mut self, spare: &Mounted) -> Result<()> {
+        for (tree, staging) in self.trees.iter().zip(&self.staged) {
+            if let Some(staging) = staging {
+                tree.seal(spare.below(&tree.role)?, staging)?;
+            }
+        }
+        self.sealed = true;
         for (tree, staging) in self.trees.iter().zip(std::mem::take(&mut self.staged)) {
             let target = spare.below(&tree.role)?;
             if let Some(staging) = staging {
@@ -149,6 +150,17 @@ impl Copier for Staged {
             target.apply(&Change::Barrier)?;
         }
         Ok(())
+    }
+
+    fn abandon(&mut self, spare: &Mounted) {
+        let staged = std::mem::take(&mut self.staged);
+        let is_staged: Vec<bool> = staged.iter().map(Option::is_some).collect();
+        // Open files would keep the file system from becoming read-only again.
+        drop(staged);
+        for (tree, _) in self.trees.iter().zip(is_staged).filter(|(_, is_staged)| *is_staged && !self.sealed) {
+            // A file that can't be removed takes room until the next sync.
+            let _ = spare.below(&tree.role).and_then(stage::discard);
+        }
     }
 
     fn retire(&mut self, spare: &Mounted) -> Result<()> {
@@ -180,5 +192,99 @@ impl Copier for Staged {
 
     fn has_subvolume(&self, _spare: &Mounted, _path: &str) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use nix::mount::{MsFlags, mount};
+
+    use super::*;
+    use crate::devices::held::{Held, enter_private_namespace};
+    use crate::devices::scratch;
+
+    /// A root and a /home, which are copied to file systems in memory; `home` are mount options of the latter. None without root.
+    struct Pair {
+        tmp: tempfile::TempDir,
+        copy: Staged,
+        spare: Mounted,
+        _mounts: Vec<scratch::Mounted>,
+    }
+
+    impl Pair {
+        fn new(home: &str) -> Option<Self> {
+            if !nix::unistd::geteuid().is_root() {
+                return None;
+            }
+            enter_private_namespace().unwrap();
+            let tmp = tempfile::tempdir().unwrap();
+            let (mut spare, mut mounts, mut trees) = (Mounted::default(), Vec::new(), Vec::new());
+            for (role, name, options) in [(Role::Root, "root", "size=1m"), (Role::Home, "home", home)] {
+                let [from, to] = ["from", "to"].map(|side| tmp.path().join(side).join(name));
+                fs::create_dir_all(&from).unwrap();
+                fs::create_dir_all(&to).unwrap();
+                mount(Some("none"), &to, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
+                mounts.push(scratch::Mounted::at(&to));
+                fs::write(from.join("file"), "a new text").unwrap();
+                fs::write(to.join("file"), "old").unwrap();
+                spare.add(role.clone(), Held::over(&to).unwrap().unwrap());
+                let tree = Tree::new(&role, &[], &[], OldModules::Stay).unwrap();
+                trees.push(Tree { from: Some(from), ..tree });
+            }
+            let request =
+                Request { root: Root::new(tmp.path()), running: None, roles: Vec::new(), exclude: Vec::new(), generations: 1 };
+            Some(Self { tmp, copy: Staged { trees, ..Staged::new(request) }, spare, _mounts: mounts })
+        }
+
+        fn on_spare(&self, path: &str) -> PathBuf {
+            self.tmp.path().join("to").join(path)
+        }
+
+        /// Whether each tree is as it was, with nothing staged.
+        fn is_unchanged(&self) -> bool {
+            ["root", "home"].iter().all(|tree| {
+                let file = fs::read(self.on_spare(&format!("{tree}/file"))).unwrap();
+                file == b"old" && !self.on_spare(&format!("{tree}/.dualroot")).exists()
+            })
+        }
+    }
+
+    #[test]
+    fn f72_trees_change_together() {
+        let Some(mut pair) = Pair::new("size=1m") else { return };
+        pair.copy.fill(&pair.spare, &|_| {}).unwrap();
+        for tree in ["root", "home"] {
+            assert_eq!(fs::read(pair.on_spare(&format!("{tree}/file"))).unwrap(), b"old");
+            let plan = pair.on_spare(&format!("{tree}/.dualroot/plan"));
+            assert!(!plan.exists(), "a boot of the spare would complete {tree} alone");
+        }
+        pair.copy.commit(&pair.spare).unwrap();
+        for tree in ["root", "home"] {
+            assert_eq!(fs::read(pair.on_spare(&format!("{tree}/file"))).unwrap(), b"a new text");
+        }
+    }
+
+    #[test]
+    fn f72_a_tree_that_cannot_be_filled_leaves_all_unchanged() {
+        let Some(mut pair) = Pair::new("size=1m,nr_inodes=12") else { return };
+        for number in 0..20 {
+            fs::write(pair.tmp.path().join(format!("from/home/{number}")), "").unwrap();
+        }
+        pair.copy.fill(&pair.spare, &|_| {}).unwrap_err();
+        assert!(pair.on_spare("root/.dualroot").exists(), "the root was staged first");
+        pair.copy.abandon(&pair.spare);
+        assert!(pair.is_unchanged());
+    }
+
+    #[test]
+    fn f72_room_is_looked_for_before_anything_is_staged() {
+        let Some(mut pair) = Pair::new("size=64k") else { return };
+        fs::write(pair.tmp.path().join("from/home/large"), vec![1; 1 << 20]).unwrap();
+        let told = std::cell::Cell::new(false);
+        pair.copy.fill(&pair.spare, &|_| told.set(true)).unwrap_err();
+        assert!(!told.get() && pair.is_unchanged());
     }
 }

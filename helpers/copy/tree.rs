@@ -30,9 +30,12 @@ pub struct Tree {
     pub rules: Vec<String>,
 }
 
-/// The work that [`Tree::stage`] leaves to do after the staged files were moved to their places.
+/// The files of a tree that differ, from the comparison until they are in their places.
 pub struct Staging {
-    /// The list of files of which only the attributes are changed.
+    changes: Changes,
+    /// The paths of files that get attributes only, each with NUL after it.
+    in_place: Vec<u8>,
+    /// The list of these files, opened before it is removed with the staged files.
     attributes: Option<File>,
 }
 
@@ -112,26 +115,51 @@ impl Tree {
     /// differs, nothing is written.
     ///
     /// # Errors
-    /// rsync can't read or write a file; its messages are in the error. A source file that vanishes meanwhile is no error.
+    /// rsync can't read or write a file; its messages are in the error. A source file that vanishes meanwhile is no error. Nothing stays
+    /// staged then, unless the moves have begun: those are completed later.
     pub fn copy(&self, target: &Below) -> Result<()> {
-        match self.stage(target)? {
-            Some(staging) => self.put_in_place(target, staging),
-            None => Ok(()),
+        let Some(mut staging) = self.compare(target)? else { return Ok(()) };
+        let sealed = self.stage(target, &mut staging).and_then(|()| self.seal(target, &staging));
+        if sealed.is_err() {
+            drop(staging);
+            // The staged files take room that the spare may need when it is booted.
+            let _ = stage::discard(target);
+            return sealed;
         }
+        self.put_in_place(target, staging)
     }
 
-    /// Stages all files that differ from the tree below the handle; None where nothing differs.
+    /// Finds the files that differ from the tree below the handle, and checks that they have room there; None where nothing differs. A plan
+    /// that an interrupted sync has left is carried out first.
     ///
     /// # Errors
-    /// As [`Tree::copy`]. Nothing stays staged then.
-    pub fn stage(&self, target: &Below) -> Result<Option<Staging>> {
-        self.stage_with(target, stage::complete).with_context(|| self.context())
+    /// As [`Tree::copy`].
+    pub fn compare(&self, target: &Below) -> Result<Option<Staging>> {
+        self.compare_with(target, stage::complete).with_context(|| self.context())
     }
 
-    /// Moves the files that [`Tree::stage`] has staged to their places.
+    /// Stages these files. Whoever finds them without a plan removes them.
     ///
     /// # Errors
-    /// As [`Tree::copy`]. The next sync completes the moves.
+    /// As [`Tree::copy`].
+    pub fn stage(&self, target: &Below, staging: &mut Staging) -> Result<()> {
+        self.fill(target, staging).with_context(|| self.context())
+    }
+
+    /// Writes the plan for the staged files. From here on, whoever finds it carries it out.
+    ///
+    /// # Errors
+    /// As [`Tree::copy`]; a file on the spare that can't be replaced.
+    pub fn seal(&self, target: &Below, staging: &Staging) -> Result<()> {
+        let source = self.source();
+        let top = File::open(&source).with_context(|| source.display().to_string());
+        top.and_then(|top| stage::seal(target, &staging.changes.gone, &top)).with_context(|| self.context())
+    }
+
+    /// Moves the staged files to their places.
+    ///
+    /// # Errors
+    /// As [`Tree::copy`]. The next sync, or a boot of the spare, completes the moves.
     pub fn put_in_place(&self, target: &Below, staging: Staging) -> Result<()> {
         self.put_in_place_with(target, staging, stage::complete).with_context(|| self.context())
     }
@@ -140,8 +168,8 @@ impl Tree {
         format!("the copy of {}", self.source().display())
     }
 
-    fn stage_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<Option<Staging>> {
-        // A plan that an interrupted sync has left is carried out first. Staged files without a plan are removed, and staged again.
+    fn compare_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<Option<Staging>> {
+        // Staged files without a plan are removed, and staged again.
         complete(target)?;
         let mut changes = Changes::parse(&rsync(self.comparison(), Stdio::null(), Stdio::piped(), target)?);
         if changes == Changes::default() {
@@ -153,13 +181,19 @@ impl Tree {
             in_place = std::mem::take(&mut changes.attributes);
             changes.check_room(&self.source(), target)?;
         }
+        Ok(Some(Staging { changes, in_place, attributes: None }))
+    }
+
+    fn fill(&self, target: &Below, staging: &mut Staging) -> Result<()> {
         stage::begin(target)?;
-        let staged = list(&in_place, "attributes", target).and_then(|list| self.fill(&changes, target).map(|()| list));
-        if staged.is_err() {
-            // The staged files take room that the spare may need when it is booted.
-            let _ = stage::discard(target);
+        staging.attributes = list(&staging.in_place, "attributes", target)?;
+        let changes = &staging.changes;
+        let paths = [&*changes.list, &*changes.attributes, &*changes.links, &*changes.parents(&self.source())].concat();
+        let Some(list) = list(&paths, "list", target)? else { return Ok(()) };
+        match Progress::begin(|| files(&self.source(), &changes.list).map(|meta| meta.len()).sum()) {
+            None => rsync(self.staging(), list.into(), Stdio::null(), target).map(drop),
+            Some(progress) => self.stage_shown(list, target, progress),
         }
-        Ok(Some(Staging { attributes: staged? }))
     }
 
     fn put_in_place_with(&self, target: &Below, staging: Staging, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
@@ -168,20 +202,6 @@ impl Tree {
             rsync(self.attributes_only(), list.into(), Stdio::null(), target)?;
         }
         Ok(())
-    }
-
-    /// Stages the changes, and writes the plan.
-    fn fill(&self, changes: &Changes, target: &Below) -> Result<()> {
-        let paths = [&*changes.list, &*changes.attributes, &*changes.links, &*changes.parents(&self.source())].concat();
-        if let Some(list) = list(&paths, "list", target)? {
-            match Progress::begin(|| files(&self.source(), &changes.list).map(|meta| meta.len()).sum()) {
-                None => drop(rsync(self.staging(), list.into(), Stdio::null(), target)?),
-                Some(progress) => self.stage_shown(list, target, progress)?,
-            }
-        }
-        let source = self.source();
-        let top = File::open(&source).with_context(|| source.display().to_string())?;
-        stage::seal(target, &changes.gone, &top)
     }
 
     fn stage_shown(&self, list: File, target: &Below, progress: Progress) -> Result<()> {
@@ -213,10 +233,10 @@ mod tests {
     impl Tree {
         /// Copies as [`Tree::copy`], and completes the copy with this function.
         fn copy_with(&self, target: &Below, complete: impl Fn(&Below) -> Result<Found>) -> Result<()> {
-            match self.stage_with(target, &complete)? {
-                Some(staging) => self.put_in_place_with(target, staging, complete),
-                None => Ok(()),
-            }
+            let Some(mut staging) = self.compare_with(target, &complete)? else { return Ok(()) };
+            self.stage(target, &mut staging)?;
+            self.seal(target, &staging)?;
+            self.put_in_place_with(target, staging, complete)
         }
     }
 

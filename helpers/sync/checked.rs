@@ -23,8 +23,9 @@ use crate::write::below::{Below, FileKind};
 
 /// A spare that may be written, and the content of both disks.
 pub(crate) struct Checked<'a> {
-    pub(crate) spare: Spare<'a>,
+    /// Dropped before the spare, in which it may hold files open: they would keep it writable.
     pub(crate) copier: Box<dyn Copier>,
+    pub(crate) spare: Spare<'a>,
     /// The booted disk's ESP.
     pub(crate) esp: Below,
     /// The booted disk's record.

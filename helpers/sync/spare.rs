@@ -62,7 +62,7 @@ impl<'a> Spare<'a> {
     /// A partition can't be mounted; a refusal where an identifier belongs to another partition now.
     pub(crate) fn hold(&mut self, parts: &Parts<'_>, roles: impl Fn(&Role) -> bool) -> Result<()> {
         for (role, part) in parts.iter().filter(|(role, _)| roles(role)) {
-            let place = Path::new(PLACES).join(self.disk.name.to_string()).join(role.key().replace('/', "-"));
+            let place = Path::new(PLACES).join(self.disk.name.to_string()).join(role.file_name());
             self.mounted.add(role.clone(), Held::open(part, &place)?);
         }
         self.check_devices(parts, &Inventory::read()?)

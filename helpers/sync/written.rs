@@ -1,6 +1,6 @@
 //! The third phase of a sync: trees, then boot partitions, then records are written.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use crate::base::log::Log;
 use crate::base::types::Role;
@@ -36,7 +36,8 @@ impl<'a> Written<'a> {
         if !quiet::unchanged_since(&checked.spare.machine.boot_dirs(), &checked.fingerprint)? {
             return Ok(None);
         }
-        let boot = checked.boot_plan()?;
+        // Trees were written: an error is no refusal any more.
+        let boot = checked.boot_plan().map_err(|e| anyhow!("{e:#}"))?;
         let writes = boot.steps.iter().filter(|step| step.change != Change::Barrier).count();
         log.status(&format!("{}: {writes} changes to its boot partitions", checked.spare.disk.name));
         for step in &boot.steps {
@@ -92,10 +93,16 @@ impl Checked<'_> {
 
     fn copy_trees(&mut self, log: &Log) -> Result<()> {
         let (spare, name) = (&self.spare.mounted, self.spare.disk.name);
-        self.copier.begin(spare)?;
-        self.copier.fill(spare, &|at| log.status(&format!("{name}: copying {at}/")))?;
-        self.copier.rewrite(spare)?;
-        self.copier.commit(spare)
+        let copier = self.copier.as_mut();
+        let copied = copier
+            .begin(spare)
+            .and_then(|()| copier.fill(spare, &|at| log.status(&format!("{name}: copying {at}/"))))
+            .and_then(|()| copier.rewrite(spare))
+            .and_then(|()| copier.commit(spare));
+        if copied.is_err() {
+            copier.abandon(spare);
+        }
+        copied
     }
 
     fn save_records(&mut self) -> Result<()> {
