@@ -39,6 +39,8 @@ pub struct Facts {
     pub running: bool,
     /// The warnings of the configuration.
     pub warnings: Vec<String>,
+    /// The reason why the results of earlier syncs can't be read, if they can't.
+    pub status_error: Option<String>,
     /// All disks, as they are configured; the booted one is among them.
     pub disks: Vec<DiskFacts>,
 }
@@ -114,18 +116,33 @@ impl Facts {
     pub fn gather(root: &Root, config: &Config) -> Result<Self> {
         let (vars, esp) = booted_esp(root)?;
         let booted = booted_disk(config, &esp)?;
+        let (status, status_error) = stored_status(Status::load(root, config, booted), booted);
         let look = Look {
             inventory: Inventory::read()?,
             table: mounts::table()?,
             options: vars.boot_options().and_then(|options| Ok((options, vars.boot_order()?))).ok(),
-            status: Status::load(root, config, booted).unwrap_or_else(|_| Status::new(booted)),
+            status,
         };
         let mut disks = vec![look.disk(booted, "", true)];
         disks.extend(config.spares(booted).into_iter().map(|(dir, spare)| look.disk(spare, dir.as_str(), false)));
         disks.sort_by_key(|disk| disk.name);
         let (layout, root_is) = (config.layout(), heal::probe(root, config)?);
         let warnings = config.warnings.clone();
-        Ok(Self { now: now(), layout, root: root_is, running: lock::is_held(root), warnings, disks })
+        Ok(Self { now: now(), layout, root: root_is, running: lock::is_held(root), warnings, status_error, disks })
+    }
+
+    /// The facts that could not be read, each with the reason.
+    fn not_seen(&self) -> Vec<String> {
+        let status = self.status_error.iter().map(|error| format!("the results of earlier syncs ({error})"));
+        status.chain(self.disks.iter().flat_map(DiskFacts::not_seen)).collect()
+    }
+}
+
+/// The stored results of syncs; empty ones with the reason if they can't be read.
+fn stored_status(loaded: Result<Status>, booted: &Disk) -> (Status, Option<String>) {
+    match loaded {
+        Ok(status) => (status, None),
+        Err(e) => (Status::new(booted), Some(format!("{e:#}"))),
     }
 }
 
@@ -387,7 +404,7 @@ impl Report {
             running: facts.running,
             exit: standing.exit(),
             warnings: facts.warnings.clone(),
-            not_seen: facts.disks.iter().flat_map(DiskFacts::not_seen).collect(),
+            not_seen: facts.not_seen(),
             disks,
         }
     }
@@ -479,6 +496,9 @@ fn fate(facts: &Facts, disk: &DiskFacts) -> Fate {
     }
     let booted = facts.disks.iter().find(|disk| disk.booted).map_or_else(String::new, |disk| disk.name.to_string());
     let unknown = |code: Code, text: String| Fate::unknown(Standing::Broken, Fault::new(code, text));
+    if let Some(error) = &facts.status_error {
+        return unknown(Code::Unknown, format!("the results of earlier syncs can't be read ({error})"));
+    }
     let Some(seen) = seen else { return unknown(Code::Unknown, format!("{booted} has not synced it yet")) };
     match (seen.begun, &seen.last) {
         (Some(at), _) if !facts.running => unknown(Code::F18, format!("the sync that began at {} has not ended", date(at))),

@@ -46,6 +46,7 @@ fn pair(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> Facts {
         root: heal::RootState::Whole,
         running: false,
         warnings: Vec::new(),
+        status_error: None,
         disks: vec![disk(0)],
     };
     let mut spare = disk(1);
@@ -135,6 +136,25 @@ fn a_spare_that_is_being_synced_is_what_it_was() {
             1,
         );
     }
+}
+
+#[test]
+fn results_that_cannot_be_read_are_not_called_missing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let config = crate::pair::status::tests::config(crate::pair::status::tests::PAIR);
+    let booted = &config.disks[0];
+    // A directory in the place of the file: root can't read that, either.
+    std::fs::create_dir_all(tmp.path().join("var/lib/dualroot/own/status.json")).unwrap();
+    let (_, error) = stored_status(Status::load(&Root::new(tmp.path()), &config, booted), booted);
+    let error = error.unwrap();
+    assert!(error.starts_with("/var/lib/dualroot/own/status.json can't be read: "), "{error}");
+    let report = Report::new(&pair(|facts, _| facts.status_error = Some(error.clone())));
+    assert_eq!(report.not_seen[0], format!("the results of earlier syncs ({error})"));
+    let spare = &report.disks[1];
+    assert_eq!(spare.if_others_died, format!("nobody knows: the results of earlier syncs can't be read ({error})"));
+    assert_eq!((spare.boots, report.exit.status()), (None, 1));
+    let (_, error) = stored_status(Status::load(&Root::new("/nowhere"), &config, booted), booted);
+    assert_eq!(error, None, "a machine without a sync has no such file");
 }
 
 #[test]
