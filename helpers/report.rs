@@ -1,5 +1,5 @@
-//! How it stands with every disk, for people and for programs: what is there, what the last sync found, and what would happen if another
-//! disk died now. Nothing is written, no spare is read, and root is needed for nothing but the records on the ESPs.
+//! The report on every disk, for people and for programs: its partitions, the results of the last sync, and the fate of the machine if the
+//! other disks died now. Nothing is written, and no spare is read. Only the records on the ESPs require root.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -26,14 +26,14 @@ use crate::write::below::Below;
 
 mod text;
 
-/// What was found out about the machine.
+/// The facts about the machine, as they were gathered.
 #[derive(Clone, Debug)]
 pub struct Facts {
     /// The time, in seconds since 1970.
     pub now: u64,
-    /// Whether each disk has its own root.
+    /// Whether each disk has a root of its own, or all share one.
     pub layout: Layout,
-    /// How a shared root stands.
+    /// The state of a shared root.
     pub root: heal::RootState,
     /// Whether a sync, or a verification, is running.
     pub running: bool,
@@ -41,41 +41,42 @@ pub struct Facts {
     pub warnings: Vec<String>,
     /// The reason why the results of earlier syncs can't be read, if they can't.
     pub status_error: Option<String>,
-    /// All disks, as they are configured; the booted one is among them.
+    /// All disks of the configuration, the booted one among them.
     pub disks: Vec<DiskFacts>,
 }
 
-/// What was found out about a disk.
+/// The facts about a disk.
 #[derive(Clone, Debug)]
 pub struct DiskFacts {
     /// Its name.
     pub name: DiskName,
     /// Whether it was booted.
     pub booted: bool,
-    /// Whether any of its partitions is there.
+    /// Whether at least one of its partitions is present.
     pub present: bool,
-    /// Those that aren't.
+    /// The roles of the missing partitions.
     pub missing: BTreeSet<Role>,
-    /// Why nobody can say which partitions are its own.
+    /// The reason why its partitions can't be identified, if they can't.
     pub fault: Option<Fault>,
     /// Its partitions.
     pub partitions: Vec<PartReport>,
-    /// Which generation of its root is mounted, where it has any.
+    /// The mounted generation of its root, if the root has generations.
     pub generation: Option<u32>,
     /// The record on its ESP.
     pub record: Lineage,
-    /// The firmware's entries for it, and the place of the first of them in BootOrder, from 1; None where that can't be read.
+    /// The numbers of the firmware's entries for it, and the place of the first of them in BootOrder, from 1; None if the firmware's variables
+    /// can't be read.
     pub firmware: Option<(Vec<u16>, Option<usize>)>,
-    /// Its file systems that are mounted.
+    /// The free space of its mounted file systems.
     pub space: Vec<Space>,
-    /// What the booted disk remembers of it.
+    /// The results of earlier syncs and verifications of it, as the booted disk stores them.
     pub seen: Option<Seen>,
-    /// The last verification of it, if it was booted.
+    /// The last verification of the booted disk; None for a spare.
     pub own: Option<Reading>,
 }
 
 impl DiskFacts {
-    /// What could not be read of it, although it is there.
+    /// The facts that could not be read although the disk is present, each with the reason.
     fn not_seen(&self) -> Vec<String> {
         let record = match &self.record {
             Lineage::Unknown(why) if self.present => Some(format!("the record on the ESP of {} ({why})", self.name)),
@@ -89,46 +90,46 @@ impl DiskFacts {
 /// The record on a disk's ESP.
 #[derive(Clone, Debug)]
 pub enum Lineage {
-    /// It can't be read now, for this reason.
+    /// The reason why it can't be read.
     Unknown(String),
-    /// This is it.
+    /// The record.
     Read(Record),
 }
 
-/// The room in a file system.
+/// The free space of a mounted file system.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Space {
-    /// What it is for: `esp`, `root` and so on.
+    /// The role of its partition.
     pub role: Role,
-    /// Where it is mounted.
+    /// Its mount point.
     pub mounted_at: PathBuf,
-    /// What is free, in bytes.
+    /// The free space, in bytes.
     pub free: u64,
-    /// What it holds, in bytes.
+    /// The size of the file system, in bytes.
     pub size: u64,
 }
 
 impl Facts {
-    /// Looks at this machine.
+    /// Gathers the facts about this machine.
     ///
     /// # Errors
-    /// [`crate::base::refusal::Refused`] where it is not known which disk was booted; lsblk that fails.
+    /// [`crate::base::refusal::Refused`] if the booted disk is unknown; a failure of lsblk; mounts that can't be read.
     pub fn gather(root: &Root, config: &Config) -> Result<Self> {
         let (vars, esp) = booted_esp(root)?;
         let booted = booted_disk(config, &esp)?;
         let (status, status_error) = stored_status(Status::load(root, config, booted), booted);
-        let look = Look {
+        let sources = Sources {
             inventory: Inventory::read()?,
             table: mounts::table()?,
             options: vars.boot_options().and_then(|options| Ok((options, vars.boot_order()?))).ok(),
             status,
         };
-        let mut disks = vec![look.disk(booted, "", true)];
-        disks.extend(config.spares(booted).into_iter().map(|(dir, spare)| look.disk(spare, dir.as_str(), false)));
+        let mut disks = vec![sources.disk(booted, "", true)];
+        disks.extend(config.spares(booted).into_iter().map(|(dir, spare)| sources.disk(spare, dir.as_str(), false)));
         disks.sort_by_key(|disk| disk.name);
-        let (layout, root_is) = (config.layout(), heal::probe(root, config)?);
+        let (layout, root_state) = (config.layout(), heal::probe(root, config)?);
         let warnings = config.warnings.clone();
-        Ok(Self { now: now(), layout, root: root_is, running: lock::is_held(root), warnings, status_error, disks })
+        Ok(Self { now: now(), layout, root: root_state, running: lock::is_held(root), warnings, status_error, disks })
     }
 
     /// The facts that could not be read, each with the reason.
@@ -146,16 +147,16 @@ fn stored_status(loaded: Result<Status>, booted: &Disk) -> (Status, Option<Strin
     }
 }
 
-/// What all disks are found in.
-struct Look {
+/// The data from which the facts about each disk are read.
+struct Sources {
     inventory: Inventory,
     table: Vec<Mount>,
     options: Option<(Vec<load_option::BootOption>, Vec<u16>)>,
     status: Status,
 }
 
-impl Look {
-    /// A disk whose file systems are mounted below `dir`.
+impl Sources {
+    /// The facts about a disk whose file systems are mounted below `dir`.
     fn disk(&self, disk: &Disk, dir: &str, booted: bool) -> DiskFacts {
         let (parts, fault) = match self.inventory.disk(disk) {
             Ok(parts) => (parts, None),
@@ -185,7 +186,7 @@ impl Look {
         }
     }
 
-    /// Why nobody can say which partitions are a disk's own.
+    /// The fault of a disk whose partitions can't be identified.
     fn fault(&self, disk: &Disk, error: &anyhow::Error) -> Fault {
         let has_twin = disk.parts.values().any(|partuuid| self.inventory.find(partuuid).is_err());
         Fault::new(if has_twin { Code::F03 } else { Code::F01 }, format!("{error:#}"))
@@ -213,21 +214,21 @@ fn space(role: &Role, mount: &Mount) -> Option<Space> {
     Some(Space { role: role.clone(), mounted_at: mount.at.clone(), free: s.blocks_available() * unit, size: s.blocks() * unit })
 }
 
-/// The version of the JSON. Fields may be added in one version; a field that changes its meaning, or goes, makes another version.
+/// The version of the JSON. A new field keeps the version; a field that changes its meaning, or is removed, changes it.
 const VERSION: u32 = 1;
 
-/// How it stands.
+/// The report on the machine and its disks.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Report {
     /// [`VERSION`].
     pub version: u32,
     /// Whether there is a configuration.
     pub configured: bool,
-    /// When it was looked at. All times are in seconds since 1970.
+    /// The time at which the facts were gathered. All times are in seconds since 1970.
     pub time: u64,
     /// `own-roots` or `shared-root`.
     pub layout: Option<&'static str>,
-    /// How the root stands: `whole`, `degraded`, or `behind` where a disk that was away lacks what was written meanwhile.
+    /// The state of the root: `whole`, `degraded`, or `behind` if a disk that was away lacks the changes since then.
     pub root: Option<&'static str>,
     /// Whether a sync or a verification is running.
     pub running: bool,
@@ -236,56 +237,56 @@ pub struct Report {
     pub exit: Exit,
     /// The warnings of the configuration.
     pub warnings: Vec<String>,
-    /// The facts that could not be seen, and why.
+    /// The facts that could not be read, each with the reason.
     pub not_seen: Vec<String>,
     /// Every disk.
     pub disks: Vec<DiskReport>,
 }
 
-/// How it stands with a disk.
+/// The report on a disk.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct DiskReport {
     /// Its name.
     pub name: DiskName,
     /// Whether it was booted.
     pub booted: bool,
-    /// Whether it is there.
+    /// Whether at least one of its partitions is present.
     pub present: bool,
-    /// Partitions of it that aren't there, while others are.
+    /// Its missing partitions, while others are present.
     pub missing: Vec<Role>,
     /// All partitions that the configuration names.
     pub partitions: Vec<PartReport>,
-    /// Since when syncs have not found it.
+    /// The time of the first sync that did not find it, if it is missing since then.
     pub absent_since: Option<u64>,
-    /// Whether it boots without the others, as far as is known; null where nobody knows, and for the booted disk.
+    /// Whether it boots without the others; null if that is unknown, and for the booted disk.
     pub boots: Option<bool>,
-    /// What happens to the machine with this disk if the others die now, in words.
+    /// The fate of the machine with this disk if the others died now, as a sentence.
     pub if_others_died: String,
-    /// Why it would not boot, or nobody knows whether it would; of the booted disk, why it may not boot again. Empty if all is well.
+    /// The reasons why it would not boot, or why that is unknown; for the booted disk, why it may not boot again. Empty if there are none.
     pub faults: Vec<Fault>,
-    /// When a sync last left it as a copy that boots, and nothing has begun to write it since.
+    /// The time of the last sync that left it bootable, if no later sync began to write it.
     pub last_good_sync: Option<u64>,
-    /// How the last sync of it ended.
+    /// The end of its last sync.
     pub last_sync: Option<End>,
-    /// When the sync began that has not ended.
+    /// The time at which an unfinished sync of it began.
     pub sync_begun: Option<u64>,
-    /// The last time that its boot files were read from the medium and compared.
+    /// The last verification, which read its boot files from the medium and compared them.
     pub last_verify: Option<Reading>,
-    /// Which generation of its root is mounted, where it has any.
+    /// The mounted generation of its root, if the root has generations.
     pub generation: Option<u32>,
-    /// What its own record says; null where that can't be read.
+    /// The contents of the record on its ESP; null if that can't be read.
     pub lineage: Option<LineageReport>,
     #[serde(skip)]
     lineage_unknown: Option<String>,
-    /// The firmware's entries for it, as `0001`; null where the firmware's variables can't be read.
+    /// The numbers of the firmware's entries for it, as `0001`; null if the firmware's variables can't be read.
     pub efi_entries: Option<Vec<String>>,
-    /// The place of the first of them in BootOrder, from 1.
+    /// The place of the first of these entries in BootOrder, from 1.
     pub boot_order: Option<usize>,
-    /// Its file systems that are mounted.
+    /// The free space of its mounted file systems.
     pub space: Vec<Space>,
 }
 
-/// A partition of a disk; all but its role and PARTUUID is null if it is absent.
+/// A partition of a disk. If it is missing, all fields except the role and the PARTUUID are null.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct PartReport {
     /// Its key in the configuration.
@@ -294,9 +295,9 @@ pub struct PartReport {
     pub number: Option<u32>,
     /// Its PARTUUID.
     pub partuuid: PartUuid,
-    /// The UUID of its file system: in a LUKS container, once that is open.
+    /// The UUID of its file system; for a LUKS container, of the file system in it once it is open.
     pub uuid: Option<String>,
-    /// The type of that file system.
+    /// The type of the file system.
     pub filesystem: Option<String>,
     /// Its size.
     pub bytes: Option<u64>,
@@ -318,45 +319,45 @@ impl PartReport {
     }
 }
 
-/// What a disk's own record says.
+/// The contents of the record on a disk's ESP.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct LineageReport {
-    /// How many lives of each disk are in what it holds.
+    /// The number of boots of each disk whose changes this disk holds.
     pub lives: BTreeMap<DiskName, u64>,
     /// The disk that it was last synced from.
     pub synced_from: Option<DiskName>,
-    /// When.
+    /// The time of that sync.
     pub synced: Option<u64>,
-    /// What it holds and the booted disk lacks, in words.
+    /// The changes that it holds and the booted disk lacks, as a phrase.
     pub newer: Option<String>,
 }
 
-/// What becomes of a disk if the others die.
+/// The fate of a disk if the others died.
 struct Fate {
     boots: Option<bool>,
     standing: Standing,
-    told: String,
+    sentence: String,
     faults: Vec<Fault>,
 }
 
 impl Fate {
-    fn new(boots: Option<bool>, standing: Standing, told: impl Into<String>) -> Self {
-        Self { boots, standing, told: told.into(), faults: Vec::new() }
+    fn new(boots: Option<bool>, standing: Standing, sentence: impl Into<String>) -> Self {
+        Self { boots, standing, sentence: sentence.into(), faults: Vec::new() }
     }
 
     fn unknown(standing: Standing, fault: Fault) -> Self {
-        Self { faults: vec![fault.clone()], ..Self::new(None, standing, format!("nobody knows: {fault}")) }
+        Self { faults: vec![fault.clone()], ..Self::new(None, standing, format!("unknown: {fault}")) }
     }
 
-    /// `when` that was found is told after the first of the faults.
+    /// A disk that would not boot. `when` is the time of the finding, and follows the first of the faults.
     fn fails(faults: Vec<Fault>, when: &str) -> Self {
-        let told = format!("would not boot: {}{when}", first(&faults));
-        Self { faults, ..Self::new(Some(false), Standing::Broken, told) }
+        let sentence = format!("would not boot: {}{when}", first(&faults));
+        Self { faults, ..Self::new(Some(false), Standing::Broken, sentence) }
     }
 }
 
 impl Report {
-    /// The report of a machine that isn't configured, of which nothing is known.
+    /// The report on a machine without a configuration, whose disks are unknown.
     pub fn unconfigured() -> Self {
         Self {
             version: VERSION,
@@ -372,7 +373,7 @@ impl Report {
         }
     }
 
-    /// Decides.
+    /// Draws the conclusions from the facts.
     pub fn new(facts: &Facts) -> Self {
         let booted = facts.disks.iter().find(|disk| disk.booted);
         let own = booted.and_then(|disk| match &disk.record {
@@ -381,9 +382,9 @@ impl Report {
         });
         let mut standing = Standing::Whole;
         let disks = facts.disks.iter().map(|disk| {
-            let fate = if disk.booted { goes_on(facts, disk) } else { fate(facts, disk) };
+            let fate = if disk.booted { fate_of_booted(facts, disk) } else { fate_of_spare(facts, disk) };
             standing = standing.max(fate.standing);
-            of_disk(disk, fate, own)
+            disk_report(disk, fate, own)
         });
         let disks = disks.collect();
         let layout = match facts.layout {
@@ -410,10 +411,10 @@ impl Report {
     }
 }
 
-fn of_disk(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) -> DiskReport {
+fn disk_report(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) -> DiskReport {
     let seen = disk.seen.as_ref().filter(|_| !disk.booted);
     let (lineage, lineage_unknown) = match &disk.record {
-        Lineage::Read(record) => (Some(lineage(record, disk.name, booted)), None),
+        Lineage::Read(record) => (Some(lineage_report(record, disk.name, booted)), None),
         Lineage::Unknown(why) => (None, Some(why.clone())),
     };
     DiskReport {
@@ -424,7 +425,7 @@ fn of_disk(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) ->
         partitions: disk.partitions.clone(),
         absent_since: seen.and_then(|seen| seen.absent_since).filter(|_| !disk.present),
         boots: fate.boots,
-        if_others_died: fate.told,
+        if_others_died: fate.sentence,
         faults: fate.faults.into_iter().map(|fault| fault.of(disk.name)).collect(),
         last_good_sync: seen.and_then(|seen| seen.proof.as_ref()).map(|proof| proof.at),
         last_sync: seen.and_then(|seen| seen.last.clone()),
@@ -439,7 +440,7 @@ fn of_disk(disk: &DiskFacts, fate: Fate, booted: Option<(DiskName, &Record)>) ->
     }
 }
 
-fn lineage(record: &Record, disk: DiskName, booted: Option<(DiskName, &Record)>) -> LineageReport {
+fn lineage_report(record: &Record, disk: DiskName, booted: Option<(DiskName, &Record)>) -> LineageReport {
     let relation = booted.filter(|(name, _)| *name != disk).map(|(name, own)| (name, own.relation(name, record)));
     let newer = match relation {
         Some((name, Relation::Newer(lead) | Relation::Split(_, lead))) => Some(lead.describe(name)),
@@ -449,48 +450,46 @@ fn lineage(record: &Record, disk: DiskName, booted: Option<(DiskName, &Record)>)
     LineageReport { lives: record.boots().collect(), synced_from, synced, newer }
 }
 
-/// What becomes of the booted disk.
-fn goes_on(facts: &Facts, disk: &DiskFacts) -> Fate {
-    let mut told = match (facts.layout, facts.root) {
-        (Layout::OwnRoots, _) => "goes on running: its root is its own".to_owned(),
-        (Layout::SharedRoot, heal::RootState::Whole) => "goes on running, with one half of the shared root".to_owned(),
-        (Layout::SharedRoot, heal::RootState::Degraded) => {
-            "goes on running: the shared root is without one of its disks already".to_owned()
-        }
+/// The fate of the booted disk: the machine continues to run, but its files may be damaged.
+fn fate_of_booted(facts: &Facts, disk: &DiskFacts) -> Fate {
+    let mut sentence = match (facts.layout, facts.root) {
+        (Layout::OwnRoots, _) => "continues to run: it has a root of its own".to_owned(),
+        (Layout::SharedRoot, heal::RootState::Whole) => "continues to run, with one half of the shared root".to_owned(),
+        (Layout::SharedRoot, heal::RootState::Degraded) => "continues to run: the shared root is degraded already".to_owned(),
         (Layout::SharedRoot, heal::RootState::Behind) => {
-            "may stop: one half of the shared root is behind, until dualroot-heal.service has ended well".to_owned()
+            "may stop: one half of the shared root is out of date until dualroot-heal.service has succeeded".to_owned()
         }
     };
     let Some(read) = disk.own.as_ref().filter(|read| !read.faults.is_empty()) else {
-        return Fate::new(None, Standing::Whole, told);
+        return Fate::new(None, Standing::Whole, sentence);
     };
-    told.push_str(&format!("; but it may not boot again: {}, read at {}", first(&read.faults), date(read.at)));
-    Fate { faults: read.faults.clone(), ..Fate::new(None, Standing::Broken, told) }
+    sentence.push_str(&format!("; but it may not boot again: {}, read at {}", first(&read.faults), date(read.at)));
+    Fate { faults: read.faults.clone(), ..Fate::new(None, Standing::Broken, sentence) }
 }
 
-/// What becomes of a spare, by what is known of it now, and else by what the last sync has found.
-fn fate(facts: &Facts, disk: &DiskFacts) -> Fate {
+/// The fate of a spare: by the present facts, and if these show no fault, by the results of its last sync.
+fn fate_of_spare(facts: &Facts, disk: &DiskFacts) -> Fate {
     if let Some(fault) = &disk.fault {
         return Fate::unknown(Standing::Refused, fault.clone());
     }
     let seen = disk.seen.as_ref();
     if !disk.present {
         let since = seen.and_then(|seen| seen.absent_since).map(|at| format!(" (no sync has found it since {})", date(at)));
-        let told = format!("is not there{}", since.unwrap_or_default());
-        let faults = vec![Fault::new(Code::F21, told.clone())];
-        return Fate { faults, ..Fate::new(Some(false), Standing::Absent, told) };
+        let sentence = format!("is missing{}", since.unwrap_or_default());
+        let faults = vec![Fault::new(Code::F21, sentence.clone())];
+        return Fate { faults, ..Fate::new(Some(false), Standing::Absent, sentence) };
     }
     if let Some(role) = disk.missing.first() {
-        let text = format!("its {role}= partition isn't there, but others of it are");
+        let text = format!("its {role}= partition is missing, but other partitions of it are present");
         return Fate::unknown(Standing::Refused, Fault::new(Code::F21, text).on(role));
     }
     match facts.root {
         heal::RootState::Whole => {}
         heal::RootState::Degraded => {
-            return Fate::fails(vec![Fault::new(Code::F28, "the shared root is without one of its disks")], "");
+            return Fate::fails(vec![Fault::new(Code::F28, "the shared root is degraded: one of its disks is missing")], "");
         }
         heal::RootState::Behind => {
-            let text = "one half of the shared root is behind, until dualroot-heal.service has ended well";
+            let text = "one half of the shared root is out of date until dualroot-heal.service has succeeded";
             return Fate::fails(vec![Fault::new(Code::F29, text)], "");
         }
     }
@@ -501,8 +500,8 @@ fn fate(facts: &Facts, disk: &DiskFacts) -> Fate {
     }
     let Some(seen) = seen else { return unknown(Code::Unknown, format!("{booted} has not synced it yet")) };
     match (seen.begun, &seen.last) {
-        (Some(at), _) if !facts.running => unknown(Code::F18, format!("the sync that began at {} has not ended", date(at))),
-        (Some(at), None) => unknown(Code::Unknown, format!("its first sync began at {}, and is running", date(at))),
+        (Some(at), _) if !facts.running => unknown(Code::F18, format!("the sync that began at {} was interrupted", date(at))),
+        (Some(at), None) => unknown(Code::Unknown, format!("its first sync began at {} and is still running", date(at))),
         (None, None) => unknown(Code::Unknown, format!("{booted} has not synced it yet")),
         (_, Some(last)) => by_last_sync(facts, seen, last),
     }
@@ -517,9 +516,9 @@ fn by_last_sync(facts: &Facts, seen: &Seen, last: &End) -> Fate {
     let unknown = |standing: Standing, text: String| {
         Fate::unknown(standing, Fault::new(last.code.unwrap_or(Code::Unknown), text + &earlier()))
     };
-    // What has been written since a verification is not what that read.
-    let unwritten = seen.proof.is_some() || seen.begun.is_some();
-    if let Some(read) = seen.read.as_ref().filter(|read| unwritten && !read.faults.is_empty()) {
+    // A verification says nothing about files that were written after it.
+    let is_unwritten = seen.proof.is_some() || seen.begun.is_some();
+    if let Some(read) = seen.read.as_ref().filter(|read| is_unwritten && !read.faults.is_empty()) {
         return Fate::fails(read.faults.clone(), &format!(", read at {}", date(read.at)));
     }
     match &last.outcome {
@@ -527,16 +526,16 @@ fn by_last_sync(facts: &Facts, seen: &Seen, last: &End) -> Fate {
         Outcome::Refused(why) => unknown(Standing::Refused, format!("the sync of {at} was refused: {why}")),
         Outcome::WouldNotBoot(faults) => Fate::fails(faults.clone(), &format!(", as of {at}")),
         Outcome::Boots => {
-            let content = match facts.layout {
-                Layout::OwnRoots => format!(", with what was there {}", ago(facts.now, last.at)),
+            let contents = match facts.layout {
+                Layout::OwnRoots => format!(", with the files of {}", ago(facts.now, last.at)),
                 Layout::SharedRoot => String::new(),
             };
-            Fate::new(Some(true), Standing::Whole, format!("boots, as of {at}{content}"))
+            Fate::new(Some(true), Standing::Whole, format!("boots, as of {at}{contents}"))
         }
     }
 }
 
-/// The first of several faults, and how many more there are.
+/// The first of several faults, and the number of the others.
 fn first(faults: &[Fault]) -> String {
     match faults {
         [] => "for an unknown reason".to_owned(),
@@ -545,9 +544,9 @@ fn first(faults: &[Fault]) -> String {
     }
 }
 
-/// How long ago something was, in one unit.
+/// The time between `then` and now, in one unit.
 fn ago(now: u64, then: u64) -> String {
-    let Some(seconds) = now.checked_sub(then) else { return "at a time that is yet to come".to_owned() };
+    let Some(seconds) = now.checked_sub(then) else { return "a time in the future".to_owned() };
     let units = [("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)];
     let (unit, length) = units.into_iter().find(|(_, length)| seconds >= *length).unwrap_or(("second", 1));
     let count = seconds / length;

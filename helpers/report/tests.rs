@@ -64,34 +64,34 @@ fn proof(at: u64) -> Proof {
     Proof { at, synced: None, files: BTreeMap::new() }
 }
 
-/// The failure modes of a disk, as a report has them.
+/// The codes of a disk's faults in a report.
 fn codes(report: &Report, disk: usize) -> Vec<Code> {
     let disk = &report.disks[disk];
     assert!(disk.faults.iter().all(|fault| fault.disk == Some(disk.name)), "{:?}", disk.faults);
     crate::base::fault::tests::codes(&disk.faults)
 }
 
-/// What is told of the spare, its faults, whether it boots, and the exit status.
+/// The sentence about the spare, the codes of its faults, whether it boots, and the exit status.
 fn spare(change: impl FnOnce(&mut Facts, &mut DiskFacts)) -> (String, Vec<Code>, Option<bool>, u8) {
     let report = Report::new(&pair(change));
-    let told = &report.disks[1];
-    (told.if_others_died.clone(), codes(&report, 1), told.boots, report.exit.status())
+    let disk = &report.disks[1];
+    (disk.if_others_died.clone(), codes(&report, 1), disk.boots, report.exit.status())
 }
 
-fn is(found: (String, Vec<Code>, Option<bool>, u8), told: &str, codes: &[Code], boots: Option<bool>, status: u8) {
-    assert_eq!(found, (told.to_owned(), codes.to_vec(), boots, status));
+fn is(found: (String, Vec<Code>, Option<bool>, u8), sentence: &str, codes: &[Code], boots: Option<bool>, status: u8) {
+    assert_eq!(found, (sentence.to_owned(), codes.to_vec(), boots, status));
 }
 
 #[test]
 fn a_spare_by_its_last_sync() {
     let with = |outcome: Outcome| spare(|_, disk| disk.seen = Some(seen(outcome)));
-    is(with(Outcome::Boots), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", &[], Some(true), 0);
+    is(with(Outcome::Boots), "boots, as of 2026-11-21 10:00:00 UTC, with the files of 2 hours ago", &[], Some(true), 0);
     let faults = vec![Fault::new(Code::F10, "esp: linux is missing"), Fault::new(Code::F16, "another")];
     let told = "would not boot: esp: linux is missing (and 1 more), as of 2026-11-21 10:00:00 UTC";
     is(with(Outcome::WouldNotBoot(faults)), told, &[Code::F10, Code::F16], Some(false), 1);
-    let told = "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: EIO";
+    let told = "unknown: the sync of 2026-11-21 10:00:00 UTC failed: EIO";
     is(with(Outcome::Failed("EIO".into())), told, &[Code::Unknown], None, 1);
-    let told = "nobody knows: the sync of 2026-11-21 10:00:00 UTC was refused: disk1 is newer";
+    let told = "unknown: the sync of 2026-11-21 10:00:00 UTC was refused: disk1 is newer";
     is(with(Outcome::Refused("disk1 is newer".into())), told, &[Code::Unknown], None, 3);
     let newer = spare(|_, disk| {
         let mut seen = seen(Outcome::Refused("disk1 is newer".into()));
@@ -99,18 +99,17 @@ fn a_spare_by_its_last_sync() {
         disk.seen = Some(seen);
     });
     is(newer, told, &[Code::F07], None, 3);
-    is(spare(|_, _| {}), "nobody knows: disk0 has not synced it yet", &[Code::Unknown], None, 1);
-    // What was proven before is told, if nothing was written since.
+    is(spare(|_, _| {}), "unknown: disk0 has not synced it yet", &[Code::Unknown], None, 1);
+    // The sentence names an earlier sync after which the spare booted, if nothing was written since.
     let found = spare(|_, disk| {
         disk.seen = Some(Seen { proof: Some(proof(T - 60)), ..seen(Outcome::Failed("dpkg is at work".into())) });
     });
-    let told =
-        "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: dpkg is at work (it boots, as of 2026-11-21 09:59:00 UTC)";
+    let told = "unknown: the sync of 2026-11-21 10:00:00 UTC failed: dpkg is at work (it boots, as of 2026-11-21 09:59:00 UTC)";
     is(found, told, &[Code::Unknown], None, 1);
 }
 
 #[test]
-fn a_spare_that_is_being_synced_is_what_it_was() {
+fn a_spare_that_is_being_synced_counts_by_its_last_sync() {
     let being = |running: bool, last: bool| {
         spare(|facts, disk| {
             facts.running = running;
@@ -119,22 +118,16 @@ fn a_spare_that_is_being_synced_is_what_it_was() {
             disk.seen = Some(being);
         })
     };
-    is(being(true, true), "boots, as of 2026-11-21 10:00:00 UTC, with what was there 2 hours ago", &[], Some(true), 0);
+    is(being(true, true), "boots, as of 2026-11-21 10:00:00 UTC, with the files of 2 hours ago", &[], Some(true), 0);
     is(
         being(true, false),
-        "nobody knows: its first sync began at 2026-11-21 10:01:00 UTC, and is running",
+        "unknown: its first sync began at 2026-11-21 10:01:00 UTC and is still running",
         &[Code::Unknown],
         None,
         1,
     );
     for last in [true, false] {
-        is(
-            being(false, last),
-            "nobody knows: the sync that began at 2026-11-21 10:01:00 UTC has not ended",
-            &[Code::F18],
-            None,
-            1,
-        );
+        is(being(false, last), "unknown: the sync that began at 2026-11-21 10:01:00 UTC was interrupted", &[Code::F18], None, 1);
     }
 }
 
@@ -151,14 +144,14 @@ fn results_that_cannot_be_read_are_not_called_missing() {
     let report = Report::new(&pair(|facts, _| facts.status_error = Some(error.clone())));
     assert_eq!(report.not_seen[0], format!("the results of earlier syncs ({error})"));
     let spare = &report.disks[1];
-    assert_eq!(spare.if_others_died, format!("nobody knows: the results of earlier syncs can't be read ({error})"));
+    assert_eq!(spare.if_others_died, format!("unknown: the results of earlier syncs can't be read ({error})"));
     assert_eq!((spare.boots, report.exit.status()), (None, 1));
     let (_, error) = stored_status(Status::load(&Root::new("/nowhere"), &config, booted), booted);
     assert_eq!(error, None, "a machine without a sync has no such file");
 }
 
 #[test]
-fn a_spare_that_is_not_there() {
+fn a_missing_spare() {
     let absent = |since| {
         spare(|_, disk| {
             disk.present = false;
@@ -166,18 +159,18 @@ fn a_spare_that_is_not_there() {
             disk.seen = Some(Seen { absent_since: since, ..seen(Outcome::Boots) });
         })
     };
-    is(absent(None), "is not there", &[Code::F21], Some(false), 4);
-    is(absent(Some(T)), "is not there (no sync has found it since 2026-11-21 10:00:00 UTC)", &[Code::F21], Some(false), 4);
+    is(absent(None), "is missing", &[Code::F21], Some(false), 4);
+    is(absent(Some(T)), "is missing (no sync has found it since 2026-11-21 10:00:00 UTC)", &[Code::F21], Some(false), 4);
     let found = spare(|_, disk| {
         disk.missing = BTreeSet::from([Role::Root]);
         disk.seen = Some(seen(Outcome::Boots));
     });
-    is(found, "nobody knows: its root= partition isn't there, but others of it are", &[Code::F21], None, 3);
+    is(found, "unknown: its root= partition is missing, but other partitions of it are present", &[Code::F21], None, 3);
     let found = spare(|_, disk| {
         disk.fault = Some(Fault::new(Code::F03, "/dev/sda1 and /dev/sdb1 both have the PARTUUID"));
         disk.present = false;
     });
-    is(found, "nobody knows: /dev/sda1 and /dev/sdb1 both have the PARTUUID", &[Code::F03], None, 3);
+    is(found, "unknown: /dev/sda1 and /dev/sdb1 both have the PARTUUID", &[Code::F03], None, 3);
 }
 
 #[test]
@@ -187,19 +180,19 @@ fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
             heal::RootState::Whole,
             &[][..],
             "boots, as of 2026-11-21 10:00:00 UTC",
-            "goes on running, with one half of the shared root",
+            "continues to run, with one half of the shared root",
         ),
         (
             heal::RootState::Degraded,
             &[Code::F28],
-            "would not boot: the shared root is without one of its disks",
-            "goes on running: the shared root is without one of its disks already",
+            "would not boot: the shared root is degraded: one of its disks is missing",
+            "continues to run: the shared root is degraded already",
         ),
         (
             heal::RootState::Behind,
             &[Code::F29],
-            "would not boot: one half of the shared root is behind, until dualroot-heal.service has ended well",
-            "may stop: one half of the shared root is behind, until dualroot-heal.service has ended well",
+            "would not boot: one half of the shared root is out of date until dualroot-heal.service has succeeded",
+            "may stop: one half of the shared root is out of date until dualroot-heal.service has succeeded",
         ),
     ] {
         let shared = |facts: &mut Facts, disk: &mut DiskFacts| {
@@ -213,7 +206,7 @@ fn a_shared_root_that_is_not_whole_boots_from_no_other_disk() {
 }
 
 #[test]
-fn what_a_verification_found_counts() {
+fn the_faults_of_a_verification_count() {
     let read = |faults: &[(Code, &str)]| Reading { at: T + 60, faults: faults.iter().map(|(c, t)| Fault::new(*c, *t)).collect() };
     let found = spare(|_, disk| {
         disk.seen = Some(Seen {
@@ -224,7 +217,7 @@ fn what_a_verification_found_counts() {
     let told = "would not boot: esp: linux is not what the last sync read there, read at 2026-11-21 10:01:00 UTC";
     is(found, told, &[Code::F37], Some(false), 1);
     // A sync that failed has written it.
-    for (proof, told) in [(Some(proof(T)), told), (None, "nobody knows: the sync of 2026-11-21 10:00:00 UTC failed: EIO")] {
+    for (proof, told) in [(Some(proof(T)), told), (None, "unknown: the sync of 2026-11-21 10:00:00 UTC failed: EIO")] {
         let found = spare(|_, disk| {
             let faults = &[(Code::F37, "esp: linux is not what the last sync read there")];
             disk.seen = Some(Seen { read: Some(read(faults)), proof, ..seen(Outcome::Failed("EIO".into())) });
@@ -240,7 +233,7 @@ fn what_a_verification_found_counts() {
     assert_eq!((codes(&report, 0), codes(&report, 1)), (vec![Code::F20], vec![]));
     assert_eq!(
         report.disks[0].if_others_died,
-        "goes on running: its root is its own; but it may not boot again: esp (/boot): linux can't be read: EIO, \
+        "continues to run: it has a root of its own; but it may not boot again: esp (/boot): linux can't be read: EIO, \
          read at 2026-11-21 10:01:00 UTC"
     );
 }
@@ -261,7 +254,7 @@ fn the_worst_of_several_spares_counts() {
     assert!(report(|_| {}).text().contains("if the others died: "));
 }
 
-/// A pair with everything that can be told of it.
+/// The report on a pair that fills every field.
 fn full() -> Report {
     Report::new(&pair(|facts, disk| {
         facts.warnings = vec!["/etc/dualroot.conf:9: unknown key 'colour=' in section [disk1], ignoring".to_owned()];
@@ -317,7 +310,7 @@ fn records_are_compared() {
     };
     let level = report(&a, &b);
     assert_eq!((level.synced_from, level.newer), (Some(name(0)), None));
-    // B is synced to A, and goes on without it.
+    // B is synced to A, and then used without it.
     b.synced(name(1), name(0), &mut a);
     assert!(b.left_behind(name(1), name(0)));
     let newer = report(&a, &b);
@@ -326,15 +319,15 @@ fn records_are_compared() {
 }
 
 #[test]
-fn times_past() {
+fn times_are_relative_to_now() {
     for (seconds, told) in [(0, "0 seconds ago"), (1, "1 second ago"), (3599, "59 minutes ago"), (86400, "1 day ago")] {
         assert_eq!(ago(T + seconds, T), told);
     }
-    assert_eq!(ago(T, T + 1), "at a time that is yet to come");
+    assert_eq!(ago(T, T + 1), "a time in the future");
 }
 
 #[test]
-fn where_the_firmware_has_a_disk() {
+fn a_disk_is_found_in_the_firmwares_order() {
     let [own, other] =
         ["aaaaaaaa", "bbbbbbbb"].map(|start| PartUuid::parse(&format!("{start}-0000-4000-8000-000000000001")).unwrap());
     let option = |number, partition| load_option::BootOption {

@@ -1,4 +1,4 @@
-//! A report for a terminal, and as metrics.
+//! The report as text for a terminal, and as metrics.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -8,36 +8,38 @@ use crate::base::clock::date;
 use crate::base::fault::{Code, told};
 use crate::pair::status::Outcome;
 
-/// A metric: its name, what it says, and its value for a disk, if it has one.
+/// A metric: its name, its help text, and its value for a disk, if it has one.
 type Metric = (&'static str, &'static str, fn(&DiskReport) -> Option<u64>);
 
-/// All of them are gauges with the label `disk`.
+/// The metrics of each disk, all gauges with the label `disk`.
 const METRICS: [Metric; 5] = [
     ("dualroot_booted", "Whether this disk was booted.", |disk| Some(disk.booted.into())),
-    ("dualroot_spare_present", "Whether this spare disk is there.", |disk| {
+    ("dualroot_spare_present", "Whether this spare disk is present, with all its partitions.", |disk| {
         (!disk.booted).then_some((disk.present && disk.missing.is_empty()).into())
     }),
     ("dualroot_spare_boots", "Whether this spare disk is known to boot without the others.", |disk| {
         (!disk.booted).then_some((disk.boots == Some(true)).into())
     }),
-    ("dualroot_last_sync_timestamp_seconds", "When a sync last left this spare disk as a copy that boots.", |disk| {
+    ("dualroot_last_sync_timestamp_seconds", "Time of the last sync that left this spare disk bootable.", |disk| {
         disk.last_good_sync
     }),
-    ("dualroot_last_verify_timestamp_seconds", "When the boot files of this disk were last read from its medium.", |disk| {
-        disk.last_verify.as_ref().map(|read| read.at)
-    }),
+    (
+        "dualroot_last_verify_timestamp_seconds",
+        "Time at which the boot files of this disk were last read from its medium.",
+        |disk| disk.last_verify.as_ref().map(|read| read.at),
+    ),
 ];
 
 /// The metric with a second label, `fault`.
 const FAULTS: (&str, &str) = ("dualroot_fault", "1 for each kind of fault that this disk has.");
 
-/// The text where there is no configuration.
+/// The text of a report without a configuration.
 const UNCONFIGURED: &str = "dualroot is not configured: /etc/dualroot.conf names no disks, so no disk is a spare of another. \
-    dualroot-clone(8) makes a blank disk a spare and writes the configuration; for disks that are copies already, write it by \
+    dualroot-clone(8) makes a blank disk a spare and writes the configuration; for disks that are copies already, write it as in \
     dualroot.conf(5).\n";
 
 impl Report {
-    /// In the text format of Prometheus.
+    /// The report in the text format of Prometheus.
     pub fn prometheus(&self) -> String {
         let configured = u8::from(self.configured);
         let mut text = format!(
@@ -62,7 +64,7 @@ impl Report {
         text
     }
 
-    /// For people: a block for each disk.
+    /// The report for people: a block for each disk.
     pub fn text(&self) -> String {
         if !self.configured {
             return UNCONFIGURED.to_owned();
@@ -71,11 +73,11 @@ impl Report {
         if self.layout == Some("shared-root") {
             let _ = writeln!(text, "shared root: {}\n", self.root.unwrap_or("unknown"));
         }
-        let names = |of: &DiskReport| match self.disks.iter().filter(|disk| disk.name != of.name).collect::<Vec<_>>()[..] {
+        let others = |of: &DiskReport| match self.disks.iter().filter(|disk| disk.name != of.name).collect::<Vec<_>>()[..] {
             [only] => only.name.to_string(),
             _ => "the others".to_owned(),
         };
-        let blocks: Vec<String> = self.disks.iter().map(|disk| block(disk, &names(disk))).collect();
+        let blocks: Vec<String> = self.disks.iter().map(|disk| block(disk, &others(disk))).collect();
         text.push_str(&blocks.join("\n"));
         if !self.warnings.is_empty() || !self.not_seen.is_empty() {
             text.push('\n');
@@ -90,20 +92,20 @@ impl Report {
     }
 }
 
-/// A value of a label (Prometheus, exposition formats).
+/// Escapes the value of a label (Prometheus, exposition formats).
 fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 fn block(disk: &DiskReport, others: &str) -> String {
-    let what = match (disk.booted, disk.present) {
+    let state = match (disk.booted, disk.present) {
         (true, _) => "booted",
         (false, true) => "spare",
-        (false, false) => "spare, not there",
+        (false, false) => "spare, missing",
     };
-    let mut text = format!("{}: {what}\n", disk.name);
+    let mut text = format!("{}: {state}\n", disk.name);
     for (key, value) in lines(disk, others) {
-        // What a fault quotes may have several lines.
+        // A fault may quote several lines.
         let _ = writeln!(text, "{key:>16}: {}", value.replace('\n', "; "));
     }
     text
@@ -146,7 +148,7 @@ fn lines(disk: &DiskReport, others: &str) -> Vec<(String, String)> {
     };
     line("EFI entry", entry);
     if !disk.missing.is_empty() {
-        line("not there", disk.missing.iter().map(|role| format!("{role}=")).collect::<Vec<_>>().join(", "));
+        line("missing", disk.missing.iter().map(|role| format!("{role}=")).collect::<Vec<_>>().join(", "));
     }
     for space in &disk.space {
         line("free", free(space));
@@ -158,8 +160,9 @@ fn holds(disk: &DiskReport) -> String {
     let Some(lineage) = &disk.lineage else {
         return format!("unknown ({})", disk.lineage_unknown.as_deref().unwrap_or_default());
     };
-    let lives: Vec<String> = lineage.lives.iter().map(|(name, count)| format!("life {count} of {name}")).collect();
-    let mut text = if lives.is_empty() { "nothing that is on record".to_owned() } else { lives.join(", ") };
+    let plural = |count: u64| if count == 1 { "boot" } else { "boots" };
+    let boots: Vec<String> = lineage.lives.iter().map(|(name, count)| format!("{count} {} of {name}", plural(*count))).collect();
+    let mut text = if boots.is_empty() { "no recorded boots".to_owned() } else { boots.join(", ") };
     if let (Some(from), Some(at)) = (lineage.synced_from, lineage.synced) {
         text.push_str(&format!("; synced from {from} at {}", date(at)));
     }
@@ -173,11 +176,10 @@ fn free(space: &Space) -> String {
     format!("{} of {} in {}= ({})", size(space.free), size(space.size), space.role, space.mounted_at.display())
 }
 
-/// A size in bytes as people read it, rounded down.
+/// A size for people, rounded down to a tenth of its unit.
 fn size(bytes: u64) -> String {
     let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
     match units.into_iter().find(|(_, shift)| bytes >> shift > 0) {
-        // Of tens, as many as there are.
         Some((unit, shift)) => format!("{}.{} {unit}", bytes >> shift, ((bytes >> (shift - 10)) % 1024) * 10 / 1024),
         None => format!("{bytes} bytes"),
     }
