@@ -37,7 +37,7 @@ pub fn note(root: &Root) -> Result<()> {
 /// As [`note`].
 pub fn note_with(root: &Root, config: Option<&Config>) -> Result<()> {
     let (_, esp) = booted_esp(root)?;
-    let device = fs::metadata(esp.device_path()).with_context(|| format!("the booted ESP {esp} isn't there"))?.rdev();
+    let device = fs::metadata(esp.device_path()).with_context(|| format!("the booted ESP {esp} is missing"))?.rdev();
     let table = mounts::table()?;
     let is_there = |dir: &&str| mounts::at(&table, Path::new(dir)).is_some_and(|mount| mount.is_of(device) && mount.root == "/");
     let dir = PLACES.into_iter().find(is_there).ok_or_else(|| {

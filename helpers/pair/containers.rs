@@ -10,7 +10,7 @@ use crate::devices::luks::{has_key, open};
 use crate::names::crypttab::KEY;
 use crate::pair::machine::Machine;
 
-/// Opens the spares' containers that luks= names, as far as they are there and closed. Returns whether any was opened.
+/// Opens the spares' containers that luks= names and that are present and closed. Returns whether any was opened.
 pub fn open_spares(machine: &Machine, log: &Log) -> bool {
     let trees = &machine.config.settings.luks;
     if trees.is_empty() {

@@ -32,7 +32,7 @@ pub(crate) const VENDOR: Uuid = uuid!("5e3df885-f0ed-4d14-bd72-a97d06c0619f");
 pub enum RootState {
     /// Every disk holds all of it, or each disk has a root of its own.
     Whole,
-    /// It is mounted without one of its disks, or one has dropped out since.
+    /// One of its disks was missing at the mount, or has dropped out since.
     Degraded,
     /// It was degraded, and the disk that was away is not healed yet.
     Behind,
@@ -163,7 +163,7 @@ mod tests {
         u64::from(device.as_bytes()[0] - b'a' + 1)
     }
 
-    /// A machine whose root is a btrfs, and what a test does to it.
+    /// A machine whose root is a btrfs, with functions that change its disks.
     struct Machine {
         _dir: tempfile::TempDir,
         root: Root,
@@ -205,8 +205,8 @@ mod tests {
             self.root.path("/sys/firmware/efi/efivars")
         }
 
-        fn shown(&self, what: &str) -> std::path::PathBuf {
-            self.root.path("/sys/fs/btrfs").join(UUID.to_string()).join(what)
+        fn shown(&self, name: &str) -> std::path::PathBuf {
+            self.root.path("/sys/fs/btrfs").join(UUID.to_string()).join(name)
         }
 
         /// Puts in device `which` of the file system, with this name.
@@ -364,10 +364,10 @@ mod tests {
         let file = machine.vars().join(name);
         fs::write(&file, format!("\x07\0\0\0{UUID} 11111111-2222")).unwrap();
         assert_eq!(machine.probe(), RootState::Behind);
-        // A record of another root stays, and that of this one is removed. The same with records that are cut off, or no text.
+        // A record of another root stays, and so do records that are truncated or no text; the one of this root is removed.
         let other = format!("\x07\0\0\0b{} 11111111-2222", &UUID.to_string()[1..]);
-        let cut = format!("\x07\0\0\0{UUID}");
-        for bytes in [other.as_bytes(), cut.as_bytes(), b"", b"\x07\0", b"\x07\0\0\0", b"\x07\0\0\0\xff\n "] {
+        let truncated = format!("\x07\0\0\0{UUID}");
+        for bytes in [other.as_bytes(), truncated.as_bytes(), b"", b"\x07\0", b"\x07\0\0\0", b"\x07\0\0\0\xff\n "] {
             fs::write(&file, bytes).unwrap();
             machine.write(KEPT, "");
             assert_eq!(machine.probe(), RootState::Behind);

@@ -97,7 +97,7 @@ impl Record {
         if text.starts_with("boot=") {
             return Self::parse_first(text);
         }
-        let (body, sum) = text.rsplit_once('\n').context("it is cut off")?;
+        let (body, sum) = text.rsplit_once('\n').context("it is truncated")?;
         let body = format!("{body}\n");
         if sum.strip_prefix(SUM) != Some(hash(&body).as_str()) {
             bail!("its last line is not the hash of the other lines");
@@ -229,10 +229,10 @@ impl Record {
         self.synced
     }
 
-    /// Notes that the disk was booted: with a boot, it begins a new life.
+    /// Notes that the disk was booted. A second call in the same boot changes nothing.
     ///
     /// # Errors
-    /// A kernel that doesn't tell.
+    /// A boot ID that can't be read from the kernel.
     pub fn note_boot(&mut self, root: &Root, own: DiskName) -> Result<()> {
         self.booted(own, kernel_id(root, "boot_id")?, now());
         Ok(())
@@ -401,7 +401,7 @@ mod tests {
         boot(&mut a, 0, 2);
         a.check(disk(0), disk(1), &b).unwrap();
         a.synced(disk(0), disk(1), &mut b);
-        // A drops out, a week on B; A returns and is booted.
+        // A drops out, and B is used for a week; A returns and is booted.
         for day in 3..=9 {
             boot(&mut b, 1, day);
         }
@@ -553,11 +553,11 @@ mod tests {
             assert_eq!(Record::parse(record.text().as_bytes()).unwrap(), *record);
         }
         let whole = b.text();
-        for cut in 0..whole.len() - 1 {
-            assert!(Record::parse(&whole.as_bytes()[..cut]).is_err(), "{cut}");
+        for at in 0..whole.len() - 1 {
+            assert!(Record::parse(&whole.as_bytes()[..at]).is_err(), "{at}");
             let mut torn = whole.clone().into_bytes();
-            torn[cut] ^= 1;
-            assert!(Record::parse(&torn).is_err(), "{cut}");
+            torn[at] ^= 1;
+            assert!(Record::parse(&torn).is_err(), "{at}");
         }
         let summed = |lines: &str| format!("{lines}{SUM}{}\n", hash(lines));
         Record::parse(summed(&format!("{HEAD}\ndisk1=3 0\n")).as_bytes()).unwrap();

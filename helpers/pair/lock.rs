@@ -58,7 +58,7 @@ mod tests {
     use crate::base::refusal::Refused;
 
     #[test]
-    fn f23_one_at_a_time() {
+    fn f23_one_process_at_a_time_holds_the_lock() {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join("run/lock");
         let first = take_at(&path, false).unwrap();
@@ -75,7 +75,7 @@ mod tests {
     fn every_process_sees_that_the_lock_is_held() {
         let tmp = tempfile::tempdir().unwrap();
         let root = Root::new(tmp.path());
-        assert!(!is_held(&root), "there is none");
+        assert!(!is_held(&root), "there is no lock file");
         fs::create_dir_all(tmp.path().join("run/dualroot")).unwrap();
         fs::create_dir(tmp.path().join("proc")).unwrap();
         let file = File::create(tmp.path().join("run/dualroot/lock")).unwrap();

@@ -1,4 +1,4 @@
-//! The machine as a program finds it: the booted disk, its mounts, and the spares that are there.
+//! The machine as a program finds it: the booted disk, its mounts, and the spares that are present.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -62,7 +62,7 @@ pub struct Machine {
     pub config: Config,
     /// The booted disk.
     pub booted: Disk,
-    /// The partitions that are there.
+    /// The partitions that are present.
     pub inventory: Inventory,
     /// The names of all disks; those of a missing disk are as they were when it was last seen.
     pub ids: Vec<DiskIds>,
@@ -76,7 +76,7 @@ impl Machine {
     /// Probes the machine; None, which is reported, where dualroot isn't configured.
     ///
     /// # Errors
-    /// [`crate::base::refusal::Refused`] if it isn't certain which disk is which.
+    /// [`crate::base::refusal::Refused`] if the disks can't be told apart.
     pub fn probe(log: &Log) -> Result<Option<Self>> {
         let root = Root::new("/");
         let Some(config) = configuration(&root, log)? else {

@@ -125,19 +125,19 @@ pub fn wait(boot: &[PathBuf], settle: Duration, tell: impl FnMut(&str)) -> Resul
     wait_for(|| Ok((fingerprint(boot)?, package_manager_lock())), settle, PATIENCE, tell)
 }
 
-/// As [`wait`], with a function that looks: it returns the fingerprint, and the lock of a package manager that runs.
+/// As [`wait`], with a probe that returns the fingerprint, and the lock of a package manager that runs.
 fn wait_for(
-    mut look: impl FnMut() -> Result<(Fingerprint, Option<&'static str>)>,
+    mut probe: impl FnMut() -> Result<(Fingerprint, Option<&'static str>)>,
     settle: Duration,
     patience: Duration,
     mut tell: impl FnMut(&str),
 ) -> Result<Fingerprint> {
     let begun = Instant::now();
     let mut told = false;
-    let (mut before, _) = look()?;
+    let (mut before, _) = probe()?;
     loop {
         thread::sleep(settle);
-        let (now, busy) = look()?;
+        let (now, busy) = probe()?;
         if now == before && busy.is_none() {
             return Ok(now);
         }
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn f10_fingerprints_ignore_what_is_no_change() {
+    fn f10_fingerprints_ignore_the_lineage_and_inode_numbers() {
         let tmp = tempfile::tempdir().unwrap();
         let dirs = [tmp.path().to_owned()];
         let path = |name: &str| tmp.path().join(name);
@@ -226,7 +226,7 @@ mod tests {
         assert!(!is_locked(tmp.path()));
     }
 
-    /// A root, and what lies in the files that package managers have.
+    /// A root with the lock files of package managers.
     fn root_with_package_managers() -> (tempfile::TempDir, Root) {
         let tmp = tempfile::tempdir().unwrap();
         for path in LOCKED {
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn f09_where_a_package_manager_is_at_work_nothing_is_as_it_was() {
+    fn f09_a_running_package_manager_counts_as_a_change() {
         let (_tmp, root) = root_with_package_managers();
         let before = fingerprint_in(&root, &[]).unwrap();
         assert!(unchanged_since_in(&root, &[], &before).unwrap(), "files that nobody has locked");
@@ -258,24 +258,24 @@ mod tests {
     }
 
     #[test]
-    fn f09_what_changes_is_waited_for() {
+    fn f09_a_change_prolongs_the_wait() {
         let of = |text: &str| Fingerprint(blake3::hash(text.as_bytes()));
-        let wait = |looks: &[(&str, Option<&'static str>)], patience| {
-            let mut looks = looks.iter();
+        let wait = |probes: &[(&str, Option<&'static str>)], patience| {
+            let mut probes = probes.iter();
             let mut told = Vec::new();
-            let mut look = || looks.next().map(|(text, lock)| (of(text), *lock)).context("it should be quiet by now");
-            let found = wait_for(&mut look, Duration::ZERO, patience, |text| told.push(text.to_owned()));
-            (found, told, looks.count())
+            let mut probe = || probes.next().map(|(text, lock)| (of(text), *lock)).context("it should be quiet by now");
+            let found = wait_for(&mut probe, Duration::ZERO, patience, |text| told.push(text.to_owned()));
+            (found, told, probes.count())
         };
-        for (looks, expected) in [
+        for (probes, expected) in [
             (&[("a", None), ("a", None)][..], &[][..]),
             (&[("a", None), ("b", None), ("c", None), ("c", None)], &["waiting: the boot files are being changed"]),
             (&[("c", None), ("c", Some("LOCK")), ("c", None)], &["waiting: a package manager holds LOCK"]),
             (&[("a", None), ("b", Some("LOCK")), ("c", None), ("c", None)], &["waiting: a package manager holds LOCK"]),
         ] {
-            let (found, told, left) = wait(looks, PATIENCE);
-            assert_eq!((found.unwrap(), left), (of(looks.last().unwrap().0), 0), "{looks:?}");
-            assert_eq!(told, expected, "{looks:?}");
+            let (found, told, left) = wait(probes, PATIENCE);
+            assert_eq!((found.unwrap(), left), (of(probes.last().unwrap().0), 0), "{probes:?}");
+            assert_eq!(told, expected, "{probes:?}");
         }
         let (found, told, _) = wait(&[("a", None), ("a", Some("LOCK")), ("a", None)], Duration::ZERO);
         let error = found.unwrap_err().to_string();

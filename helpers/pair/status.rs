@@ -1,8 +1,8 @@
-//! What the last sync, and the last verification, found about each spare, as the booted disk remembers it.
+//! The results of the last sync and the last verification of each spare, in a file on the booted disk.
 //!
-//! That is the booted disk's own knowledge about the others. It says whose it is, and nobody else believes it: where /var is on every
-//! disk's root, the file isn't copied, and one that a spare has from a time when it was booted is removed by a sync, as it is about a
-//! disk that has changed since. It lies in a directory of its own, whose time of change is no difference between two roots.
+//! The file names the disk that wrote it, and is ignored on any other disk. A sync doesn't copy it, even if /var is on the root of each disk.
+//! A spare may have a file of its own, from a time when it was booted; a sync removes that, because the disks have changed since. The file has
+//! a directory of its own, because the directory's time of change must not count as a difference between two roots.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -22,26 +22,26 @@ use crate::conf::{Config, Disk};
 use crate::write::below::Below;
 use crate::write::state;
 
-/// What is no other disk's business; see [`crate::copy::rules`].
+/// The directory of the files that are not copied to other disks; see [`crate::copy::rules`].
 pub const DIRECTORY: &str = "/var/lib/dualroot/own";
 const FILE: &str = "/var/lib/dualroot/own/status.json";
 const NAME: &str = "status.json";
 
-/// How it stands with all spares. The worst of them counts.
+/// The state of all spares together: that of the worst one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Standing {
     /// Every spare boots.
     Whole,
-    /// A spare isn't there.
+    /// A spare is missing.
     Absent,
-    /// Something is not as it has to be, so that nothing was done.
+    /// A precondition is not met, so nothing was done.
     Refused,
-    /// A spare would not boot, or nobody knows whether it would.
+    /// A spare would not boot, or it is unknown whether it would.
     Broken,
 }
 
 impl Standing {
-    /// How a program ends that says so.
+    /// The exit status of a program that found this state.
     pub fn exit(self) -> Exit {
         match self {
             Self::Whole => Exit::Good,
@@ -52,113 +52,114 @@ impl Standing {
     }
 }
 
-/// How a sync of a spare ended.
+/// The result of a sync of a spare.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "result", content = "why", rename_all = "kebab-case")]
 pub enum Outcome {
-    /// It boots.
+    /// The spare boots.
     Boots,
-    /// It would not boot, for these reasons.
+    /// The spare would not boot, because of these faults.
     WouldNotBoot(Vec<Fault>),
-    /// The sync failed.
+    /// The sync failed, with this message.
     Failed(String),
-    /// Nothing was written.
+    /// The sync was refused with this message, and nothing was written.
     Refused(String),
 }
 
 /// The end of a sync of a spare.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct End {
-    /// When, in seconds since 1970.
+    /// The time, in seconds since 1970.
     pub at: u64,
-    /// How.
+    /// The result.
     #[serde(flatten)]
     pub outcome: Outcome,
-    /// The failure mode that it was refused for, where that has a number.
+    /// The failure mode for which the sync was refused, if that has a number.
     #[serde(default)]
     pub code: Option<Code>,
 }
 
-/// What a sync read in the end, when it found that the spare boots.
+/// The boot files of a spare as the sync read them when it found that the spare boots.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Proof {
-    /// When, in seconds since 1970.
+    /// The time, in seconds since 1970.
     pub at: u64,
-    /// What the spare's own record says of the sync that it had last.
+    /// The source and the time of the spare's last sync, from the record on its ESP.
     pub synced: Option<(DiskName, u64)>,
     /// The BLAKE3 hashes of its boot files, in hexadecimal, by the partition and the path in it.
     pub files: BTreeMap<Role, BTreeMap<String, String>>,
 }
 
-/// What came of reading a disk's boot files again, from the medium.
+/// The result of a verification, which reads a disk's boot files from the medium.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Reading {
-    /// When, in seconds since 1970.
+    /// The time, in seconds since 1970.
     pub at: u64,
-    /// Which of them were not what they should be.
+    /// A fault for each boot file that differs or can't be read.
     pub faults: Vec<Fault>,
 }
 
-/// What is known about a spare.
+/// The stored results about a spare.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Seen {
-    /// Its ESP: another disk of the same name is another disk.
+    /// Its ESP, which tells it from another disk with the same name.
     pub esp: PartUuid,
-    /// How the last sync ended that found it there.
+    /// The end of the last sync that found it present.
     pub last: Option<End>,
-    /// When the sync began that was writing it last, if that has not ended.
+    /// The time at which the last sync began to write it, if that sync has not ended.
     pub begun: Option<u64>,
-    /// Since when no sync has found it.
+    /// The time of the first sync that found it missing, if none has found it since.
     pub absent_since: Option<u64>,
-    /// As it was left by the last sync that wrote it, if it boots since.
+    /// Its boot files after the last sync that wrote it, if that left it bootable.
     pub proof: Option<Proof>,
-    /// The last verification, since that.
+    /// The last verification; a later sync that succeeds removes its faults.
     pub read: Option<Reading>,
 }
 
-/// A section of the configuration, and a disk that had its turn there. Its knowledge waits for the disk's next turn.
+/// A section of the configuration, and the results about a disk that it names at times: two disks may take turns in one section.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 struct Slot {
     name: DiskName,
     disk: Seen,
 }
 
-/// The number of disks that are remembered without a turn: the sections of a machine with several spares elsewhere.
+/// The largest number of disks whose results are kept while no section names them, such as spares that are stored elsewhere.
 const MOST_AWAY: usize = 32;
 
-/// What the booted disk remembers.
+/// The contents of the file: the results that the booted disk stores.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Status {
-    /// Who remembers.
+    /// The disk that wrote the file.
     disk: DiskName,
+    /// Its ESP.
     esp: PartUuid,
-    /// The disks that the sections of the configuration name.
+    /// The results about the disks that the configuration names.
     spares: BTreeMap<DiskName, Seen>,
-    /// Disks whose sections name other disks now, the longest away first.
+    /// The results about disks whose sections name other disks now; the one that is away longest comes first.
     #[serde(default)]
     away: Vec<Slot>,
     /// The last verification of the booted disk itself.
     pub own: Option<Reading>,
-    /// The spares that something was learnt about since it was loaded.
+    /// The spares whose results this program has changed.
     #[serde(skip)]
-    told: BTreeSet<DiskName>,
-    /// Whether a sync has come to nothing since then because another disk may be newer.
+    changed: BTreeSet<DiskName>,
+    /// Whether this program refused a sync because another disk may be newer.
     #[serde(skip)]
     may_be_older: bool,
 }
 
 impl Status {
-    /// Nothing.
+    /// No results.
     pub fn new(booted: &Disk) -> Self {
         let (disk, esp) = (booted.name, booted.esp());
-        Self { disk, esp, spares: BTreeMap::new(), away: Vec::new(), own: None, told: BTreeSet::new(), may_be_older: false }
+        Self { disk, esp, spares: BTreeMap::new(), away: Vec::new(), own: None, changed: BTreeSet::new(), may_be_older: false }
     }
 
-    /// Loads what the booted disk remembers. A file that another disk wrote, or that doesn't parse, counts as empty: the next sync finds
-    /// it out again. Knowledge about a disk whose section names another disk now is kept for its next turn there.
+    /// Loads the results. A file that another disk wrote, or that can't be parsed, counts as empty, because the next sync makes new results.
+    /// Those about a disk whose section names another disk now are kept until the section names it again.
     ///
     /// # Errors
-    /// A file that is there but can't be read.
+    /// A file that exists but can't be read.
     pub fn load(root: &Root, config: &Config, booted: &Disk) -> Result<Self> {
         let bytes = root.read_opt(FILE).with_context(|| format!("{FILE} can't be read"))?.unwrap_or_default();
         Ok(Self::parse(&bytes, config, booted))
@@ -169,25 +170,25 @@ impl Status {
         if (status.disk, status.esp) != (booted.name, booted.esp()) {
             return Self::new(booted);
         }
-        status.take_turns(config);
+        status.sort_by_sections(config);
         status
     }
 
-    /// Lets the disks that the configuration names take the places of those that it named when this was saved.
-    fn take_turns(&mut self, config: &Config) {
+    /// Makes `spares` the disks that the configuration names now, and `away` all others.
+    fn sort_by_sections(&mut self, config: &Config) {
         let is_named = |name: DiskName, seen: &Seen| config.disks.iter().any(|disk| (disk.name, disk.esp()) == (name, seen.esp));
         let all = std::mem::take(&mut self.spares).into_iter().map(|(name, disk)| Slot { name, disk });
         let all = std::mem::take(&mut self.away).into_iter().chain(all);
-        let (here, away): (Vec<Slot>, Vec<Slot>) = all.partition(|slot| is_named(slot.name, &slot.disk));
-        self.spares = here.into_iter().map(|slot| (slot.name, slot.disk)).collect();
+        let (named, away): (Vec<Slot>, Vec<Slot>) = all.partition(|slot| is_named(slot.name, &slot.disk));
+        self.spares = named.into_iter().map(|slot| (slot.name, slot.disk)).collect();
         let too_many = away.len().saturating_sub(MOST_AWAY);
         self.away = away.into_iter().skip(too_many).collect();
     }
 
-    /// Keeps it, for everybody to read.
+    /// Saves the results; everybody may read the file.
     ///
     /// # Errors
-    /// A root that can't be written.
+    /// A file system that can't be written.
     pub fn save(&self) -> Result<()> {
         self.save_in(&state::open(Path::new(DIRECTORY))?)
     }
@@ -198,30 +199,30 @@ impl Status {
         own.publish(NAME, bytes)
     }
 
-    /// What is known about a spare.
+    /// The results about a spare.
     pub fn of(&self, spare: DiskName) -> Option<&Seen> {
         self.spares.get(&spare)
     }
 
     fn seen(&mut self, spare: &Disk) -> &mut Seen {
-        self.told.insert(spare.name);
+        self.changed.insert(spare.name);
         let new = Seen { esp: spare.esp(), last: None, begun: None, absent_since: None, proof: None, read: None };
         self.spares.entry(spare.name).or_insert(new)
     }
 
-    /// It isn't there. What was known about it stays.
+    /// Notes that the spare is missing. Its other results stay.
     pub fn absent(&mut self, spare: &Disk) {
         self.seen(spare).absent_since.get_or_insert(now());
     }
 
-    /// A sync is about to write it: from here on, it is not what it was.
+    /// Notes that a sync begins to write the spare, so that earlier results are no longer valid.
     pub fn begun(&mut self, spare: &Disk) {
         let seen = self.seen(spare);
         (seen.begun, seen.absent_since, seen.proof) = (Some(now()), None, None);
     }
 
-    /// A sync has written it, and read it again: why it would not boot, what is wanted on its boot partitions, and what was found there.
-    /// `synced` is what its own record says now.
+    /// Notes that a sync has written the spare and read it again: the faults, and the wanted and the found files of its boot partitions.
+    /// `synced` is the source and the time of this sync, from the record on the spare's ESP.
     pub fn ended(
         &mut self,
         spare: &Disk,
@@ -233,7 +234,7 @@ impl Status {
         let at = now();
         let hashes = |role: &Role, files: &BootFiles| {
             let ours: BTreeSet<String> = wanted.get(role).into_iter().flatten().map(|file| fold(&file.path)).collect();
-            // What the disk itself changes when it is booted says nothing, and what is another system's is its own business.
+            // A boot changes some files of the disk itself, and other systems change theirs: these are not verified.
             let lasting = files.files.iter().filter(|(key, file)| ours.contains(*key) && classify(&file.path) != Class::Local);
             lasting.map(|(_, file)| (file.path.clone(), file.hash.to_hex().to_string())).collect()
         };
@@ -243,16 +244,16 @@ impl Status {
         if faults.is_empty() {
             seen.last = Some(End { at, outcome: Outcome::Boots, code: None });
             seen.proof = Some(Proof { at, synced, files });
-            // All of it was just read, and what was damaged has been written again.
+            // The sync has read all files, and written damaged ones again.
             seen.read.iter_mut().for_each(|read| read.faults.clear());
         } else {
             seen.last = Some(End { at, outcome: Outcome::WouldNotBoot(faults.to_vec()), code: None });
         }
     }
 
-    /// A sync of it came to nothing.
+    /// Notes that a sync of the spare failed or was refused.
     pub fn stopped(&mut self, spare: &Disk, error: &anyhow::Error) {
-        self.look_for_age(error);
+        self.note_age(error);
         let text = format!("{error:#}");
         let refused = error.downcast_ref::<Refused>();
         let outcome = if refused.is_some() { Outcome::Refused(text) } else { Outcome::Failed(text) };
@@ -262,26 +263,26 @@ impl Status {
         seen.last = Some(End { at: now(), outcome, code });
     }
 
-    /// A run came to nothing before anything was learnt about these spares, or while they were written.
+    /// Notes that a run failed or was refused, for each of these spares that has no result of this run or was being written.
     pub fn stopped_before<'a>(&mut self, spares: impl IntoIterator<Item = &'a Disk>, error: &anyhow::Error) {
-        self.look_for_age(error);
+        self.note_age(error);
         for spare in spares {
-            if !self.told.contains(&spare.name) || self.of(spare.name).is_some_and(|seen| seen.begun.is_some()) {
+            if !self.changed.contains(&spare.name) || self.of(spare.name).is_some_and(|seen| seen.begun.is_some()) {
                 self.stopped(spare, error);
             }
         }
     }
 
-    fn look_for_age(&mut self, error: &anyhow::Error) {
+    fn note_age(&mut self, error: &anyhow::Error) {
         self.may_be_older |= error.downcast_ref::<Refused>().is_some_and(Refused::is_about_age);
     }
 
-    /// Whether the booted disk may be older than another, as was found out since this was loaded; whatever else was wrong.
+    /// Whether this program found that another disk may be newer than the booted one, even if other errors followed.
     pub fn may_be_older(&self) -> bool {
         self.may_be_older
     }
 
-    /// A verification has read it.
+    /// Notes the result of a verification of the spare.
     pub fn read(&mut self, spare: &Disk, faults: Vec<Fault>) {
         self.seen(spare).read = Some(Reading { at: now(), faults });
     }
@@ -307,13 +308,13 @@ pub(crate) mod tests {
         format!("{PAIR}[disk2]\nesp=dddddddd-0000-4000-8000-000000000001\nroot=dddddddd-0000-4000-8000-000000000002\n")
     }
 
-    /// What is to be on the ESP of a spare.
+    /// The wanted files of a spare's ESP.
     fn wanted() -> BTreeMap<Role, Vec<WantedFile>> {
         let file = |path: &str| WantedFile { path: path.to_owned(), content: Content::Bytes(vec![]), hash: blake3::hash(b"") };
         BTreeMap::from([(Role::Esp, ["loader/entries/a.conf", "linux", "loader/random-seed"].map(file).into())])
     }
 
-    /// The ESP of a spare with an entry, and another system.
+    /// The files of a spare's ESP with a menu entry and another system's files.
     fn found() -> BTreeMap<Role, BootFiles> {
         let tmp = tempfile::tempdir().unwrap();
         for dir in ["loader/entries", "EFI/Microsoft"] {
@@ -330,7 +331,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_one_disk_knows_of_another_is_nothing_that_the_other_knows() {
+    fn the_results_of_one_disk_are_ignored_on_another() {
         let config = config(PAIR);
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
         let mut status = Status::new(booted);
@@ -342,11 +343,11 @@ pub(crate) mod tests {
         assert_eq!(
             files,
             ["Linux", "loader/entries/a.conf"],
-            "as they are written there, and not the seed, or what is another system's"
+            "by the names on the spare, without the seed and another system's files"
         );
         // After the failover.
         assert_eq!(next(&status, &config, 1), Status::new(spare));
-        // Another disk that was put in as disk0, or as disk1.
+        // Another disk takes the place of disk0, or of disk1.
         let replaced = |from: &str, to: &str| super::tests::config(&PAIR.replace(from, to));
         assert!(next(&status, &replaced("aaaaaaaa", "cccccccc"), 0).of(spare.name).is_none());
         assert!(next(&status, &replaced("bbbbbbbb", "cccccccc"), 0).of(spare.name).is_none());
@@ -356,14 +357,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_disk_is_known_when_its_turn_comes_again() {
+    fn results_are_kept_while_a_section_names_another_disk() {
         let config = config(PAIR);
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
         let other = super::tests::config(&PAIR.replace("bbbbbbbb", "cccccccc"));
         let mut status = Status::new(booted);
         status.ended(spare, &[], &wanted(), &found(), Some((booted.name, 7)));
         let mut status = next(&status, &other, 0);
-        assert!(status.of(spare.name).is_none(), "another disk is in that slot");
+        assert!(status.of(spare.name).is_none(), "the section names another disk");
         status.absent(&other.disks[1]);
         let again = next(&next(&status, &other, 0), &config, 0);
         assert!(again.of(spare.name).is_some_and(|seen| seen.esp == spare.esp() && seen.proof.is_some()));
@@ -372,7 +373,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_an_older_version_remembers_is_read() {
+    fn the_file_of_an_older_version_is_read() {
         let config = config(PAIR);
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
         let older = format!(
@@ -390,7 +391,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_being_written_has_no_proof() {
+    fn a_spare_that_is_being_written_has_no_proof() {
         let config = config(PAIR);
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
         let mut status = Status::new(booted);
@@ -400,13 +401,13 @@ pub(crate) mod tests {
         refusal.stopped(spare, &refused("it is newer").context("disk1"));
         assert!(matches!(of(&refusal).last.unwrap().outcome, Outcome::Refused(why) if why == "disk1: it is newer"));
         assert!(of(&refusal).proof.is_some(), "nothing was written");
-        let mut cut = next(&status, &config, 0);
-        cut.begun(spare);
-        assert!(of(&cut).proof.is_none() && of(&cut).begun.is_some());
-        cut.stopped(spare, &anyhow::anyhow!("EIO"));
-        assert!(of(&cut).proof.is_none() && of(&cut).begun.is_none());
-        assert!(matches!(of(&cut).last.unwrap().outcome, Outcome::Failed(why) if why == "EIO"));
-        // It goes, and what was known stays, but not after it has come back.
+        let mut interrupted = next(&status, &config, 0);
+        interrupted.begun(spare);
+        assert!(of(&interrupted).proof.is_none() && of(&interrupted).begun.is_some());
+        interrupted.stopped(spare, &anyhow::anyhow!("EIO"));
+        assert!(of(&interrupted).proof.is_none() && of(&interrupted).begun.is_none());
+        assert!(matches!(of(&interrupted).last.unwrap().outcome, Outcome::Failed(why) if why == "EIO"));
+        // The spare is missing: its results stay, until a sync finds it again.
         status.absent(spare);
         let since = of(&status).absent_since;
         status.absent(spare);
@@ -418,7 +419,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_run_that_never_got_to_a_spare_says_so() {
+    fn a_run_that_ends_early_is_noted_for_every_spare_it_did_not_reach() {
         let config = config(&three());
         let [booted, first, second] = &config.disks[..] else { panic!() };
         let mut status = Status::new(booted);
@@ -434,7 +435,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn f07_that_a_disk_may_be_newer_is_not_hidden_by_another_error() {
+    fn f07_a_newer_disk_is_not_hidden_by_another_error() {
         let config = config(&three());
         let [booted, first, second] = &config.disks[..] else { panic!() };
         let newer = || refused_for_age(first.name, "it is newer").context("disk1");
@@ -449,9 +450,9 @@ pub(crate) mod tests {
             assert_eq!(status.of(second.name).unwrap().last.as_ref().unwrap().code, None, "{other:#}");
             status.stopped(second, &other);
             assert!(status.may_be_older(), "{other:#}");
-            assert!(!next(&status, &config, 0).may_be_older(), "that is for the next sync to find out");
+            assert!(!next(&status, &config, 0).may_be_older(), "the next sync finds that itself");
         }
-        // The booted disk's own record, after all spares were told of.
+        // The booted disk's own record, after all spares have a result.
         let mut status = Status::new(booted);
         status.stopped(first, &refused("no"));
         status.stopped_before([first], &newer());
@@ -459,7 +460,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_sync_makes_up_for_what_a_verification_found() {
+    fn a_sync_removes_the_faults_of_a_verification() {
         let config = config(PAIR);
         let (booted, spare) = (&config.disks[0], &config.disks[1]);
         let mut status = Status::new(booted);
@@ -475,20 +476,20 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn everybody_can_read_it_and_its_directory_alone_has_a_new_time() {
+    fn everybody_can_read_the_file_and_only_its_directory_gets_a_new_time() {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join(FILE.trim_start_matches('/'));
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         let (own, config) = (Below::open(path.parent().unwrap()).unwrap(), config(PAIR));
         let mut status = Status::new(&config.disks[0]);
         status.save_in(&own).unwrap();
-        let beside = path.parent().unwrap().parent().unwrap();
-        let time = fs::metadata(beside).unwrap().mtime_nsec();
+        let parent = path.parent().unwrap().parent().unwrap();
+        let time = fs::metadata(parent).unwrap().mtime_nsec();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         status.absent(&config.disks[1]);
         status.save_in(&own).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o644);
-        assert_eq!(fs::metadata(beside).unwrap().mtime_nsec(), time);
+        assert_eq!(fs::metadata(parent).unwrap().mtime_nsec(), time);
         let loaded = Status::load(&Root::new(tmp.path()), &config, &config.disks[0]).unwrap();
         assert!(loaded.of(config.disks[1].name).unwrap().absent_since.is_some());
     }
