@@ -27,27 +27,27 @@ use dualroot::pair::lock;
 #[derive(Parser)]
 #[command(name = "dualroot-clone", version)]
 struct Arguments {
-    /// The disk, as /dev/sdb; everything on it is lost
+    /// The disk, such as /dev/sdb; everything on it is lost
     disk: PathBuf,
-    /// Print the disk's contents now and afterwards, and do nothing
+    /// Print the disk's contents now and afterwards, and write nothing
     #[arg(long)]
     dry_run: bool,
-    /// Don't ask; name the disk again, by its path, its name or its serial number
+    /// Erase without a question; name the disk again by its path, its name or its serial number
     #[arg(long, value_name = "DISK")]
     yes_erase: Option<String>,
-    /// The disk replaces this one of the configuration (disk0, disk1, …), which is gone
+    /// Replace this disk of the configuration (disk0, disk1, …), which is missing
     #[arg(long, value_name = "DISK", value_parser = DiskName::parse)]
     replace: Option<DiskName>,
-    /// Partition it like the disk of its name in this file, a layout.json, instead of like the booted one
+    /// Partition it like the disk of its name in this layout.json, instead of like the booted disk
     #[arg(long, value_name = "FILE")]
     layout: Option<PathBuf>,
-    /// A file with the passphrase that opens the root's LUKS container, and will open the copy, too
+    /// Read the passphrase of the root's LUKS container from this file; the copy gets the same one
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// On a machine that isn't configured yet: let the disks share the root, a btrfs, by mirroring it to this disk
+    /// On a machine without a configuration: mirror the root, a btrfs, to this disk, so that the disks share it
     #[arg(long, conflicts_with = "replace")]
     shared_root: bool,
-    /// Make it the first disk of another machine, from a template: a system's tree, here or on a host that ssh reaches
+    /// Make it the first disk of another machine, from a template: the tree of a system, here or on a host that ssh reaches
     #[arg(long, value_name = "DIR|HOST:DIR", value_parser = Origin::parse, conflicts_with_all = ["replace", "shared_root", "key_file"])]
     template: Option<Origin>,
     /// The name of that machine
@@ -99,14 +99,14 @@ fn run(arguments: &Arguments, log: &mut Log) -> Result<Exit> {
     Ok(Exit::Good)
 }
 
-/// The secret that opens the booted disk's LUKS containers, where it has any: from the file, or typed.
+/// Reads the secret of the booted disk's LUKS containers from the file or the terminal; None if it has no container.
 fn read_secret(plan: &ClonePlan, file: Option<&Path>) -> Result<Option<Secret>> {
     let Some(first) = plan.containers().first() else {
         return match file {
             None => Ok(None),
-            Some(_) => {
-                Err(refused("--key-file is given, but the booted disk has no LUKS container; leave it out; nothing was done"))
-            }
+            Some(_) => Err(refused(
+                "the booted disk has no LUKS container that --key-file could open; nothing was done. Leave the option out",
+            )),
         };
     };
     let bytes = match file {
@@ -118,8 +118,8 @@ fn read_secret(plan: &ClonePlan, file: Option<&Path>) -> Result<Option<Secret>> 
         }
         None => {
             let question = format!("Passphrase of {first}, which will open the copy, too:");
-            let said = program::output_on_terminal("systemd-ask-password", ["--id=dualroot-clone".into(), question.into()])?;
-            said.strip_suffix(b"\n").unwrap_or(&said).to_vec()
+            let typed = program::output_on_terminal("systemd-ask-password", ["--id=dualroot-clone".into(), question.into()])?;
+            typed.strip_suffix(b"\n").unwrap_or(&typed).to_vec()
         }
     };
     let secret = Secret::new(bytes);
@@ -152,7 +152,7 @@ fn erased(error: anyhow::Error) -> anyhow::Error {
     anyhow!("{error:#}; the disk was erased; fix that, and run this again")
 }
 
-/// Makes sure that the user means this disk.
+/// Checks that the user named this disk, in the option or on the terminal.
 fn confirm(arguments: &Arguments, target: &Target) -> Result<()> {
     let named = match &arguments.yes_erase {
         Some(named) => named.clone(),
@@ -174,7 +174,7 @@ fn confirm(arguments: &Arguments, target: &Target) -> Result<()> {
     }
 }
 
-/// Asks a question on the terminal. Where there is none, the refusal says what to do `instead`.
+/// Asks a question on the terminal. Without one, the refusal gives `instead` as advice.
 fn ask(question: &str, instead: &str) -> Result<String> {
     if !io::stdin().is_terminal() {
         return Err(refused(format!("there is no terminal to ask on; {instead}; nothing was done")));

@@ -1,4 +1,4 @@
-//! dualroot-complete(8): completes, while a disk boots, the copy to it that was cut.
+//! dualroot-complete(8): completes an interrupted copy to a disk while that boots.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -16,15 +16,15 @@ use dualroot::devices::held::Held;
 use dualroot::devices::{held, mounts};
 use dualroot::write::below::Below;
 
-/// Complete what was being copied to this disk when that was cut.
+/// Complete a copy to this disk that was interrupted.
 ///
-/// Exit status: 0 all is whole; 1 failed; 2 usage; 3 refused, nothing was written.
+/// Exit status: 0 every file is whole; 1 failed; 2 usage; 3 refused, nothing was written.
 #[derive(Parser)]
 #[command(name = "dualroot-complete", version)]
 struct Arguments {
-    /// The top directories of the file systems; without any, those of the running system
+    /// The top directories of the file systems; by default those of the running system
     directories: Vec<PathBuf>,
-    /// Where an initrd has mounted the root: that and its /usr are looked at, and written although they are mounted read-only
+    /// The directory on which an initrd mounted the root: complete it and its /usr, even if they are mounted read-only
     #[arg(long, value_name = "directory", conflicts_with = "directories")]
     root: Option<PathBuf>,
 }
@@ -50,7 +50,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
         [] => {
             let config = Config::load(&Root::new("/"));
             if let Err(e) = &config {
-                log.warning(&format!("only / and /usr are looked at: {e:#}"));
+                log.warning(&format!("{e:#}; only / and /usr are checked for interrupted copies"));
             }
             stage::left_here(config.ok().flatten().as_ref())?
         }
@@ -59,7 +59,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
     Ok(all(trees, log, |(dir, tree)| one(dir, tree, log)))
 }
 
-/// Completes every tree. One tree's trouble is not another's.
+/// Completes every tree. An error in one tree is reported, and the others are completed anyway.
 fn all<T>(trees: impl IntoIterator<Item = T>, log: &Log, complete: impl Fn(&T) -> Result<bool>) -> Exit {
     let mut good = true;
     for tree in trees {
@@ -71,13 +71,14 @@ fn all<T>(trees: impl IntoIterator<Item = T>, log: &Log, complete: impl Fn(&T) -
     if good { Exit::Good } else { Exit::Failed }
 }
 
-/// The file system that will be seen at `shown`, and is mounted at `dir`. Where none is, there is nothing to do.
+/// Completes the file system that is mounted at `dir`, and that messages call `shown`. Without a mount, there is nothing to do.
 fn mounted(shown: &Path, dir: &Path, log: &Log) -> Result<bool> {
     let Some(mut held) = Held::over(dir)? else { return Ok(true) };
     if held.below()?.stat(OsStr::new(stage::DIRECTORY))?.is_none() {
         return Ok(true);
     }
-    held.make_writable().with_context(|| format!("{}: a copy to this disk was cut and can't be completed", shown.display()))?;
+    held.make_writable()
+        .with_context(|| format!("{}: a copy to this disk was interrupted and can't be completed", shown.display()))?;
     let good = one(shown, held.below()?, log)?;
     held.release()?;
     Ok(good)
@@ -86,15 +87,15 @@ fn mounted(shown: &Path, dir: &Path, log: &Log) -> Result<bool> {
 fn one(dir: &Path, tree: &Below, log: &Log) -> Result<bool> {
     let shown = dir.display();
     let found = stage::complete(tree).with_context(|| {
-        format!("{shown}: a copy to this disk was cut and can't be completed, so files of two generations may be there")
+        format!("{shown}: a copy to this disk was interrupted and can't be completed, so it may hold files of two generations")
     })?;
     match &found {
         Found::Nothing => {}
-        Found::Half => log.info(&format!("{shown}: removed what a copy to this disk that was cut had staged")),
-        Found::Whole => log.warning(&format!("{shown}: a copy to this disk was cut, and is complete now")),
+        Found::Half => log.info(&format!("{shown}: a copy to this disk was interrupted early; its staged files are removed")),
+        Found::Whole => log.warning(&format!("{shown}: a copy to this disk was interrupted, and is complete now")),
         Found::Unusable(why) => log.error(&format!(
-            "{shown}: a copy to this disk was cut and can't be completed, as {why}; if files of two generations are there, boot \
-             the other disk and start dualroot-sync.service"
+            "{shown}: a copy to this disk was interrupted and can't be completed, because {why}; it may hold files of two generations. \
+             If so, boot the other disk and start dualroot-sync.service"
         )),
     }
     Ok(!matches!(found, Found::Unusable(_)))

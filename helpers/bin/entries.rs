@@ -1,4 +1,4 @@
-//! dualroot-entries(8): rewrites what on the booted disk names another disk of the pair.
+//! dualroot-entries(8): rewrites the files of the booted disk that name another disk of the pair.
 
 use std::fs::{self, File};
 use std::process::ExitCode;
@@ -11,19 +11,19 @@ use dualroot::base::privilege;
 use dualroot::pair::machine::Machine;
 use dualroot::sync::entries;
 
-/// The mark that a path unit starts the sync for.
+/// The file that makes a path unit start the sync.
 const MARK: &str = "/run/dualroot/dirty";
 
-/// Rewrite boot entries, fstab and their kin on the booted disk where they name another disk.
+/// Rewrite menu entries, fstab and similar files of the booted disk where they name another disk.
 ///
-/// Exit status: 0 all is right; 1 failed; 2 usage; 3 refused, nothing was written.
+/// Exit status: 0 every file is right; 1 failed; 2 usage; 3 refused, nothing was written.
 #[derive(Parser)]
 #[command(name = "dualroot-entries", version)]
 struct Arguments {
-    /// Print what would be done, and do nothing
+    /// Print the changes that would be made, and make none
     #[arg(long)]
     dry_run: bool,
-    /// Have the spares synced, too: mark the booted disk as changed, which starts dualroot-sync.service
+    /// Also mark the booted disk as changed, which starts dualroot-sync.service
     #[arg(long)]
     mark: bool,
 }
@@ -38,7 +38,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
     if !arguments.dry_run {
         privilege::require_root("dualroot-entries", Some("dualroot-entries.service"))?;
     }
-    // First: whatever happens after the mark was made is seen by the sync, which looks at the state itself.
+    // The mark comes first: the sync reads the state itself, so it includes every change after the mark.
     if arguments.mark && !arguments.dry_run {
         fs::create_dir_all("/run/dualroot").context("/run/dualroot can't be made")?;
         File::create(MARK).with_context(|| format!("{MARK} can't be made"))?;

@@ -1,4 +1,4 @@
-//! dualroot-status(8): what would happen if a disk died now.
+//! dualroot-status(8): reports the state of every disk, and what would happen if another one died now.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,26 +13,26 @@ use dualroot::conf::Config;
 use dualroot::report::{Facts, Report};
 use dualroot::write::below::Below;
 
-/// Show how it stands with every disk, and what would happen if another one died now.
+/// Show the state of every disk, and what would happen if another one died now.
 ///
-/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused, or nothing is known; 4 a spare isn't there.
+/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused, or nothing is known; 4 a spare is missing.
 #[derive(Parser)]
 #[command(name = "dualroot-status", version)]
 struct Arguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Print nothing, and write metrics to a file for node_exporter's textfile collector; its name must end in .prom
+    /// Write metrics to a file for node_exporter's textfile collector instead; its name must end in .prom
     #[arg(long, value_name = "FILE", value_parser = metrics_file, conflicts_with = "json")]
     prometheus: Option<PathBuf>,
 }
 
-/// The collector reads no other files.
+/// Accepts the files that the collector reads: those whose names end in .prom.
 fn metrics_file(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
     match path.extension().is_some_and(|end| end == "prom") && path.file_name().and_then(|name| name.to_str()).is_some() {
         true => Ok(path),
-        false => Err("its name must end in .prom, as node_exporter reads no other".to_owned()),
+        false => Err("its name must end in .prom, because node_exporter reads no other files".to_owned()),
     }
 }
 
@@ -43,12 +43,12 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
-    let found = report(log);
+    let made = report(log);
     if let Some(path) = &arguments.prometheus {
-        // The metrics of last time would go on saying that all is well.
-        publish(path, found.as_ref().unwrap_or(&Report::unconfigured()))?;
+        // Without new metrics, those of an earlier run would still call the spares good.
+        publish(path, made.as_ref().unwrap_or(&Report::unconfigured()))?;
     }
-    let report = found?;
+    let report = made?;
     if arguments.prometheus.is_some() {
         return Ok(report.exit);
     }
@@ -63,7 +63,7 @@ fn run(arguments: &Arguments, log: &Log) -> Result<Exit> {
 fn report(log: &Log) -> Result<Report> {
     let root = Root::new("/");
     let Some(config) = Config::load(&root).map_err(|e| refused(format!("{e:#}")))? else { return Ok(Report::unconfigured()) };
-    // The report has them, where there is one.
+    // A report includes the warnings; a refusal would lose them.
     let warn = |_: &_| config.warnings.iter().for_each(|warning| log.warning(warning));
     let facts = Facts::gather(&root, &config).inspect_err(warn)?;
     Ok(Report::new(&facts))

@@ -11,17 +11,17 @@ use dualroot::sync::{Options, Outcome};
 
 /// Make every spare disk a bootable copy of the booted disk.
 ///
-/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused, nothing was written; 4 a spare isn't there.
+/// Exit status: 0 every spare boots; 1 failed, or a spare would not boot; 2 usage; 3 refused, nothing was written; 4 a spare is missing.
 #[derive(Parser)]
 #[command(name = "dualroot-sync", version)]
 struct Arguments {
-    /// Print what would be done, and do nothing
+    /// Print the changes that would be made, and make none
     #[arg(long)]
     dry_run: bool,
-    /// Overwrite this spare (disk0, disk1, …) even if it was booted since it was last synced: what only it holds is lost
+    /// Overwrite this spare (disk0, disk1, …) even if it was booted since it was last synced; changes that only it holds are lost
     #[arg(long, value_name = "DISK", value_parser = DiskName::parse)]
     discard_spare: Vec<DiskName>,
-    /// Have the firmware boot this disk the next time, and do nothing else
+    /// Make the firmware boot this disk the next time, and do nothing else
     #[arg(long, value_name = "DISK", value_parser = DiskName::parse, conflicts_with_all = ["discard_spare", "note_boot"])]
     boot_next: Option<DiskName>,
     /// Note that this disk was booted, and do nothing else; dualroot-booted.service does that

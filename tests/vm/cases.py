@@ -190,8 +190,8 @@ class Pair:
         report.equal("and a sync puts it right", self.machine.status("systemctl start dualroot-verify.service", 300), (0, ""))
 
     def plan_a_change(self):
-        """Has the disk that is booted look as if a copy to it had been cut before the last step: a file is staged that replaces another."""
-        self.report.step("a copy to this disk was cut")
+        """Stages a file on the booted disk that replaces another, as a copy does that is interrupted before its last step."""
+        self.report.step("a copy to this disk was interrupted")
         self.machine.run("systemctl stop dualroot-sync.timer dualroot-sync.path dualroot-sync.service")
         self.machine.run("echo old >/root/generation && mkdir -p /.dualroot/new/root && echo new >/.dualroot/new/root/generation && "
                          r"printf 'dualroot 1\0F root/generation\0.' >/.dualroot/plan && sync")
@@ -201,7 +201,7 @@ class Pair:
         report, run = self.report, self.machine.run
         report.equal("what was staged is in its place", run("cat /root/generation; ls -d /.dualroot 2>/dev/null || true"), "new")
         report.equal("that was done in the initrd", run("journalctl -b -k -t dualroot-complete --no-pager -o cat"),
-                     "/: a copy to this disk was cut, and is complete now")
+                     "/: a copy to this disk was interrupted, and is complete now")
 
     def names_only(self, own, other):
         """No file below /boot and /etc that is read at boot names the other disk."""
