@@ -8,24 +8,24 @@ use serde::Serialize;
 use crate::base::log::Log;
 use crate::base::refusal::Refused;
 
-/// How a program ends.
+/// The exit status of a program.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(into = "u8")]
 pub enum Exit {
-    /// All is well.
+    /// The work is done, and every spare boots.
     Good = 0,
-    /// Something failed, or a spare would not boot.
+    /// An error occurred, or a spare would not boot.
     Failed = 1,
     /// The arguments are wrong.
     Usage = 2,
-    /// Something is not as it has to be, and nothing was written.
+    /// A precondition is not met, and nothing was written.
     Refused = 3,
-    /// A spare isn't there.
+    /// A spare is missing.
     Absent = 4,
 }
 
 impl Exit {
-    /// Every one of them, in the order of their numbers.
+    /// All exit statuses, in the order of their numbers.
     pub const ALL: [Self; 5] = [Self::Good, Self::Failed, Self::Usage, Self::Refused, Self::Absent];
 
     /// Its number.
@@ -33,7 +33,7 @@ impl Exit {
         self as u8
     }
 
-    /// The one of a program that ends with this error: a refusal, or a failure.
+    /// The exit status for an error: a refusal, or a failure.
     pub fn of(error: &anyhow::Error) -> Self {
         if error.is::<Refused>() { Self::Refused } else { Self::Failed }
     }
@@ -51,7 +51,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// The end of a program: an error is told, and makes the exit status.
+/// Ends a program: reports an error, and returns the exit status.
 pub fn end(log: &Log, done: Result<Exit>) -> ExitCode {
     let exit = done.unwrap_or_else(|e| {
         log.failure(&e);
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
     use crate::base::refusal::{nothing_done, refused};
 
-    /// The items of the table in dualroot(7).
+    /// The statuses in the table of dualroot(7).
     fn table() -> Vec<u8> {
         let page = include_str!("../../man/dualroot.7");
         let section = page.split("\n.Sh ").find(|section| section.starts_with("EXIT STATUS\n")).unwrap();

@@ -1,4 +1,4 @@
-//! Faults: each says why a disk would not boot, by the number of a failure mode for programs and by a sentence for people.
+//! Faults: the reasons why a disk would not boot, each with the number of a failure mode for programs and a sentence for people.
 
 use std::fmt;
 
@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::types::{DiskName, Role};
 
-/// The number of a failure mode. A number never changes its meaning, and programs may rely on it; sentences may be worded anew.
+/// The number of a failure mode. Programs may rely on a number, because it never changes its meaning; a sentence may change its words.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Code {
-    /// A partition is not of the kind that the configuration means.
+    /// A partition is of another kind than its role in the configuration.
     F01,
     /// Two partitions have one PARTUUID.
     F03,
@@ -20,9 +20,9 @@ pub enum Code {
     F09,
     /// A boot file is missing.
     F10,
-    /// A file that the next kernel is installed by, crypttab, or a swap unit names another disk.
+    /// A file that the installation of the next kernel reads, crypttab, or a swap unit names another disk.
     F13,
-    /// The boot waits for something that is missing without the other disk.
+    /// The boot waits for a device or mount that is missing without the other disk.
     F14,
     /// A menu entry, or the boot loader's configuration, names another disk, or no disk of the pair.
     F15,
@@ -30,45 +30,45 @@ pub enum Code {
     F16,
     /// An initrd names another disk.
     F17,
-    /// A sync was interrupted, or an entry boots a generation that is gone.
+    /// A sync was interrupted, or a menu entry boots a generation that no longer exists.
     F18,
     /// The medium can't be read.
     F20,
-    /// The disk is missing, or a partition of it is.
+    /// The disk or one of its partitions is missing.
     F21,
-    /// The shared root is without one of its disks.
+    /// The shared root is degraded: one of its disks is missing.
     F28,
-    /// One half of the shared root lacks what was written while it was away.
+    /// One half of the shared root is out of date: it lacks the changes that were made without it.
     F29,
     /// A menu entry names a file that is missing.
     F32,
     /// The fallback boot loader is missing.
     F35,
-    /// A boot file is not what it should be.
+    /// A boot file differs from the wanted one.
     F37,
-    /// A fault that an older version noted without a number, or a newer version with one that is unknown here.
+    /// A fault without a number from an older version, or with an unknown number from a newer one.
     #[serde(other)]
     Unknown,
 }
 
 impl fmt::Display for Code {
-    /// As it is in JSON.
+    /// The text in JSON.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.serialize(f)
     }
 }
 
-/// Why a disk would not boot, or nobody can tell whether it would.
+/// The reason why a disk would not boot, or why it is unknown whether it would.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(from = "Noted")]
 pub struct Fault {
-    /// Which failure mode it is.
+    /// Its failure mode.
     pub code: Code,
-    /// The disk that has it.
+    /// The disk with the fault.
     pub disk: Option<DiskName>,
-    /// The partition that it is on.
+    /// The partition with the fault.
     pub role: Option<Role>,
-    /// The file: by its path in a boot partition, or in the running system.
+    /// The file with the fault: its path in a boot partition, or in the running system.
     pub path: Option<String>,
     /// The finding, and what follows from it.
     pub text: String,
@@ -77,33 +77,33 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// A fault that nothing but this is known of.
+    /// A fault of an unknown disk, partition and file.
     pub fn new(code: Code, text: impl Into<String>) -> Self {
         Self { code, disk: None, role: None, path: None, text: text.into(), remedy: None }
     }
 
-    /// The disk that has it, unless that is known already.
+    /// Adds the disk, unless the fault has one already.
     #[must_use]
     pub fn of(mut self, disk: DiskName) -> Self {
         self.disk.get_or_insert(disk);
         self
     }
 
-    /// The partition that it is on.
+    /// Adds the partition.
     #[must_use]
     pub fn on(mut self, role: &Role) -> Self {
         self.role = Some(role.clone());
         self
     }
 
-    /// The file that it is in.
+    /// Adds the file.
     #[must_use]
     pub fn at(mut self, path: impl Into<String>) -> Self {
         self.path = Some(path.into());
         self
     }
 
-    /// The advice.
+    /// Adds the advice.
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
         self.remedy = Some(remedy.into());
@@ -112,19 +112,19 @@ impl Fault {
 }
 
 impl fmt::Display for Fault {
-    /// One line, whatever it quotes.
+    /// The sentence and the advice in one line, even if they quote several.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text.replace('\n', "; "))?;
         self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
     }
 }
 
-/// Several faults in one line.
+/// The sentences of several faults in one line.
 pub fn told(faults: &[Fault]) -> String {
     faults.iter().map(Fault::to_string).collect::<Vec<_>>().join("; ")
 }
 
-/// A fault as records have it: an older release wrote a sentence only.
+/// A fault as files hold it: an older release wrote a sentence only.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Noted {
@@ -145,7 +145,7 @@ impl From<Noted> for Fault {
 pub(crate) mod tests {
     use super::*;
 
-    /// Which failure modes were found.
+    /// The failure modes of these faults.
     pub(crate) fn codes(faults: &[Fault]) -> Vec<Code> {
         faults.iter().map(|fault| fault.code).collect()
     }
@@ -173,7 +173,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_another_version_noted_is_read() {
+    fn the_faults_of_other_versions_are_read() {
         let older: Vec<Fault> = serde_json::from_str(r#"["esp: linux is missing"]"#).unwrap();
         assert_eq!(older, [Fault::new(Code::Unknown, "esp: linux is missing")]);
         let newer: Fault = serde_json::from_str(r#"{"code":"f99","text":"the moon is full","phase":1}"#).unwrap();

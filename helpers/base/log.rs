@@ -15,10 +15,10 @@ use crate::base::refusal::Refused;
 use crate::base::root::Root;
 use crate::base::types::DiskName;
 
-/// Where journald takes entries with fields (systemd.io, Native Journal Protocol).
+/// The socket on which journald takes entries with fields (systemd.io, Native Journal Protocol).
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// A finding that programs may want to be woken for. units/dualroot.catalog explains each of them.
+/// A finding that other programs can watch for. units/dualroot.catalog explains each of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Event {
     /// A spare would not boot.
@@ -27,7 +27,7 @@ pub enum Event {
     MayBeNewer,
     /// A spare is missing.
     SpareMissing,
-    /// The shared root is without one of its disks, or a disk of it is behind.
+    /// The shared root is degraded, or one of its disks is out of date.
     DegradedRoot,
 }
 
@@ -52,17 +52,17 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// A fault that is an event.
+    /// The subject of a fault that is an event.
     pub fn event(event: Event, fault: &Fault) -> Self {
         Self { event: Some(event), ..Self::fault(fault) }
     }
 
-    /// A fault that is none.
+    /// The subject of a fault that is no event.
     pub fn fault(fault: &Fault) -> Self {
         Self { event: None, code: fault.code, disk: fault.disk }
     }
 
-    /// MESSAGE_ID, DUALROOT_FAULT and DUALROOT_DISK, a line each.
+    /// The fields MESSAGE_ID, DUALROOT_FAULT and DUALROOT_DISK, a line each.
     fn fields(&self) -> String {
         let code = Some(self.code).filter(|code| *code != Code::Unknown);
         let fields = [
@@ -127,7 +127,7 @@ fn chunks(mut text: &str) -> Vec<&str> {
 /// The reader of standard error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Reader {
-    /// Somebody at a terminal.
+    /// A user at a terminal.
     Terminal,
     /// journald.
     Journal,
@@ -137,7 +137,7 @@ enum Reader {
     Other,
 }
 
-/// The place that messages go to.
+/// The sink of a program's messages.
 pub struct Log {
     reader: Reader,
     /// journald's socket.
@@ -147,7 +147,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// Messages have the levels of sd-daemon(3) in front where standard error is the journal, and only there.
+    /// A log on standard error. Its lines begin with the levels of sd-daemon(3) only if standard error is the journal.
     pub fn new() -> Self {
         let stderr = io::stderr();
         let reader = match stderr.is_terminal() {
@@ -158,13 +158,13 @@ impl Log {
         Self { reader, socket: SOCKET.into(), kernel: None }
     }
 
-    /// Messages have levels in front whoever reads them.
+    /// A log on standard error whose lines always begin with levels.
     pub fn with_levels() -> Self {
         Self { reader: Reader::Levels, ..Self::new() }
     }
 
-    /// Messages of the program `name` go to the kernel's log, because neither journald nor syslog runs yet. They go to standard error
-    /// if it can't be written, or if `root` isn't this machine's.
+    /// A log of the program `name` in the kernel's log, for a time when neither journald nor syslog runs. If the kernel's log can't be written,
+    /// or if `root` isn't this machine's, messages go to standard error.
     pub fn to_kernel(root: &Root, name: &'static str) -> Self {
         let kmsg = root.is_host().then(|| OpenOptions::new().write(true).open("/dev/kmsg").ok()).flatten();
         Self { reader: Reader::Other, socket: SOCKET.into(), kernel: Some(Kernel { name, kmsg }) }
@@ -177,14 +177,14 @@ impl Log {
             return kernel.write(level, &text);
         }
         let level = level as u8;
-        // Nobody who reads is no error.
+        // A closed standard error must not stop the program.
         let _ = match self.reader {
             Reader::Journal | Reader::Levels => writeln!(io::stderr(), "<{level}>{text}"),
             Reader::Terminal | Reader::Other => writeln!(io::stderr(), "{text}"),
         };
     }
 
-    /// An entry with fields for the journal, and a line for everybody else, also where journald takes no entries.
+    /// Sends an entry with fields to the journal. Other readers get a line, and so does a journal that takes no entries.
     fn entry(&self, level: Level, subject: &Subject, text: &str) {
         let fields = subject.fields();
         let sent = self.reader == Reader::Journal && {
@@ -199,7 +199,7 @@ impl Log {
         }
     }
 
-    /// A message that makes the run a failure.
+    /// Reports an error, which makes the run a failure.
     pub fn error(&self, text: &str) {
         self.line(Level::Error, text);
     }
@@ -209,7 +209,7 @@ impl Log {
         self.entry(Level::Error, subject, text);
     }
 
-    /// The error that a run, or a spare's part of it, ended with.
+    /// Reports the error with which a run, or a spare's part of it, ended.
     pub fn failure(&self, error: &anyhow::Error) {
         let text = format!("{error:#}");
         match error.downcast_ref::<Refused>().and_then(Refused::fault) {
@@ -219,7 +219,7 @@ impl Log {
         }
     }
 
-    /// Something to look at.
+    /// Reports a fault that doesn't make the run a failure.
     pub fn warning(&self, text: &str) {
         self.line(Level::Warning, text);
     }
@@ -229,36 +229,36 @@ impl Log {
         self.entry(Level::Warning, subject, text);
     }
 
-    /// A change that was made.
+    /// Reports a change that was made.
     pub fn info(&self, text: &str) {
         self.line(Level::Info, text);
     }
 
-    /// The step that has begun: the unit's status line, and a line on a terminal.
+    /// Reports the step that has begun: as the unit's status, and as a line on a terminal.
     pub fn status(&self, text: &str) {
         let text = one_line(text);
         if self.reader == Reader::Terminal {
             let _ = writeln!(io::stderr(), "{text}");
         }
-        // Nobody who listens is no error.
+        // Without systemd, there is no unit whose status could be set.
         let _ = notify(false, &[NotifyState::Status(text)]);
     }
 }
 
-/// Whether `stream`, which is DEVICE:INODE in $JOURNAL_STREAM, is about this file (systemd.exec(5)).
+/// Whether `stream`, the DEVICE:INODE in $JOURNAL_STREAM, is this file (systemd.exec(5)).
 fn is_stream(stream: Option<&OsStr>, file: impl AsFd) -> bool {
     let found = fstat(file).map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
     stream.is_some_and(|stream| found.is_ok_and(|found| stream == found.as_str()))
 }
 
-/// Sends an entry to journald, and never waits for it, as sd_journal_send(3) does while nobody reads.
+/// Sends an entry to journald without waiting. sd_journal_send(3) would wait while journald doesn't read.
 fn send(socket: &Path, entry: &str) -> io::Result<()> {
     let sender = UnixDatagram::unbound()?;
     sender.set_nonblocking(true)?;
     sender.send_to(entry.as_bytes(), socket).map(drop)
 }
 
-/// One message is one line, whatever it quotes: an entry's path may hold what a terminal takes for a command.
+/// Makes a message one line without control characters: a path that it quotes may hold a terminal's commands.
 fn one_line(text: &str) -> String {
     text.replace('\n', "; ").replace(char::is_control, " ")
 }
@@ -287,7 +287,7 @@ mod tests {
         DiskName::parse("disk1").unwrap()
     }
 
-    /// journald, and a log for it.
+    /// A socket in the place of journald's, and a log that sends to it.
     fn journald() -> (tempfile::TempDir, UnixDatagram, Log) {
         let tmp = tempfile::tempdir().unwrap();
         let socket = tmp.path().join("socket");
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn f26_a_message_commands_no_terminal() {
+    fn f26_a_message_has_no_control_characters() {
         assert_eq!(
             one_line("esp: a.conf needs x\u{1b}]0;y\u{7}\r\u{9b}2J, and\nmore é"),
             "esp: a.conf needs x ]0;y   2J, and; more é"

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-/// Decodes each byte that is written as `mark` and three octal digits. A mark that no such digits follow stands for itself.
+/// Decodes each byte that is written as `mark` and three octal digits. A mark without such digits after it is kept.
 pub fn unescape<'a>(text: &'a [u8], mark: &[u8]) -> Cow<'a, [u8]> {
     if !text.windows(mark.len().max(1)).any(|window| window == mark) {
         return text.into();

@@ -1,19 +1,19 @@
-//! Who runs a program.
+//! The rights of the user who runs a program.
 
 use anyhow::Result;
 use nix::unistd::geteuid;
 
 use crate::base::refusal::refused;
 
-/// Whether root does.
+/// Whether root runs this program.
 pub fn is_root() -> bool {
     geteuid().is_root()
 }
 
-/// Refuses to go on for anybody but root. `unit` does the same, where there is one.
+/// Checks that root runs this program. `unit` is the unit that does the same work, if there is one.
 ///
 /// # Errors
-/// [`crate::base::refusal::Refused`] as said.
+/// [`crate::base::refusal::Refused`] for any other user.
 pub fn require_root(program: &str, unit: Option<&str>) -> Result<()> {
     match is_root() {
         true => Ok(()),
@@ -26,15 +26,15 @@ fn sentence(program: &str, unit: Option<&str>) -> String {
     format!("{program} has to run as root; nothing was done. Run it by sudo{other}.")
 }
 
-/// The end of a dry run of somebody else than root: only root may read these things.
+/// The refusal of a dry run by another user than root, who may not read these things.
 pub fn not_seen(program: &str, things: &[String]) -> anyhow::Error {
     let things = things.join(" and ");
     refused(format!(
-        "only root may read {things}; what would change there is unknown, and nothing was done. Run it by sudo: 'sudo {program} --dry-run'."
+        "only root may read {things}; the changes there are unknown, and nothing was done. Run it by sudo: 'sudo {program} --dry-run'."
     ))
 }
 
-/// Whether an error means that only root may do that.
+/// Whether an error means that root's rights are needed.
 pub fn is_denied(error: &anyhow::Error) -> bool {
     use std::io::ErrorKind::PermissionDenied;
     let denied = |errno: &nix::Error| matches!(errno, nix::Error::EACCES | nix::Error::EPERM);
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_is_not_root_is_told_in_one_way() {
+    fn every_program_gives_other_users_the_same_message() {
         assert_eq!(
             sentence("dualroot-sync", Some("dualroot-sync.service")),
             "dualroot-sync has to run as root; nothing was done. Run it by sudo, or 'systemctl start dualroot-sync.service'."
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_root_may_do_is_told_apart_from_what_is_not_there() {
+    fn a_denied_access_differs_from_a_missing_file() {
         let of = |errno| Err::<(), _>(errno).context("/boot").unwrap_err();
         assert!(is_denied(&of(nix::Error::EACCES)) && is_denied(&of(nix::Error::EPERM)));
         assert!(!is_denied(&of(nix::Error::ENOENT)));

@@ -12,7 +12,7 @@ const WIDTH: u64 = 20;
 /// The time between two updates of the line.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The line for one piece of work; it is erased when this value is dropped.
+/// The progress line of a piece of work; dropping it erases the line.
 pub(crate) struct Progress {
     terminal: Box<dyn Write + Send>,
     total: u64,
@@ -111,7 +111,7 @@ mod tests {
             (0, GIB / 4, GIB, 64, "[#####...............]  25 %     4.0 MiB/s  0:03:12 left"),
             (0, GIB, 100 * GIB, 16, "[....................]   1 %    64.0 MiB/s  0:26:24 left"),
             (0, GIB, 5000 * GIB, 16, "[....................]   0 %    64.0 MiB/s  22:13:04 left"),
-            // Half of it was done before.
+            // Half of the work was done earlier.
             (2 * GIB, 3 * GIB, 4 * GIB, 16, "[###############.....]  75 %    64.0 MiB/s  0:00:16 left"),
             (0, GIB, GIB, 64, "[####################] 100 %    16.0 MiB/s  0:00:00 left"),
             // The total has grown meanwhile.

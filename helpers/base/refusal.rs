@@ -5,21 +5,21 @@ use std::fmt;
 use crate::base::fault::{Code, Fault};
 use crate::base::types::DiskName;
 
-/// An error that means: nothing was written, because something is not as it has to be. It makes exit status 3.
+/// An error before anything was written, because a precondition is not met. It makes exit status 3.
 #[derive(Debug)]
 pub struct Refused {
     sentence: String,
-    /// The fault that a program can tell it by.
+    /// The fault by which programs recognise it.
     fault: Option<Fault>,
 }
 
 impl Refused {
-    /// The fault that is behind it, where that is a failure mode with a number of its own.
+    /// The fault that caused it, if that has a number.
     pub fn fault(&self) -> Option<&Fault> {
         self.fault.as_ref()
     }
 
-    /// Whether it was refused because another disk may be newer than the one that is booted.
+    /// Whether the reason is that another disk may be newer than the booted one.
     pub fn is_about_age(&self) -> bool {
         self.fault.as_ref().is_some_and(|fault| fault.code == Code::F07)
     }
@@ -33,12 +33,12 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// A refusal with its one sentence.
+/// A refusal with this sentence.
 pub fn refused(sentence: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Refused { sentence: sentence.into(), fault: None })
 }
 
-/// Whatever goes wrong before anything is written: a refusal, too.
+/// Makes an error that occurred before anything was written a refusal.
 pub fn nothing_done(error: anyhow::Error) -> anyhow::Error {
     match error.is::<Refused>() {
         true => error,
@@ -46,7 +46,7 @@ pub fn nothing_done(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-/// A refusal because a disk may be newer than the booted one. `disk` is the one whose record tells so, or can't be read.
+/// A refusal because a disk may be newer than the booted one. `disk` is the disk whose record shows this, or can't be read.
 pub fn refused_for_age(disk: DiskName, sentence: impl Into<String>) -> anyhow::Error {
     let sentence = sentence.into();
     let fault = Fault::new(Code::F07, sentence.clone()).of(disk);
