@@ -1,17 +1,17 @@
-//! Golden cases for dualroot-generator: `tests/generator/NN-name/` is an input tree (`root/`) and what must come of it.
+//! Golden cases for dualroot-generator: `tests/generator/NN-name/` holds an input tree (`root/`) and the expected output.
 //!
 //! A case consists of
-//! - `root/`: what the generator reads as `/`,
-//! - `expected/`: what it writes in the normal directory; symbolic links count by what they say, and are never followed,
-//! - `expect-nothing` (instead of `expected/`): why nothing may be written,
-//! - `expected.log`: its messages, with the process id masked; no such file, no messages,
+//! - `root/`: the tree that the generator reads as `/`,
+//! - `expected/`: the files that it writes to the normal directory; symbolic links are compared by their targets, and never followed,
+//! - `expect-nothing` (instead of `expected/`): the reason why it must write nothing,
+//! - `expected.log`: its messages, with the process id masked; without this file, there must be none,
 //! - `env`: environment variables, one a line, `status`: the exit status if it is not 0, `dirs`: empty directories to make below
 //!   `root/`, one a line, because git has none.
 //!
-//! `UPDATE=1 cargo test --test generator` writes what came of the cases into them, to be read in `git diff`; it writes no
-//! `expect-nothing`, so that a case doesn't begin to expect nothing unnoticed.
+//! `UPDATE=1 cargo test --test generator` replaces the expected files by the present output; read `git diff` afterwards. It never writes
+//! `expect-nothing`, so that no case begins to expect nothing unnoticed.
 
-// A test that panics fails, as it should; clippy takes only `#[test]` functions for tests.
+// A test may panic; clippy allows that in `#[test]` functions, but not in their helper functions.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
@@ -71,7 +71,7 @@ cases! {
     invalid => "49-invalid",
 }
 
-/// What is at a path: directories only where they are empty, because git has none.
+/// A file, link or empty directory of a tree. Other directories are not listed, because git has none.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Node {
     File(String),
@@ -82,7 +82,7 @@ enum Node {
 
 type Tree = BTreeMap<String, Node>;
 
-/// Everything below a directory; nothing where there is none.
+/// The tree below a directory; an empty one if the directory doesn't exist.
 fn tree(dir: &Path) -> Tree {
     fn walk(top: &Path, dir: &Path, tree: &mut Tree) -> bool {
         let mut empty = true;
@@ -109,7 +109,7 @@ fn tree(dir: &Path) -> Tree {
     found
 }
 
-/// How two trees differ, for people; empty if they don't.
+/// The differences of two trees, for people; empty if they are equal.
 fn differences(expected: &Tree, found: &Tree) -> String {
     let mut text = String::new();
     for name in expected.keys().chain(found.keys().filter(|name| !expected.contains_key(*name))) {
@@ -144,7 +144,7 @@ fn cases() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/generator")
 }
 
-/// A file of a case, or nothing.
+/// The text of a case's file; empty if it doesn't exist.
 fn text(path: &Path) -> String {
     match fs::read_to_string(path) {
         Ok(text) => text,
@@ -153,7 +153,7 @@ fn text(path: &Path) -> String {
     }
 }
 
-/// A case that was set up in a directory of its own.
+/// A case's input, copied to a temporary directory.
 struct Setup {
     dir: tempfile::TempDir,
     env: String,
@@ -184,15 +184,15 @@ impl Setup {
         command.args(args.iter().map(|arg| self.path(arg))).output().unwrap()
     }
 
-    /// The messages of a run, without what is different each time.
+    /// The messages of a run, without the parts that differ between runs.
     fn log(&self, output: &Output) -> String {
-        assert!(output.stdout.is_empty(), "something on standard output: {output:?}");
+        assert!(output.stdout.is_empty(), "standard output is not empty: {output:?}");
         let text = String::from_utf8(output.stderr.clone()).unwrap().replace(self.dir.path().to_str().unwrap(), "DIR");
         text.lines().map(|line| format!("{}\n", mask(line))).collect()
     }
 }
 
-/// A message with its process id masked; a line that isn't a message stays as it is, and matches none.
+/// A message with its process id masked. Any other line gets a mark that matches no message.
 fn mask(line: &str) -> String {
     let masked = line.split_once("dualroot-generator[").and_then(|(priority, rest)| {
         let (pid, text) = rest.split_once("]: ")?;
@@ -209,8 +209,8 @@ fn run_case(name: &str) {
     let output = setup.run(&["normal", "early", "late"]);
     let log = setup.log(&output);
     let status: i32 = text(&case.join("status")).trim().parse().unwrap_or(0);
-    assert_eq!(output.status.code(), Some(status), "{name}: exit status; it said:\n{log}");
-    // Nothing is written anywhere else.
+    assert_eq!(output.status.code(), Some(status), "{name}: exit status; messages:\n{log}");
+    // Nothing else is written.
     assert_eq!(tree(&setup.path("root")), before, "{name}: the input was changed");
     let others: Vec<_> = fs::read_dir(setup.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(others.iter().all(|other| other == "root" || other == "normal"), "{name}: written elsewhere: {others:?}");
@@ -221,23 +221,23 @@ fn run_case(name: &str) {
         assert_eq!(
             found.is_empty(),
             nothing,
-            "{name}: nothing was written, or not nothing: look first, then add or remove expect-nothing"
+            "{name}: the output and expect-nothing contradict each other; check, then add or remove expect-nothing"
         );
         update(&case, &setup.path("normal"), &log);
     }
     if nothing {
-        assert!(!case.join("expected").exists(), "{name}: expects nothing and something");
+        assert!(!case.join("expected").exists(), "{name}: has both expected/ and expect-nothing");
         assert!(!setup.path("normal").exists(), "{name}: expected nothing, found:\n{found:#?}");
     } else {
         let expected = tree(&case.join("expected"));
-        assert!(!expected.is_empty(), "{name}: there is nothing in expected/, and no expect-nothing");
+        assert!(!expected.is_empty(), "{name}: expected/ is empty, and there is no expect-nothing");
         let differences = differences(&expected, &found);
         assert!(differences.is_empty(), "{name}:\n{differences}");
     }
     assert_eq!(text(&case.join("expected.log")), log, "{name}: messages");
 }
 
-/// Replaces what a case expects.
+/// Replaces the expected files of a case.
 fn update(case: &Path, normal: &Path, log: &str) {
     let expected = case.join("expected");
     if expected.exists() {
@@ -294,7 +294,7 @@ fn the_comparison_sees_differences() {
     assert!(tree(&dir.path().join("nowhere")).is_empty());
 }
 
-/// A case that was run, and what was written.
+/// Runs a case, which must succeed, and returns its output too.
 fn good_run(case: &str) -> (Setup, Tree) {
     let setup = Setup::new(case);
     let output = setup.run(&["normal", "early", "late"]);
@@ -309,7 +309,7 @@ fn f27_twice() {
     let again = setup.run(&["normal", "early", "late"]);
     assert!(again.status.success(), "{again:?}");
     assert_eq!(tree(&setup.path("normal")), first);
-    // The same in another directory: nothing depends on where or when.
+    // The output doesn't depend on the directory or the time.
     assert!(setup.run(&["other", "early", "late"]).status.success());
     assert_eq!(tree(&setup.path("other")), first);
 }
@@ -322,7 +322,7 @@ fn f27_one_argument() {
     assert!(differences.is_empty(), "{differences}");
 }
 
-/// Whatever is no absolute path makes no directory of its name.
+/// An argument that is no absolute path is refused, and makes no directory of its name.
 #[test]
 fn f27_wrong_arguments() {
     let setup = Setup::new("01-own-roots");
@@ -368,7 +368,7 @@ fn f27_unwritable_directory() {
     assert_eq!(log.lines().count(), 1, "{log}");
 }
 
-/// One file that can't be written doesn't keep the others from being written.
+/// If one file can't be written, the others are written anyway.
 #[test]
 fn f27_partly_unwritable_directory() {
     let (setup, mut expected) = good_run("01-own-roots");
@@ -398,9 +398,9 @@ fn f27_units_of_others_stay() {
     assert!(!setup.path("elsewhere").exists());
 }
 
-/// f26: the name of a drop-in stands in every unit, as its source; a newline in it would begin a line there.
+/// f26: every unit names the drop-in as its source; a newline in the name would begin another line.
 #[test]
-fn f26_no_file_name_smuggles_a_line() {
+fn f26_a_file_name_adds_no_line_to_a_unit() {
     let setup = Setup::new("01-own-roots");
     let dir = setup.path("root/etc/dualroot.conf.d");
     fs::create_dir(&dir).unwrap();
@@ -414,14 +414,14 @@ fn f26_no_file_name_smuggles_a_line() {
     assert_eq!(setup.log(&output), expected);
 }
 
-/// f10: when the machine boots, a partition that the databases of package managers lie on is not mounted yet.
+/// f10: at boot, the partition with the databases of package managers is not mounted yet.
 #[test]
 fn f10_package_databases_on_other_partitions_are_watched() {
     let watched = |setup: &Setup| {
         assert!(setup.run(&["normal", "early", "late"]).status.success());
         fs::read_to_string(setup.path("normal/dualroot-entries.path.d/50-dualroot.conf")).unwrap()
     };
-    // One that the configuration names, one that fstab does, and none.
+    // A partition in the configuration, none, and one in fstab.
     assert!(watched(&Setup::new("10-every-role")).contains("PathChanged=/var/lib/dpkg\n"));
     let setup = Setup::new("02-own-roots-xbootldr");
     assert!(!watched(&setup).contains("/var/lib/dpkg"));
@@ -430,7 +430,7 @@ fn f10_package_databases_on_other_partitions_are_watched() {
     assert!(watched(&setup).contains("PathChanged=/var/lib/dpkg\n"));
 }
 
-/// A typo may be the reason why there are no units.
+/// A typo may be the reason for a missing unit, so its warning comes first.
 #[test]
 fn warnings_come_before_a_reason() {
     let setup = Setup::new("21-f02-other-esp");
@@ -456,7 +456,7 @@ fn f27_named_pipes_are_not_waited_for() {
         std::thread::scope(|scope| {
             scope.spawn(|| done.send(setup.run(&["normal", "early", "late"])));
             let in_time = ended.recv_timeout(std::time::Duration::from_secs(10));
-            // Whoever waits for a writer gets one.
+            // A generator that waits for a writer gets one, so that the test ends.
             let _ = fs::OpenOptions::new().read(true).write(true).open(&path);
             let log = setup.log(&in_time.unwrap_or_else(|_| panic!("{name}: the generator waits")));
             assert!(log.contains(says), "{name}: {log}");
@@ -464,7 +464,7 @@ fn f27_named_pipes_are_not_waited_for() {
     }
 }
 
-/// systemd finds nothing to complain about in what is written.
+/// systemd accepts all units that the generator writes.
 #[test]
 fn systemd_has_no_complaints() {
     let cases: Vec<_> = CASES.iter().filter(|case| !cases().join(case).join("expect-nothing").exists()).collect();
@@ -476,7 +476,7 @@ fn systemd_has_no_complaints() {
     }
 }
 
-/// The test above would fail if there were something to complain about.
+/// The test above would fail for bad units.
 #[test]
 fn systemd_complains_of_bad_units() {
     let (setup, _) = good_run("01-own-roots");
@@ -497,11 +497,11 @@ fn systemd_complains_of_bad_units() {
     }
 }
 
-/// What `systemd-analyze verify` says of a directory of units, beside systemd's own units. The devices need not be there.
+/// The output of `systemd-analyze verify` for a directory of units together with systemd's own units. The devices need not exist.
 fn complaints(units: &Path) -> String {
     let dir = tempfile::tempdir().unwrap();
     copy(units, dir.path());
-    // The unit that the drop-in is for, so that it is read too.
+    // The unit of the drop-in, so that systemd reads the drop-in too.
     let path_unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("units/dualroot-entries.path");
     fs::copy(path_unit, dir.path().join("dualroot-entries.path")).unwrap();
     fs::write(dir.path().join("dualroot-entries.service"), "[Service]\nType=oneshot\nExecStart=/bin/sh -c true\n").unwrap();
@@ -524,12 +524,12 @@ fn complaints(units: &Path) -> String {
     text
 }
 
-/// systemd itself, asked what it makes of the units: no spare is ordered before local-fs.target, or anything that a boot waits for,
-/// and everything of the booted disk is.
+/// By systemd's own reading of the units, no mount of a spare is ordered before local-fs.target or another unit for which a boot waits, and
+/// every mount of the booted disk is.
 #[test]
 fn f14_boot_waits_for_no_spare() {
     let (setup, found) = good_run("10-every-role");
-    let log = what_systemd_makes_of(&setup.path("normal"));
+    let log = loaded_by_systemd(&setup.path("normal"));
     let mounts: Vec<_> = found.keys().filter(|name| name.ends_with(".mount") && !name.contains('/')).collect();
     assert!(mounts.len() > 10);
     for mount in mounts {
@@ -551,8 +551,8 @@ fn f14_boot_waits_for_no_spare() {
     }
 }
 
-/// What systemd's manager would make of the units, as its test mode prints it, beside systemd's own units.
-fn what_systemd_makes_of(units: &Path) -> String {
+/// The units as the test mode of systemd's manager prints them after loading, together with systemd's own units.
+fn loaded_by_systemd(units: &Path) -> String {
     let dir = tempfile::tempdir_in("/tmp").unwrap();
     let units_copy = dir.path().join("units");
     copy(units, &units_copy);

@@ -1,6 +1,6 @@
-//! The programs as a whole: what they say of themselves, and to somebody who isn't root.
+//! The programs as a whole: their --help texts, and their messages to users other than root.
 
-// A test that panics fails, as it should; clippy takes only `#[test]` functions for tests.
+// A test may panic; clippy allows that in `#[test]` functions, but not in their helper functions.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("dualroot-verify", env!("CARGO_BIN_EXE_dualroot-verify")),
 ];
 
-/// The section of a manual page about exit statuses.
+/// The section EXIT STATUS of a manual page.
 fn section(page: &str) -> String {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(page)).unwrap();
     let section = text.split("\n.Sh ").find_map(|section| section.strip_prefix("EXIT STATUS\n"));
@@ -85,7 +85,7 @@ fn as_nobody(path: &str, args: &[&str]) -> (Option<i32>, String) {
 }
 
 #[test]
-fn whoever_is_not_root_is_told_in_one_way() {
+fn every_program_gives_other_users_the_same_message() {
     for (program, args, unit) in [
         ("dualroot-sync", &[][..], Some("dualroot-sync.service")),
         ("dualroot-sync", &["--discard-spare", "disk1"], None),
@@ -109,7 +109,7 @@ fn whoever_is_not_root_is_told_in_one_way() {
     }
 }
 
-/// Two disks that aren't there, and a key that isn't either.
+/// A configuration with two missing disks, and with a key that doesn't exist.
 const CONFIGURATION: &str = "[disk0]
 esp=aaaaaaaa-0000-4000-8000-000000000001
 root=aaaaaaaa-0000-4000-8000-000000000002
@@ -119,7 +119,7 @@ root=bbbbbbbb-0000-4000-8000-000000000002
 colour=red
 ";
 
-/// Runs a program with this configuration and none of the machine's own. None where only root could, or where the machine has one.
+/// Runs a program with this configuration. None if this is not root, or if the machine has a configuration of its own.
 fn configured(program: &str, args: &[&str], text: &str) -> Option<(Option<i32>, String, String)> {
     let is_root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
     if !is_root || Path::new("/etc/dualroot.conf").exists() {
@@ -145,7 +145,7 @@ const PROGRAMS_THAT_REFUSE: [(&str, &[&str]); 7] = [
 ];
 
 #[test]
-fn a_typo_in_the_configuration_is_told_by_a_run_that_is_refused() {
+fn a_refused_run_reports_a_typo_in_the_configuration() {
     for (program, args) in PROGRAMS_THAT_REFUSE {
         let Some((status, out, err)) = configured(program, args, CONFIGURATION) else { return };
         let said = format!("{program} {args:?}: {status:?}: {out}{err}");
@@ -155,9 +155,9 @@ fn a_typo_in_the_configuration_is_told_by_a_run_that_is_refused() {
     }
 }
 
-/// f64: and by one that is refused for what the typo makes of the configuration.
+/// f64: also if the typo itself makes the configuration invalid.
 #[test]
-fn f64_a_typo_is_told_with_the_fault_that_it_makes() {
+fn f64_a_typo_is_reported_with_its_consequence() {
     let text = CONFIGURATION.replacen("root=", "rot=", 1);
     for (program, args) in PROGRAMS_THAT_REFUSE {
         let Some((status, out, err)) = configured(program, args, &text) else { return };
@@ -167,9 +167,9 @@ fn f64_a_typo_is_told_with_the_fault_that_it_makes() {
     }
 }
 
-/// Services have nothing to do there, which is no failure; but nobody is told that a spare boots.
+/// Without a configuration, services succeed with nothing to do, but dualroot-status calls no spare good.
 #[test]
-fn without_a_configuration_nothing_is_done_and_nothing_is_called_good() {
+fn without_a_configuration_nothing_is_done_or_called_good() {
     for (program, args) in [("dualroot-sync", &["--dry-run"][..]), ("dualroot-entries", &[]), ("dualroot-verify", &[])] {
         let Some((status, _, err)) = configured(program, args, "") else { return };
         assert!(status == Some(0) && err.contains("dualroot is not configured"), "{program}: {status:?}: {err}");
@@ -178,9 +178,9 @@ fn without_a_configuration_nothing_is_done_and_nothing_is_called_good() {
     assert!(status == Some(3) && out.contains("dualroot-clone(8)"), "{status:?}: {out}");
 }
 
-/// An old file of metrics goes on saying that all is well.
+/// An old file of metrics would still call the spares good.
 #[test]
-fn metrics_are_written_where_nothing_is_known() {
+fn metrics_are_written_if_the_disks_are_unknown() {
     for text in ["", CONFIGURATION, "[disk0]\n"] {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("x.prom");

@@ -1,7 +1,7 @@
-//! What is done with hostile input, a function for each kind of it (failure mode 26). cargo-fuzz makes up input for them;
-//! tests/corpus.rs gives them what lies in corpus/, so that what was found once stays mended.
+//! Fuzz targets: a function for each kind of hostile input (failure mode 26). cargo-fuzz generates input for them; tests/corpus.rs runs them
+//! with the files of corpus/, so that a fault that was fixed is found if it returns.
 //!
-//! They panic where an answer is wrong, not only where dualroot itself would.
+//! They also panic if an answer of dualroot is wrong.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,7 +36,7 @@ const FOREIGN: [&str; 4] = [
     "aaaaaaaa-0000-4000-8000-000000000003",
 ];
 
-/// Rewrites from disk0 (sda) for disk1 (sdb), which has something to put in the place of everything.
+/// The rewriter from disk0 (sda) to disk1 (sdb), which has a name for each kind of name of disk0.
 fn to_disk1() -> Rewriter {
     let disk = |name: &str, letter: &str, dev: &str, esp: &str, root: &str, home: &str| {
         let part = |n: u32, uuid: Option<&str>, label: &str| PartIds {
@@ -61,28 +61,28 @@ fn to_disk1() -> Rewriter {
 
 thread_local! {
     static TO_DISK1: Rewriter = to_disk1();
-    /// EFI variables, which all have the same content.
+    /// A directory of EFI variables that all have the same content.
     static VARIABLES: RefCell<tempfile::TempDir> = RefCell::new(variables());
 }
 
-/// What is said to people is one line, and what goes into a unit's value is a part of one.
+/// Checks that a text has no control characters: messages are one line, and values in units are a part of one.
 #[track_caller]
 fn one_line(text: &str) {
     assert!(!text.chars().any(char::is_control), "{text:?} has a control character");
 }
 
-/// A path below a directory that leads nowhere else.
+/// Checks that a relative path leads to a place below its directory.
 #[track_caller]
 fn stays_below(path: &str) {
     let plain = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
-    assert!(plain && !path.is_empty() && !path.ends_with('/'), "{path:?} leads elsewhere");
+    assert!(plain && !path.is_empty() && !path.ends_with('/'), "{path:?} leads out of its directory");
 }
 
-/// Holds what a text became against what it was.
+/// Compares a rewritten text with the original, and with the result of a second rewriting.
 #[track_caller]
 fn rewritten_well(rewriter: &Rewriter, old: &[u8], new: &[u8], again: &[u8]) {
     assert_eq!(new.escape_ascii().to_string(), again.escape_ascii().to_string(), "rewriting twice isn't rewriting once");
-    assert_eq!(rewriter.foreign(new), [""; 0], "something of another disk is left in {}", new.escape_ascii());
+    assert_eq!(rewriter.foreign(new), [""; 0], "a name of another disk is left in {}", new.escape_ascii());
     let lower = new.to_ascii_lowercase();
     for uuid in FOREIGN {
         let mut places = lower.windows(uuid.len()).enumerate().filter(|(_, text)| *text == uuid.as_bytes()).map(|(at, _)| at);
@@ -137,7 +137,7 @@ pub fn fstab(data: &[u8]) {
     });
 }
 
-/// Boot loader entries: the first line as a file's name, too.
+/// Menu entries of a boot loader; the first line also serves as a file's name.
 pub fn entries(data: &[u8]) {
     let name = data.split(|b| *b == b'\n').next().unwrap_or_default();
     if let Ok(name) = std::str::from_utf8(name)
@@ -154,7 +154,7 @@ pub fn entries(data: &[u8]) {
             let new = entry::rewrite(data, rewriter, &titles);
             let again = entry::rewrite(&new, rewriter, &titles);
             assert_eq!(new.escape_ascii().to_string(), again.escape_ascii().to_string());
-            // Titles are for people, and may say anything.
+            // Titles may contain any text.
             let rest = |text: &[u8]| -> Vec<u8> {
                 let is_title = |line: &&[u8]| line.trim_ascii().starts_with(b"title");
                 text.split_inclusive(|b| *b == b'\n').filter(|line| !is_title(line)).flatten().copied().collect()
@@ -166,12 +166,12 @@ pub fn entries(data: &[u8]) {
     for path in &files {
         stays_below(path);
     }
-    // Every path is found where it is turned to, and nothing else changes.
+    // A redirected entry names the new paths, and nothing else changes.
     assert_eq!(entry::redirect(data, |_| None), data);
     // A blank at the end of a name can't be written.
     if files.iter().all(|path| path.trim_ascii_end() == path) {
-        let turned = entry::redirect(data, |path| Some(path.to_owned()));
-        assert_eq!(entry::files(&turned), files);
+        let redirected = entry::redirect(data, |path| Some(path.to_owned()));
+        assert_eq!(entry::files(&redirected), files);
     }
     let staged = entry::redirect(data, |_| Some(".staged".to_owned()));
     assert_eq!(entry::files(&staged), vec![".staged"; files.len()]);
@@ -182,7 +182,7 @@ pub fn entries(data: &[u8]) {
     assert_eq!(boots.iter().filter(|b| **b == b'\n').count(), data.iter().filter(|b| **b == b'\n').count());
 }
 
-/// loader.conf, and every other small text that is only rewritten, such as a kernel's command line.
+/// loader.conf, and other small texts that are only rewritten, such as a kernel's command line.
 pub fn loader_conf(data: &[u8]) {
     TO_DISK1.with(|rewriter| {
         let new = rewriter.rewrite(data);
@@ -192,7 +192,7 @@ pub fn loader_conf(data: &[u8]) {
         for key in ["default", "timeout"] {
             assert!(entry::value(data, key).is_none_or(|value| !value.contains(&b'\n')));
         }
-        // What is written in its place says the same, and fills no more than is there where it is written in place.
+        // The change has the same text; one in place has the size of the old file.
         for size in [None, Some(0), Some(1), Some(511), Some(512), Some(513), Some(u64::MAX)] {
             let bytes = match sector::text_change("loader/loader.conf", size, &new) {
                 Change::Overwrite { bytes, .. } => {
@@ -218,7 +218,7 @@ pub fn crypttab(data: &[u8]) {
     });
 }
 
-/// The configuration: the main file, and behind each record separator (0x1e) a drop-in.
+/// The configuration: the main file, and after each record separator (0x1e) a drop-in.
 pub fn configuration(data: &[u8]) {
     let sources: Vec<_> = (0..).zip(data.split(|b| *b == 0x1e)).map(|(n, text)| (format!("{n}.conf"), text.to_vec())).collect();
     let config = match Config::parse(&sources) {
@@ -232,7 +232,7 @@ pub fn configuration(data: &[u8]) {
     let mut parts = BTreeSet::new();
     for disk in &config.disks {
         assert_eq!(disk.parts.get(&Role::Esp), Some(&disk.esp()));
-        assert!(disk.parts.values().all(|part| parts.insert(*part)), "a partition is there twice");
+        assert!(disk.parts.values().all(|part| parts.insert(*part)), "a partition is listed twice");
         assert!(disk.parts.keys().eq(config.disks[0].parts.keys()), "the disks differ");
         disk.title.iter().for_each(|title| one_line(title));
         let places = disk.boot_places().into_iter().map(|(_, _, place)| place);
@@ -246,7 +246,8 @@ pub fn configuration(data: &[u8]) {
     }
 }
 
-/// A directory in which every variable that is read has one content, and one in which BootCurrent leads to an entry of that content.
+/// Directories of EFI variables: one in which all have the same content, one with BootCurrent only, and one in which BootCurrent leads to an
+/// entry with that content.
 fn variables() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let global = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
@@ -265,7 +266,7 @@ fn variables() -> tempfile::TempDir {
     dir
 }
 
-/// An EFI variable as efivarfs has it, attributes in front: as each of those that are read.
+/// An EFI variable as in efivarfs, with its attributes first, in the place of each variable that dualroot reads.
 pub fn efi_variables(data: &[u8]) {
     VARIABLES.with_borrow(|dir| {
         fs::write(dir.path().join("data"), data).unwrap();
@@ -292,7 +293,7 @@ pub fn device_paths(data: &[u8]) {
     let option = BootOption::parse(7, data.to_vec());
     assert_eq!((option.number, &option.raw[..]), (7, data));
     assert!(!option.partition.is_some_and(|part| part.uuid().is_nil()));
-    // What is understood can be written, and is understood again.
+    // A parsed entry can be written and parsed again.
     if let (Some(part), Some(file)) = (option.partition, &option.file) {
         let drive = EFIHardDrive {
             partition_number: 1,
@@ -308,7 +309,7 @@ pub fn device_paths(data: &[u8]) {
     }
 }
 
-/// A unified kernel image, a PE file; and what is taken for an initrd.
+/// A unified kernel image, which is a PE file; the same bytes also serve as an initrd.
 pub fn images(data: &[u8]) {
     TO_DISK1.with(|rewriter| {
         match pe::search_uki(data, rewriter) {
@@ -322,9 +323,9 @@ pub fn images(data: &[u8]) {
     });
 }
 
-/// The record of a disk's lives on its ESP.
+/// The record of boots on a disk's ESP.
 pub fn lineage(data: &[u8]) {
-    // As it is, and with the hash that lets the rest be looked at.
+    // The input itself, and the input with a correct hash, so that its lines are parsed.
     let lines = [data.trim_ascii_end(), b"\n"].concat();
     let sum: String = blake3::hash(&lines).to_hex().chars().take(16).collect();
     for text in [data.to_vec(), [&lines, format!("sum={sum}\n").as_bytes()].concat()] {
@@ -332,17 +333,17 @@ pub fn lineage(data: &[u8]) {
             Ok(record) => {
                 let text = record.text();
                 assert_eq!(Record::parse(text.as_bytes()).unwrap(), record);
-                // It is padded to a sector.
+                // Padding to a sector is ignored.
                 assert_eq!(Record::parse(format!("{text}\n\n\n").as_bytes()).unwrap(), record);
-                of_two(&record);
+                decide(&record);
             }
             Err(e) => one_line(&format!("{e:#}")),
         }
     }
 }
 
-/// What is decided about a disk with that record, and the booted one, which has been synced to it once.
-fn of_two(record: &Record) {
+/// The decisions about a spare with that record and a booted disk with another one, before and after a sync.
+fn decide(record: &Record) {
     let [own, spare] = ["disk0", "disk1"].map(|name| DiskName::parse(name).unwrap());
     let mut ours = Record::default();
     let mut theirs = record.clone();
@@ -351,13 +352,13 @@ fn of_two(record: &Record) {
             one_line(&format!("{e:#}"));
         }
     }
-    // What was given up is not asked for again.
+    // Changes that were given up cause no other refusal.
     ours.synced(own, spare, &mut theirs);
     ours.check(own, spare, &theirs).unwrap();
     theirs.check(spare, own, &ours).unwrap();
 }
 
-/// A boot partition as a model: FAT, which ignores case. Files by their folded path.
+/// A model of a boot partition: FAT, which ignores case. The keys are folded paths.
 #[derive(Clone, Default, PartialEq, Eq)]
 struct Fat {
     files: BTreeMap<String, (String, Vec<u8>)>,
@@ -365,7 +366,7 @@ struct Fat {
 }
 
 impl Fat {
-    /// Makes what is there before, as far as a directory can have it.
+    /// Adds a file, unless a directory has its path or a file the path of one of its directories.
     fn put(&mut self, path: &str, content: &[u8]) {
         let parents = || path.match_indices('/').map(|(at, _)| fold(&path[..at]));
         if !parents().any(|dir| self.files.contains_key(&dir)) && !self.dirs.contains(&fold(path)) {
@@ -374,7 +375,7 @@ impl Fat {
         }
     }
 
-    /// What a scan of it finds.
+    /// The result of a scan of the partition.
     fn scan(&self) -> BootFiles {
         let mut found = BootFiles::default();
         for dir in &self.dirs {
@@ -389,7 +390,7 @@ impl Fat {
     }
 
     fn apply(&mut self, change: &Change, source: &Fat) {
-        let parent_is_there = |fat: &Self, path: &str| path.rsplit_once('/').is_none_or(|(dir, _)| fat.dirs.contains(&fold(dir)));
+        let has_parent = |fat: &Self, path: &str| path.rsplit_once('/').is_none_or(|(dir, _)| fat.dirs.contains(&fold(dir)));
         match change {
             Change::MakeDir(path) => {
                 stays_below(path);
@@ -401,7 +402,7 @@ impl Fat {
             }
             Change::Create { path, content } | Change::Replace { path, content, .. } => {
                 stays_below(path);
-                assert!(parent_is_there(self, path), "{path} has no directory");
+                assert!(has_parent(self, path), "{path} has no directory");
                 assert!(!self.dirs.contains(&fold(path)), "{path} is a directory");
                 let bytes = match content {
                     Content::Bytes(bytes) => bytes.clone(),
@@ -429,7 +430,7 @@ impl Fat {
         }
     }
 
-    /// Entries with the files that they need, all of which are payloads.
+    /// The menu entries whose needed files are all payloads, with these files.
     fn entries(&self) -> impl Iterator<Item = (&String, &Vec<u8>, BTreeSet<String>)> {
         self.files.iter().filter(|(key, (path, _))| classify(key) == Class::Entry && !is_temporary(path)).filter_map(
             |(key, (_, text))| {
@@ -440,13 +441,13 @@ impl Fat {
     }
 }
 
-/// Whether the last part of a path is a name that a cut write leaves behind.
+/// Whether the last part of a path is the name of a temporary file, as an interrupted write leaves it.
 fn is_temporary(path: &str) -> bool {
     dualroot::write::below::is_temporary(path.rsplit('/').next().unwrap_or_default())
 }
 
-/// The directories of two boot partitions: records that end in a NUL, each a letter, a path and, behind `=`, a content. `s` is a file of
-/// the booted disk, `d` one of the spare, and `k` one that came there by an earlier sync.
+/// The files of two boot partitions: records that end in a NUL, each a letter, a path and, after `=`, a content. `s` is a file of the booted
+/// disk, `d` one of the spare, and `k` one that an earlier sync wrote to the spare.
 pub fn boot_files(data: &[u8]) {
     let (mut source, mut spare, mut known) = (Fat::default(), Fat::default(), BTreeSet::new());
     for record in data.split(|b| *b == 0) {
@@ -468,7 +469,7 @@ pub fn boot_files(data: &[u8]) {
     TO_DISK1.with(|rewriter| synced(&source, &spare, &known, rewriter));
 }
 
-/// Plans a sync of boot partitions, makes it true in a model, and looks at it after each step.
+/// Plans a sync of boot partitions, applies it to a model, and checks the model after each step.
 fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewriter) {
     let (there, titles) = (before.scan(), Titles::default());
     let rewrite = |class: Class, text: &[u8]| match class {
@@ -489,15 +490,15 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
         Err(e) => return one_line(&format!("{e:#}")),
     };
     let one = Generation::parse("1").unwrap();
-    for offer in older::entries_for(&there, &wanted_files, &[one]) {
-        stays_below(&offer.path);
+    for file in older::entries_for(&there, &wanted_files, &[one]) {
+        stays_below(&file.path);
     }
     let mut own = source.scan();
     older::keep_own(&mut own, "/dualroot/1");
     for (free, cluster) in [(0, 0), (0, 4096), (u64::MAX, 512)] {
         room::shortfall(&steps, &Role::Esp, &there, free, cluster);
     }
-    // A file on one disk where the other one has a directory: that is an error when it is met.
+    // A file on one disk with the path of a directory on the other: a sync reports an error when it applies the step.
     let files = |fat: &Fat| fat.files.keys().cloned().collect::<BTreeSet<_>>();
     let dirs = wanted_files.iter().flat_map(|file| file.path.match_indices('/').map(|(at, _)| fold(&file.path[..at])));
     if dirs.chain(source.dirs.clone()).any(|dir| before.files.contains_key(&dir)) || !before.dirs.is_disjoint(&files(source)) {
@@ -515,7 +516,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
             let old = spare.clone();
             if let Change::Create { path, .. } = &step.change {
                 let needed = old.entries().find(|(_, _, needs)| needs.contains(&fold(path)));
-                assert!(needed.is_none(), "{needed:?} needs {path}, which is half written now");
+                assert!(needed.is_none(), "{needed:?} needs {path}, which may be incomplete after an interruption");
             }
             spare.apply(&step.change, source);
             for (key, text, needs) in spare.entries().filter(|_| source_is_whole) {
@@ -534,7 +535,7 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
                 Content::File { .. } => assert_eq!(blake3::hash(found), file.hash, "{}", file.path),
             }
         }
-        // What is somebody else's stays: no entry, nothing that an entry needed, nothing of an earlier sync.
+        // Files of other systems stay: those that are no entry, that no entry needed, and that no earlier sync wrote.
         let needed: BTreeSet<String> =
             before.files.values().flat_map(|(_, text)| entry::files(text)).map(|path| fold(&path)).collect();
         for (key, file) in &before.files {
@@ -543,12 +544,12 @@ fn synced(source: &Fat, before: &Fat, known: &BTreeSet<String>, rewriter: &Rewri
             if classify(key) == Class::Local
                 || !is_ours && !is_temporary(key) && !matches!(classify(key), Class::Entry | Class::Uki)
             {
-                assert_eq!(spare.files.get(key), Some(file), "{key} was not to be touched");
+                assert_eq!(spare.files.get(key), Some(file), "{key} must not change");
             }
         }
-        // An entry that lacks a file goes before anything else, and comes again.
+        // A second sync has nothing to do, unless an entry lacks a file: a sync removes that first, and writes it again.
         let again = order::plan(&part(&wanted(&now).unwrap(), &now, known)).unwrap();
-        assert!(again.is_empty() || !source_is_whole, "something is left to do: {again:#?}");
+        assert!(again.is_empty() || !source_is_whole, "the second sync has steps: {again:#?}");
         let proof = prove::Part { role: Role::Esp, wanted: &wanted_files, found: &now };
         for fault in prove::boot_partitions(&[proof], rewriter) {
             assert!(!matches!(fault.code, Code::F10 | Code::F37), "{fault}");
