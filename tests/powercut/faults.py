@@ -207,7 +207,7 @@ def f10_a_source_that_never_rests(bench):
     bench.check("a source that changes all the time is reported", code == 1 and "changed" in said, (code, said))
     # FAT knows times of two seconds: so long it takes until a change is seen.
     bench.machine.run("sed -i s/settle=0/settle=3/ /etc/dualroot.conf; systemctl start --no-block dualroot-sync.service; "
-                      "until systemctl show -P StatusText dualroot-sync.service | grep -q 'waiting: the boot files'; do sleep 0.2; done", 60)
+                      "until systemctl show -P StatusText dualroot-sync.service | grep -q 'waiting: the boot files'; do sleep 0.2; done", 300)
     bench.machine.run("rm /run/restless; while [ -e /boot/restless ]; do sleep 0.1; done; sed -i s/settle=3/settle=0/ /etc/dualroot.conf")
     code, said = bench.machine.status("systemctl start dualroot-sync.service", 300)
     bench.recorder.remove()
