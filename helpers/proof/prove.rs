@@ -80,7 +80,7 @@ pub fn named_unit(root: &Root, rewriter: &Rewriter) -> Result<Option<Fault>> {
 fn unit_name(path: &str, rewriter: &Rewriter) -> Option<Fault> {
     let names = unitfile::foreign_ids_in_name(path, rewriter);
     let fault = || {
-        let text = format!("the name of {path} contains {}, and so can't be adapted to each disk", names.join(", "));
+        let text = format!("{path} has {} in its name, and so can't be adapted to each disk", names.join(", "));
         Fault::new(Code::F13, text)
             .at(path)
             .remedy("remove it, and use a line of /etc/fstab instead (or for swap space, swap= in dualroot.conf)")
