@@ -198,6 +198,7 @@ impl Copier for Staged {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::PermissionsExt;
     use std::path::PathBuf;
 
     use nix::mount::{MsFlags, mount};
@@ -286,5 +287,30 @@ mod tests {
         let told = std::cell::Cell::new(false);
         pair.copy.fill(&pair.spare, &|_| told.set(true)).unwrap_err();
         assert!(!told.get() && pair.is_unchanged());
+    }
+
+    #[test]
+    fn f73_an_abandoned_copy_has_no_file_open_on_the_spare() {
+        let Some(mut pair) = Pair::new("size=1m,nr_inodes=12") else { return };
+        // No room for a second copy: of this file, only the mode is changed.
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+        for (side, mode) in [("from", 0o640), ("to", 0o600)] {
+            let path = pair.tmp.path().join(side).join("root/large");
+            fs::write(&path, vec![1; 700 << 10]).unwrap();
+            fs::File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        for number in 0..20 {
+            fs::write(pair.tmp.path().join(format!("from/home/{number}")), "").unwrap();
+        }
+        let staging = pair.on_spare("root/.dualroot");
+        let is_open = || {
+            let links = fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+            links.filter(|file| file.starts_with(&staging)).count()
+        };
+        pair.copy.fill(&pair.spare, &|_| {}).unwrap_err();
+        assert_eq!(is_open(), 1, "the list of files that get attributes only");
+        pair.copy.abandon(&pair.spare);
+        assert_eq!(is_open(), 0, "the file system could not become read-only again");
     }
 }
