@@ -34,7 +34,7 @@ Options:
 Exit status: 0 the units were written, or there was nothing to do; 1 failed; 2 usage.
 ";
 
-/// What the arguments ask for.
+/// The request in the arguments.
 enum Call {
     Help,
     Version,

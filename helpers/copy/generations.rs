@@ -115,8 +115,9 @@ impl Copier for Generations {
         self.leave_out((target.files)(Some(plan.current))?);
         (self.roots.current, self.roots.kept) = (Some(plan.current), plan.kept.clone());
         self.plan = Some(plan);
-        // All files that get other bytes are in the root.
-        self.others.decide(&Target { files: &|_| Ok(Vec::new()), ..*target })
+        // They are written to the root only. A tree of its own at a directory such as /etc leaves them out, too.
+        let files = &self.files;
+        self.others.decide(&Target { files: &|_| Ok(files.clone()), ..*target })
     }
 
     fn check_room(&self, spare: &Mounted) -> Result<()> {
